@@ -1,0 +1,49 @@
+"""intscale: W4A8 large language models in PyTorch with integer group scales, as a ``torch.compile`` backend.
+
+    quantize_(model, IntScaleConfig())                      # torchao's own quantize_
+    model = torch.compile(model, backend="intscale")
+    print(intscale_compile.explain(model, *inputs))
+"""
+
+from .versions import check_versions
+
+check_versions()
+
+from . import quantize, tensor_ops  # noqa: E402, F401  (registration)
+from .checkpoint import load_safetensors, make_savable, rebuild_tensor, register, save_safetensors  # noqa: E402, F401
+from .config import IntScaleConfig  # noqa: E402
+from .errors import (  # noqa: E402
+    CheckpointError,
+    CompileError,
+    ConfigError,
+    InputError,
+    IntScaleError,
+    OverflowProofError,
+    UnsupportedOpError,
+    VersionError,
+    WeightError,
+)
+from .explain import Explanation, explain  # noqa: E402
+from .tensor import IntScaleTensor  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "CompileError",
+    "ConfigError",
+    "Explanation",
+    "InputError",
+    "IntScaleConfig",
+    "IntScaleError",
+    "IntScaleTensor",
+    "OverflowProofError",
+    "UnsupportedOpError",
+    "VersionError",
+    "WeightError",
+    "explain",
+    "load_safetensors",
+    "make_savable",
+    "save_safetensors",
+]
+
+register()

@@ -1,0 +1,118 @@
+"""The ``torch.compile`` backend ``"intscale"``: rewrites Dynamo's graph, then hands it to Inductor.
+
+All rewriting happens here, before AOTAutograd, so the rewritten graph is what Inductor's caches are keyed by and no pass
+has to run on a cache hit. Found by ``torch.compile`` through the entry point group ``torch_dynamo_backends``.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Callable, Mapping, Optional, Sequence
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+
+from . import options as _options
+from .kernels import register_inductor
+from .packed_weights import BoundGraph
+from .passes import PASSES, GraphRewrite, apply_passes
+from .reasons import log_once
+
+log = logging.getLogger("intscale_compile")
+
+
+def intscale(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: Optional[str] = None,
+    options: Optional[Mapping[str, Any]] = None,
+    name: Optional[str] = None,
+    **_: Any,
+) -> Callable:
+    """Compile a Dynamo graph with W4A8 linears.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs; parameters and buffers are the real ones.
+        mode: an Inductor mode such as ``"reduce-overhead"``.
+        options: ``intscale.*`` keys (see ``options.Settings``), anything else goes to Inductor.
+
+    Returns:
+        A callable with the signature of ``gm``.
+
+    Raises:
+        ConfigError: an option is unknown or has the wrong type.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    settings, patches = _options.parse_options(mode, options)
+    # SiLU * mul and the activation quantization after it are one kernel only if the reduction is not split.
+    patches.setdefault("split_reductions", False)
+    register_inductor()
+    rewrite = rewrite_graph(gm, example_inputs, settings)
+    return bind(rewrite, lambda graph, inputs: compile_fx(graph, inputs, config_patches=patches))
+
+
+def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: _options.Settings) -> GraphRewrite:
+    """Run all passes over ``gm`` and say once what was left alone."""
+    rewrite = GraphRewrite(_copied(gm), example_inputs, settings)
+    apply_passes(rewrite, PASSES)
+    refused = [c for c in rewrite.candidates if c.reason is not None]
+    quantized = len(rewrite.candidates) - len(refused)
+    log.info("graph with %d linear products: %d quantized (%s)", len(rewrite.candidates), quantized, rewrite.counts)
+    if refused and not quantized:
+        reasons = "; ".join(sorted({c.reason.value for c in refused if c.reason is not None}))
+        log_once(logging.WARNING, f"a compiled graph has {len(refused)} linear products and none was quantized: {reasons}")
+    return rewrite
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph, not of its tensors: Dynamo reads the inputs of its own graph again after the backend returns."""
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, nodes, return_output_node=True)
+    if isinstance(result, tuple):
+        output = graph.output(result[0])
+        output.meta = dict(result[1].meta)
+    for old, new in nodes.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "compile_subgraph_reason"):
+        if hasattr(gm, name):
+            setattr(copied, name, getattr(gm, name))
+    return copied
+
+
+def bind(rewrite: GraphRewrite, compile_graph: Callable[[fx.GraphModule, list[Any]], Callable]) -> Callable:
+    """Compile the rewritten graph and put it behind the original signature."""
+    if not rewrite.packed_inputs:
+        return compile_graph(rewrite.gm, list(rewrite.example_inputs))
+    kept = _drop_replaced_weights(rewrite)
+    inputs = [n for n in rewrite.graph.nodes if n.op == "placeholder"]
+    packed = [rewrite.packed_inputs[n] for n in inputs if n in rewrite.packed_inputs]
+    bound = BoundGraph(kept, packed)
+    bound.compiled = compile_graph(rewrite.gm, bound.inputs(rewrite.example_inputs, _static))
+    return torch._dynamo.disable(bound.__call__, reason="intscale binds packed weights")
+
+
+def _static(value: Tensor) -> Tensor:
+    """A fake tensor of static shape: packed weights keep their shapes under ``dynamic=True``."""
+    mode = detect_fake_mode()
+    return value if mode is None else mode.from_tensor(value, static_shapes=True)
+
+
+def _drop_replaced_weights(rewrite: GraphRewrite) -> list[int]:
+    """Erase the inputs that only fed quantized products; returns the indices of those that stay."""
+    replaced = {c.source.index for c in rewrite.candidates if c.packed is not None and c.source is not None}
+    kept = []
+    for i, node in enumerate(rewrite.placeholders()):
+        if node.users or i not in replaced:
+            kept.append(i)
+        else:
+            rewrite.graph.erase_node(node)
+    rewrite.gm.recompile()
+    return kept

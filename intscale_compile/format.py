@@ -1,0 +1,120 @@
+"""The stored format, version 1: nibble packing, padding, tiles, and the proof that the int32 accumulator cannot overflow.
+
+    W[n, k] = row_scale[n] * group_scale[n, k // group_size] * q[n, k]      q in [-8, 7], group_scale a positive integer
+
+Everything here is a pure function of tensors. ``N`` is the number of output features, ``K`` of input features,
+``Kp`` is ``K`` rounded up to :func:`padded_in_features`, ``G`` the number of groups (``Kp / group_size``, or 1 per channel).
+
+Packed codes, ``qdata``: uint8 ``[..., N, Kp / 2]``, offset binary (``u = q + 8``). Rows are cut into blocks of
+``P = pack_block(group_size)`` codes; byte ``j`` of a block holds ``k = j`` in its low nibble and ``k = j + P / 2`` in its
+high one, so a kernel gets two contiguous halves from one load. ``P`` is 128, and 64 for groups of 32 and 64: each half
+then lies within one group, whatever the group size, and is never shallower than the 32 that int8 tensor cores need.
+With 8-bit weights ``qdata`` is int8 ``[..., N, Kp]``, not packed.
+
+Padding codes are 0 and padding groups have scale 1.
+
+The tiled packing holds the same bytes as ``[N / 64][Kp / P][64 rows][P / 2 bytes]`` (``N`` padded to 64 with codes 0),
+and the group scales as ``[N / 64][G][64 rows]``; both keep the weight's number of dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE_N = 64
+INT32_MAX = 2**31 - 1
+ACTIVATION_MAX = 127
+CODE_MIN, CODE_MAX = -8, 7
+ZERO_BYTE = 0x88  # two codes of 0 in offset binary
+
+
+def pack_block(group_size: int) -> int:
+    """Codes per packing block ``P`` for a group size (32, 64, 128, 256 or -1)."""
+    return 64 if group_size in (32, 64) else 128
+
+
+def k_alignment(group_size: int) -> int:
+    """Multiple of input features to which rows are padded and at which they may be sliced."""
+    return max(group_size, pack_block(group_size))
+
+
+def padded_in_features(in_features: int, group_size: int) -> int:
+    """``K`` rounded up to a whole number of groups and packing blocks."""
+    align = k_alignment(group_size)
+    return -(-in_features // align) * align
+
+
+def num_groups(in_features: int, group_size: int) -> int:
+    """Number of group scales stored per row, padding groups included."""
+    return 1 if group_size == -1 else padded_in_features(in_features, group_size) // group_size
+
+
+def padded_out_features(out_features: int) -> int:
+    """``N`` rounded up to whole tiles of 64 rows."""
+    return -(-out_features // TILE_N) * TILE_N
+
+
+def pack_int4(codes: Tensor, group_size: int) -> Tensor:
+    """Pack int8 codes in [-8, 7], ``[..., N, Kp]``, into uint8 ``[..., N, Kp / 2]``."""
+    half = pack_block(group_size) // 2
+    blocks = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2, half))
+    return (blocks[..., 0, :] | (blocks[..., 1, :] << 4)).flatten(-2)
+
+
+def unpack_int4(qdata: Tensor, group_size: int) -> Tensor:
+    """Inverse of :func:`pack_int4`: uint8 ``[..., N, Kp / 2]`` to int8 codes ``[..., N, Kp]``."""
+    half = pack_block(group_size) // 2
+    blocks = qdata.unflatten(-1, (-1, half))
+    return torch.stack([(blocks & 15).to(torch.int8) - 8, (blocks >> 4).to(torch.int8) - 8], dim=-2).flatten(-3)
+
+
+def pad_codes(codes: Tensor, in_features: int, group_size: int) -> Tensor:
+    """Pad int8 codes ``[..., K]`` with zeros to ``[..., Kp]``."""
+    return torch.nn.functional.pad(codes, (0, padded_in_features(in_features, group_size) - in_features))
+
+
+def tile_rows(qdata: Tensor, block_bytes: int, fill: int) -> Tensor:
+    """Reorder ``[..., N, C]`` into ``[..., Np, C]`` whose memory is ``[Np/64][C/block_bytes][64][block_bytes]``.
+
+    Serves both the codes (``block_bytes = P / 2``, or ``P`` for 8-bit weights) and the group scales (``block_bytes = 1``).
+    ``N`` is padded to ``Np`` with ``fill``.
+    """
+    rows = padded_out_features(qdata.shape[-2])
+    if rows != qdata.shape[-2]:
+        qdata = torch.nn.functional.pad(qdata, (0, 0, 0, rows - qdata.shape[-2]), value=fill)
+    blocks = qdata.unflatten(-1, (-1, block_bytes)).unflatten(-3, (-1, TILE_N))
+    return blocks.transpose(-3, -2).contiguous().view(*qdata.shape)
+
+
+def untile_rows(tiled: Tensor, out_features: int, block_bytes: int) -> Tensor:
+    """Inverse of :func:`tile_rows`; drops the padding rows."""
+    rows, columns = tiled.shape[-2:]
+    blocks = tiled.reshape(*tiled.shape[:-2], rows // TILE_N, columns // block_bytes, TILE_N, block_bytes)
+    return blocks.transpose(-3, -2).reshape(*tiled.shape[:-2], rows, columns)[..., :out_features, :].contiguous()
+
+
+def code_block_columns(group_size: int, weight_bits: int) -> int:
+    """Columns of ``qdata`` that form one tile column: bytes of a packing block."""
+    return pack_block(group_size) if weight_bits == 8 else pack_block(group_size) // 2
+
+
+def expand_group_scale(group_scale: Tensor, padded_k: int) -> Tensor:
+    """Repeat group scales ``[..., N, G]`` along the input dimension to ``[..., N, Kp]``."""
+    return group_scale.repeat_interleave(padded_k // group_scale.shape[-1], dim=-1)
+
+
+def accumulator_bound(codes: Tensor, group_scale: Tensor) -> Tensor:
+    """Largest magnitude that the integer accumulator of each row can reach, over all int8 activations.
+
+    ``127 * sum_g group_scale[n, g] * sum_{k in g} |q[n, k]|`` bounds every partial sum too, in any order of summation.
+
+    Args:
+        codes: int8 ``[..., N, Kp]``.
+        group_scale: integer ``[..., N, G]``.
+
+    Returns:
+        int64 ``[..., N]``. The row is safe when it is below ``2**31``.
+    """
+    magnitude = codes.to(torch.int16).abs().unflatten(-1, (group_scale.shape[-1], -1)).sum(-1, dtype=torch.int64)
+    return ACTIVATION_MAX * (magnitude * group_scale.to(torch.int64)).sum(-1)

@@ -1,0 +1,23 @@
+"""One number that changes whenever our sources do.
+
+Inductor caches compiled graphs across processes and does not hash the sources of lowerings and templates. Every fused op
+carries this number as an argument, so a graph that was compiled by other sources is never found in a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+
+def _source_hash() -> int:
+    """First 62 bits of the SHA-256 of all Python files of the package, names included."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest()[:8], "big") >> 2
+
+
+KERNEL_ABI = _source_hash()

@@ -1,0 +1,78 @@
+"""The int32 accumulator on a CPU: oneDNN's int8 product over weights that are unpacked once and kept as int8.
+
+A weight costs one more byte per code while it is in use on a CPU. `benchmarks/cpu_linear.py` compares with fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import format as fmt
+from .dequantize import unpack_weight
+
+_unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@functools.lru_cache(maxsize=1)
+def int8_product_is_exact() -> bool:
+    """Whether this CPU's ``torch._int_mm`` is exact at the extremes (older int8 instructions saturate at 16 bits)."""
+    x = torch.full((2, 256), -127, dtype=torch.int8)
+    w = torch.full((64, 256), -120, dtype=torch.int8)
+    return bool((torch._int_mm(x, w.t()) == 127 * 120 * 256).all()) and bool((torch._int_mm(x, -w.t()) == -127 * 120 * 256).all())
+
+
+def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` of int8 ``[M, K]`` and int8 ``[N, K]``, exact, int32 ``[M, N]``."""
+    if int8_product_is_exact():
+        return torch._int_mm(x, weight.t())
+    # fp32 holds sums of 512 products of at most 127 * 128 exactly.
+    acc = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32)
+    for start in range(0, x.shape[1], 512):
+        part = x[:, start : start + 512].float() @ weight[:, start : start + 512].t().float()
+        acc += part.to(torch.int32)
+    return acc
+
+
+def _int8_weight(qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str, fold: bool) -> tuple[Tensor, Tensor]:
+    """Codes (times scales where they fold) as int8 ``[N, Kp]``, and plain group scales; unpacked at the first call."""
+    versions = (_version(qdata), _version(scale))
+    kept = _unpacked.get(qdata)
+    if kept is not None and kept[0] == versions and kept[1] is scale and kept[2] == fold:
+        return kept[3], kept[4]
+    codes, plain_scale = unpack_weight(qdata, scale, out_features, group_size, packing)
+    if fold:
+        codes = codes * fmt.expand_group_scale(plain_scale, codes.shape[-1]).to(torch.int8)
+    codes = codes.contiguous()
+    _unpacked[qdata] = (versions, scale, fold, codes, plain_scale)
+    return codes, plain_scale
+
+
+def accumulate_cpu(
+    xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, group_size: int, scale_bits: int, packing: str
+) -> Tensor:
+    """The accumulator of ``w4a8_linear``: int8 ``[..., K]`` to int32 ``[..., N]``, exact."""
+    in_features = xq.shape[-1]
+    x = xq.reshape(-1, in_features)
+    if x.shape[0] == 0:
+        return xq.new_empty((*xq.shape[:-1], out_features), dtype=torch.int32)
+    fold = scale_bits <= 4 and qdata.dtype == torch.uint8
+    weight, plain_scale = _int8_weight(qdata, scale, out_features, group_size, packing, fold)
+    if fold:
+        acc = _int8_product(x, weight[:, :in_features])
+    elif group_size == -1:
+        acc = _int8_product(x, weight[:, :in_features]) * plain_scale.view(-1).to(torch.int32)
+    else:
+        acc = x.new_zeros((x.shape[0], out_features), dtype=torch.int32)
+        for g in range(plain_scale.shape[-1]):
+            part = slice(g * group_size, min((g + 1) * group_size, in_features))
+            if part.start < in_features:
+                acc.addcmul_(_int8_product(x[:, part], weight[:, part]), plain_scale[:, g].to(torch.int32))
+    return acc.view(*xq.shape[:-1], out_features)

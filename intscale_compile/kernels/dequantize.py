@@ -1,0 +1,77 @@
+"""``intscale::dequantize_per_token`` and ``intscale::dequantize_weight``: the DQ half of the Q/DQ form.
+
+They make the quantized graph readable and runnable in plain PyTorch before it is fused; a fused graph holds neither.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import format as fmt
+
+torch.library.define(
+    "intscale::dequantize_per_token", "(Tensor xq, Tensor token_scale, ScalarType dtype) -> Tensor"
+)
+torch.library.define(
+    "intscale::dequantize_weight",
+    "(Tensor qdata, Tensor scale, Tensor row_scale, int out_features, int in_features, int group_size, str packing, "
+    "ScalarType dtype) -> Tensor",
+)
+TOKEN_OP = torch.ops.intscale.dequantize_per_token.default
+WEIGHT_OP = torch.ops.intscale.dequantize_weight.default
+
+
+def dequantize_per_token_aten(xq: Tensor, token_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``xq * token_scale``: int8 ``[..., K]`` and fp32 ``[..., 1]`` to ``dtype`` ``[..., K]``."""
+    return (xq.to(torch.float32) * token_scale).to(dtype)
+
+
+def unpack_weight(qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str) -> tuple[Tensor, Tensor]:
+    """Plain int8 codes ``[..., N, Kp]`` and group scales ``[..., N, G]`` of a stored weight in either packing."""
+    if packing == "tiled":
+        bits = 8 if qdata.dtype == torch.int8 else 4
+        qdata = fmt.untile_rows(qdata, out_features, fmt.code_block_columns(group_size, bits))
+        scale = fmt.untile_rows(scale, out_features, 1)
+    return (qdata if qdata.dtype == torch.int8 else fmt.unpack_int4(qdata, group_size)), scale
+
+
+@torch.library.impl("intscale::dequantize_per_token", "CompositeExplicitAutograd")
+def _dequantize_per_token(xq: Tensor, token_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return dequantize_per_token_aten(xq, token_scale, dtype)
+
+
+@torch.library.register_fake("intscale::dequantize_per_token")
+def _dequantize_per_token_fake(xq: Tensor, token_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return xq.new_empty(xq.shape, dtype=dtype)
+
+
+@torch.library.impl("intscale::dequantize_weight", "CompositeExplicitAutograd")
+def _dequantize_weight(
+    qdata: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    packing: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    codes, scale = unpack_weight(qdata, scale, out_features, group_size, packing)
+    # The product of code and integer scale is exact; the row scale is the only rounding in fp32.
+    exact = codes.to(torch.float32) * fmt.expand_group_scale(scale, codes.shape[-1]).to(torch.float32)
+    return (exact[..., :in_features] * row_scale).to(dtype)
+
+
+@torch.library.register_fake("intscale::dequantize_weight")
+def _dequantize_weight_fake(
+    qdata: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    packing: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return qdata.new_empty((*qdata.shape[:-2], out_features, in_features), dtype=dtype)

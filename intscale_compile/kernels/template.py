@@ -1,0 +1,179 @@
+"""Inductor lowerings of the W4A8 ops: one Triton template on a GPU, oneDNN plus generated C++ on a CPU.
+
+The template applies every scale and the bias itself, so its output has the activation's dtype and is rounded once; what
+follows (a residual, an activation function) is fused behind it by Inductor as into any matrix product. The device
+functions are pasted into each generated module, which makes it self-contained and lets Triton's cache hash our source.
+
+There is exactly one choice per node, hence nothing to benchmark at compile time: the tile follows from the shape alone.
+Written against torch 2.11 to 2.13; what moved between them is in :func:`size_hint`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch._inductor import ir
+from torch._inductor.kernel.mm_common import mm_grid
+from torch._inductor.lowering import empty, fallback_handler, lowerings, register_lowering
+from torch._inductor.select_algorithm import TritonTemplate
+from torch._inductor.virtualized import V
+
+from ..errors import CompileError
+from .tiles import choose_tile
+from .triton_gemm import schedule_flags, use_ptx
+from .triton_tile import device_source
+from .w4a8_linear import ACCUMULATE_OP, LINEAR_OP
+
+# Assumed number of tokens where the graph gives no hint: tiles for it are correct for every other number too.
+UNKNOWN_TOKENS = 256
+
+_KERNEL = """
+{% if DEQUANTIZE and HAS_BIAS %}
+{{def_kernel("XQ", "QDATA", "SCALE", "TOKEN_SCALE", "ROW_SCALE", "BIAS")}}
+{% elif DEQUANTIZE %}
+{{def_kernel("XQ", "QDATA", "SCALE", "TOKEN_SCALE", "ROW_SCALE")}}
+{% else %}
+{{def_kernel("XQ", "QDATA", "SCALE")}}
+{% endif %}
+    M = {{size("XQ", 0)}}
+    K = {{size("XQ", 1)}}
+    N = {{size(None, 1)}}
+    tile_m, tile_n = tile_position(tl.program_id(0).to(INDEX_DTYPE), M, N, BLOCK_M, BLOCK_N, GROUP_N)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
+    rows_m = tl.where(m < M, m, 0)
+    rows_n = tl.where(n < N, n, 0)
+    acc = accumulate_tile(
+        XQ, {{stride("XQ", 0)}}, QDATA, SCALE, rows_m, rows_n, K,
+        GROUP_SIZE, PACK, WEIGHT_BITS, FOLD, TIMES16, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
+    )
+    {% if DEQUANTIZE %}
+    acc = dequantize_tile(acc, TOKEN_SCALE, {{stride("TOKEN_SCALE", 0)}}, ROW_SCALE, rows_m, rows_n)
+    {% endif %}
+    {% if HAS_BIAS %}
+    acc = add_bias(acc, BIAS, rows_n)
+    {% endif %}
+    idx_m = m[None, :]
+    idx_n = n[:, None]
+    mask = (idx_m < M) & (idx_n < N)
+    {{store_output(("idx_m", "idx_n"), "acc", "mask", val_shape=("BLOCK_N", "BLOCK_M"))}}
+
+
+"""
+
+w4a8_template = TritonTemplate(name="intscale_w4a8", grid=mm_grid, source=_KERNEL + device_source())
+
+
+def size_hint(expr: Any, fallback: int) -> int:
+    """Likely value of a symbolic size, without a guard on it."""
+    sizes = V.graph.sizevars
+    if hasattr(sizes, "optimization_hint"):  # torch 2.12 and later
+        return int(sizes.optimization_hint(expr, fallback=fallback))
+    return int(sizes.size_hint(expr, fallback=fallback))
+
+
+def _as_rows(x: ir.TensorBox) -> ir.TensorBox:
+    """View ``[..., C]`` as ``[M, C]``."""
+    *lead, columns = x.get_size()
+    if len(lead) == 1:
+        return x
+    rows = 1
+    for size in lead:
+        rows = rows * size
+    return lowerings[torch.ops.aten.view.default](x, [rows, columns])
+
+
+def _is_empty(size: Any) -> bool:
+    return V.graph.sizevars.statically_known_equals(size, 0)
+
+
+def _contiguous(x: ir.TensorBox) -> ir.IRNode:
+    return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
+
+
+def _gemm(
+    xq: ir.TensorBox,
+    scales: Optional[tuple[ir.TensorBox, ir.TensorBox]],
+    qdata: ir.TensorBox,
+    scale: ir.TensorBox,
+    bias: Optional[ir.TensorBox],
+    out_features: int,
+    group_size: int,
+    scale_bits: int,
+    packing: str,
+    dtype: torch.dtype,
+) -> ir.TensorBox:
+    """Template call for ``xq`` ``[..., K]``; ``scales`` (token, row) is None for the bare accumulator."""
+    lead, device = xq.get_size()[:-1], xq.get_device()
+    rows = _as_rows(xq)
+    m, k = rows.get_size()
+    if _is_empty(m):
+        return empty([*lead, out_features], dtype=dtype, device=device)
+    in_features = int(k)
+    weight_bits = 8 if qdata.get_dtype() is torch.int8 else 4
+    tile = choose_tile(size_hint(m, UNKNOWN_TOKENS), out_features, in_features, group_size, scale_bits, weight_bits)
+    inputs = [ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(rows)), _contiguous(qdata), _contiguous(scale)]
+    if scales is not None:
+        token_scale, row_scale = scales
+        inputs += [ir.ExternKernel.realize_input(_as_rows(token_scale)), _contiguous(row_scale)]
+    if bias is not None:
+        inputs.append(_contiguous(bias))
+    choices: list[Any] = []
+    refusal = w4a8_template.maybe_append_choice(
+        choices,
+        input_nodes=tuple(inputs),
+        layout=ir.FixedLayout(device, dtype, [m, out_features]),
+        num_stages=tile.num_stages,
+        num_warps=tile.num_warps,
+        DEQUANTIZE=scales is not None,
+        HAS_BIAS=bias is not None,
+        ACC_TYPE="tl.int32" if scales is None else "tl.float32",
+        PTX=use_ptx(device),
+        **schedule_flags(in_features, group_size, scale_bits, weight_bits, packing, tile),
+    )
+    if not choices:
+        raise CompileError(f"Inductor refused the W4A8 template: {refusal}. Report it; backend='eager' still runs.")
+    out = choices[0].output_node()
+    return out if len(lead) == 1 else lowerings[torch.ops.aten.view.default](out, [*lead, out_features])
+
+
+def lower_w4a8_accumulate(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi) -> ir.TensorBox:
+    """CUDA lowering of ``intscale::w4a8_accumulate``: int32 ``[..., N]``."""
+    return _gemm(xq, None, qdata, scale, None, out_features, group_size, scale_bits, packing, torch.int32)
+
+
+def lower_w4a8_linear(
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+) -> ir.TensorBox:
+    """CUDA lowering of ``intscale::w4a8_linear``. ``ste_input`` only carries gradients; not reading it lets it vanish."""
+    scales = (token_scale, row_scale)
+    return _gemm(xq, scales, qdata, scale, bias, out_features, group_size, scale_bits, packing, dtype)
+
+
+def decompose_w4a8_linear(
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+) -> ir.TensorBox:
+    """CPU lowering of ``intscale::w4a8_linear``: the accumulator is opaque, its scales join the surrounding C++."""
+    aten, to_dtype = torch.ops.aten, torch.ops.prims.convert_element_type.default
+    mul, view, convert = lowerings[aten.mul.Tensor], lowerings[aten.view.default], lowerings[to_dtype]
+    acc = lowerings[ACCUMULATE_OP](xq, qdata, scale, out_features, group_size, scale_bits, packing, abi)
+    y = mul(mul(convert(acc, torch.float32), token_scale), view(row_scale, [out_features]))
+    if bias is not None:
+        y = lowerings[aten.add.Tensor](y, convert(bias, torch.float32))
+    return convert(y, dtype)
+
+
+def register_lowerings() -> None:
+    """Register both ops with Inductor: the template for CUDA (and ROCm) tensors, the CPU path for all others."""
+    accumulate_extern = fallback_handler(ACCUMULATE_OP, add_to_fallback_set=False)
+
+    @register_lowering(ACCUMULATE_OP, type_promotion_kind=None)
+    def accumulate(xq, *args, **kwargs):
+        lower = lower_w4a8_accumulate if xq.get_device().type == "cuda" else accumulate_extern
+        return lower(xq, *args, **kwargs)
+
+    @register_lowering(LINEAR_OP, type_promotion_kind=None)
+    def linear(xq, *args, **kwargs):
+        lower = lower_w4a8_linear if xq.get_device().type == "cuda" else decompose_w4a8_linear
+        return lower(xq, *args, **kwargs)

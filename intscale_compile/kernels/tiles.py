@@ -1,0 +1,49 @@
+"""Tile shapes of the Triton GEMM, chosen from the problem size.
+
+The shapes come from a sweep of about 60 configurations of a probe kernel with the same inner loop on one H100 (torch 2.11,
+triton 3.6; shared/notes/h100.md): 16x128 was best at M = 1, 64x128 at M = 64 and 256, 128x128 from M = 1024, all with 4
+warps and 3 stages. What that sweep does not cover is marked below as reasoned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Streaming multiprocessors that a grid should at least cover. 108 (A100) to 148 (B200); 132 is the H100 of the sweep.
+SM_COUNT = 132
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Meta-parameters of one launch: output tile ``block_m x block_n``, and ``group_n`` tile columns visited together."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 3
+    group_n: int = 8
+
+
+def _tiles(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def choose_tile(m: int, n: int, k: int, group_size: int, scale_bits: int = 4, weight_bits: int = 4) -> Tile:
+    """Tile for ``m`` tokens, ``n`` output and ``k`` input features.
+
+    ``block_n`` never falls below 64, the rows of one wgmma: below it Hopper would drop to the older mma instruction.
+    """
+    del k
+    if m <= 64:
+        block_m = 16 if m <= 16 else 32 if m <= 32 else 64
+        if _tiles(n, 128) < SM_COUNT:
+            # Reasoned: half tiles put work on twice as many SMs, and a deeper pipeline makes up in bytes in flight for
+            # the SMs that stay idle.
+            return Tile(block_m, 64, num_stages=5 if block_m == 16 else 4)
+        return Tile(block_m, 128, num_stages=4 if block_m == 16 else 3)
+    if m < 1024 or _tiles(m, 128) * _tiles(n, 128) < SM_COUNT:
+        return Tile(64, 64 if _tiles(m, 64) * _tiles(n, 128) < SM_COUNT else 128)
+    if group_size != -1 and scale_bits > 4 and weight_bits == 4:
+        # Accumulator and partial sum take 256 registers per thread at 128x128 with 4 warps: that spills.
+        return Tile(64, 128)
+    return Tile(128, 128)

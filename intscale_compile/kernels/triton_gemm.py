@@ -1,0 +1,166 @@
+"""Triton kernel of the W4A8 linear layer and its launchers, for eager calls on a GPU.
+
+The launchers also run CPU tensors under ``TRITON_INTERPRET=1``, which is how the tests check the kernel without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..format import k_alignment, pack_block
+from .tiles import Tile, choose_tile
+from .triton_tile import accumulate_tile, add_bias, dequantize_tile, tile_position
+
+FOLD_SCALE_BITS = 4  # 8 * 15 = 120 is the largest product of code and scale that an int8 holds with room for the offset
+
+
+@triton.jit
+def w4a8_kernel(
+    xq_ptr, token_scale_ptr, qdata_ptr, scale_ptr, row_scale_ptr, bias_ptr, out_ptr, M, N, K, xq_stride,
+    DEQUANTIZE: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_SIZE: tl.constexpr, PACK: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr, TILED: tl.constexpr, EVEN_K: tl.constexpr,
+    PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``out[m, n]``, contiguous ``[M, N]``: int32 accumulator, or its dequantized value if DEQUANTIZE."""
+    tile_m, tile_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_N)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_m = tl.where(m < M, m, 0)
+    rows_n = tl.where(n < N, n, 0)
+    acc = accumulate_tile(
+        xq_ptr, xq_stride, qdata_ptr, scale_ptr, rows_m, rows_n, K,
+        GROUP_SIZE, PACK, WEIGHT_BITS, FOLD, TIMES16, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    out_ptrs = out_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
+    mask = (m < M)[None, :] & (n < N)[:, None]
+    if DEQUANTIZE:
+        y = dequantize_tile(acc, token_scale_ptr, 1, row_scale_ptr, rows_m, rows_n)
+        if HAS_BIAS:
+            y = add_bias(y, bias_ptr, rows_n)
+        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(out_ptrs, acc, mask=mask)
+
+
+def schedule_flags(in_features: int, group_size: int, scale_bits: int, weight_bits: int, packing: str, tile: Tile) -> dict:
+    """Compile-time flags of ``accumulate_tile`` for one problem; the same for the eager kernel and the template."""
+    fold = weight_bits == 4 and group_size != -1 and scale_bits <= FOLD_SCALE_BITS
+    if group_size == -1:
+        # Per channel the x16 sum runs over all of K: |16 q| and |x| are at most 128 each.
+        times16 = in_features * 128 * 128 < 2**31
+    else:
+        # Per group it always fits. One shift per accumulator against half an operation per weight: pays in narrow tiles.
+        times16 = tile.block_m <= 32
+    return dict(
+        GROUP_SIZE=group_size,
+        PACK=pack_block(group_size),
+        WEIGHT_BITS=weight_bits,
+        FOLD=fold,
+        TIMES16=weight_bits == 4 and not fold and times16,
+        TILED=packing == "tiled",
+        EVEN_K=in_features % k_alignment(group_size) == 0,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        GROUP_N=tile.group_n,
+    )
+
+
+def use_ptx(device: torch.device) -> bool:
+    """Whether kernels for this device may hold NVIDIA assembly."""
+    return device.type == "cuda" and torch.version.hip is None and not triton.knobs.runtime.interpret
+
+
+def _launch(
+    out: Tensor,
+    xq: Tensor,
+    token_scale: Optional[Tensor],
+    qdata: Tensor,
+    scale: Tensor,
+    row_scale: Optional[Tensor],
+    bias: Optional[Tensor],
+    group_size: int,
+    scale_bits: int,
+    packing: str,
+    tile: Optional[Tile],
+) -> None:
+    """Fill ``out`` ``[M, N]`` from 2-D activations ``[M, K]`` with contiguous rows."""
+    (m, k), n = xq.shape, out.shape[1]
+    if m == 0 or n == 0:
+        return
+    weight_bits = 8 if qdata.dtype is torch.int8 else 4
+    tile = tile or choose_tile(m, n, k, group_size, scale_bits, weight_bits)
+    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
+    with torch.cuda.device(xq.device) if xq.is_cuda else contextlib.nullcontext():
+        w4a8_kernel[grid](
+            xq, token_scale, qdata, scale, row_scale, bias, out, m, n, k, xq.stride(0),
+            DEQUANTIZE=token_scale is not None,
+            HAS_BIAS=bias is not None,
+            PTX=use_ptx(xq.device),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            **schedule_flags(k, group_size, scale_bits, weight_bits, packing, tile),
+        )  # fmt: skip
+
+
+def _rows(xq: Tensor) -> Tensor:
+    flat = xq.reshape(-1, xq.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def accumulate_cuda(
+    xq: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    out_features: int,
+    group_size: int,
+    scale_bits: int,
+    packing: str,
+    tile: Optional[Tile] = None,
+) -> Tensor:
+    """Integer accumulator ``[..., N]`` int32 of int8 activations ``[..., K]`` and a packed weight.
+
+    ``tile`` overrides the choice of :func:`choose_tile`; the result does not depend on it.
+    """
+    out = xq.new_empty((xq.shape[:-1].numel(), out_features), dtype=torch.int32)
+    _launch(
+        out, _rows(xq), None, qdata.contiguous(), scale.contiguous(), None, None, group_size, scale_bits, packing, tile
+    )
+    return out.view(*xq.shape[:-1], out_features)
+
+
+def linear_cuda(
+    xq: Tensor,
+    token_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    bias: Optional[Tensor],
+    out_features: int,
+    group_size: int,
+    scale_bits: int,
+    packing: str,
+    dtype: torch.dtype,
+    tile: Optional[Tile] = None,
+) -> Tensor:
+    """``acc * token_scale * row_scale (+ bias)``, computed in fp32 and rounded once to ``dtype``; ``[..., N]``."""
+    out = xq.new_empty((xq.shape[:-1].numel(), out_features), dtype=dtype)
+    _launch(
+        out,
+        _rows(xq),
+        token_scale.reshape(-1).contiguous(),
+        qdata.contiguous(),
+        scale.contiguous(),
+        row_scale.contiguous(),
+        None if bias is None else bias.contiguous(),
+        group_size,
+        scale_bits,
+        packing,
+        tile,
+    )
+    return out.view(*xq.shape[:-1], out_features)

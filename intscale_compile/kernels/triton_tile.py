@@ -1,0 +1,292 @@
+"""Triton device functions of the W4A8 linear layer: one output tile, from packed weights to the int32 accumulator.
+
+They serve the eager kernel (``triton_gemm.py``) and, as source text, the Inductor template (``template.py``). For the
+second use they refer to nothing but each other, ``tl`` and ``triton``, and hold no backslash and no brace pair that Jinja
+would read as its own.
+
+The tile is computed transposed, ``acc[n, m] = sum_k w[n, k] * x[m, k]``: of the operands of a tensor core only the left
+one may come from registers on Hopper, and it is the weight that is expanded in registers.
+
+Shapes and meta-parameters used throughout (``P`` is the packing block of ``format.py``):
+
+=============  =====================================================================================================
+GROUP_SIZE     32, 64, 128, 256 or -1 (one group per row)
+PACK           P: codes per packing block, 64 for groups of 32 and 64, else 128
+WEIGHT_BITS    4 (packed uint8) or 8 (int8 codes)
+FOLD           multiply the group scale into the int8 weight (needs scales of at most 15) instead of the accumulator
+TIMES16        leave codes in the high half of their byte, 16 times too large, and shift the sum right by 4
+TILED          rows of qdata and scale are reordered as ``format.tile_rows`` does
+EVEN_K         K is a whole number of steps, so activation loads need no mask
+PTX            use NVIDIA inline assembly; the plain twin serves AMD and the interpreter
+=============  =====================================================================================================
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_position(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr):
+    """Map a program id to ``(tile_m, tile_n)``: GROUP_N columns of tiles share their weights in L2 over all of M."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    width = GROUP_N * tiles_m
+    first = (pid // width) * GROUP_N
+    span = tl.minimum(tiles_n - first, GROUP_N)
+    return (pid % width) // span, first + (pid % width) % span
+
+
+@triton.jit
+def unpack_codes(packed, TIMES16: tl.constexpr, PTX: tl.constexpr):
+    """Expand uint8 ``[BLOCK_N, P/2]`` into the codes of its two halves, int8 each (16 times too large if TIMES16)."""
+    if PTX and TIMES16:
+        # In the high nibble u ^ 8 is the two's complement of u - 8, times 16: no borrow can cross a byte.
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t;
+            shl.b32 t, $2, 4;
+            lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A;
+            lop3.b32 $1, $2, 0xF0F0F0F0, 0x80808080, 0x6A;
+            }""",
+            "=&r,=r,r",
+            [packed],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    elif PTX:
+        # Bit 7 is set before 8 is subtracted, so that no byte borrows from its neighbour, and flipped back after.
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, u;
+            shr.u32 u, $2, 4;
+            lop3.b32 t, $2, 0x0F0F0F0F, 0x80808080, 0xEA;
+            lop3.b32 u, u, 0x0F0F0F0F, 0x80808080, 0xEA;
+            sub.u32 t, t, 0x08080808;
+            sub.u32 u, u, 0x08080808;
+            xor.b32 $0, t, 0x80808080;
+            xor.b32 $1, u, 0x80808080;
+            }""",
+            "=&r,=r,r",
+            [packed],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = (packed & 15).to(tl.int8) - 8
+        high = (packed >> 4).to(tl.int8) - 8
+        if TIMES16:
+            low = low * 16
+            high = high * 16
+    return low, high
+
+
+@triton.jit
+def fold_codes(packed, scale_low, scale_high, PTX: tl.constexpr):
+    """Expand uint8 ``[BLOCK_N, P/2]`` into ``code * scale`` of its two halves, int8 each.
+
+    ``scale_low`` and ``scale_high`` are int32 ``[BLOCK_N]``, 1 to 15: one for each half.
+    """
+    if PTX:
+        # Four bytes at once: u * s + (128 - 8 s) lies in [8, 233] for u <= 15 and s <= 15, so nothing carries between
+        # bytes; flipping bit 7 then takes 128 off. The added constant differs per row only and is made outside.
+        offset_low = -2139062144 - scale_low * 0x08080808
+        offset_high = -2139062144 - scale_high * 0x08080808
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, u;
+            shr.u32 u, $2, 4;
+            and.b32 t, $2, 0x0F0F0F0F;
+            and.b32 u, u, 0x0F0F0F0F;
+            mad.lo.u32 t, t, $3, $11;
+            mad.lo.u32 u, u, $7, $15;
+            xor.b32 $0, t, 0x80808080;
+            xor.b32 $1, u, 0x80808080;
+            }""",
+            "=&r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [
+                packed,
+                tl.broadcast_to(scale_low[:, None], packed.shape),
+                tl.broadcast_to(scale_high[:, None], packed.shape),
+                tl.broadcast_to(offset_low[:, None], packed.shape),
+                tl.broadcast_to(offset_high[:, None], packed.shape),
+            ],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = ((packed & 15).to(tl.int8) - 8) * scale_low.to(tl.int8)[:, None]
+        high = ((packed >> 4).to(tl.int8) - 8) * scale_high.to(tl.int8)[:, None]
+    return low, high
+
+
+@triton.jit
+def load_activations(pointers, first_k, K, DEPTH: tl.constexpr, EVEN_K: tl.constexpr):
+    """Load int8 ``[DEPTH, BLOCK_M]``; beyond K the values are 0 (their codes are 0 too, but the memory is not ours)."""
+    if EVEN_K:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(first_k + tl.arange(0, DEPTH) < K)[:, None], other=0)
+
+
+@triton.jit
+def weight_offsets(rows, columns, TILED: tl.constexpr, BLOCK: tl.constexpr):
+    """Offset of the first element of each row (int64 ``[BLOCK_N]``) in a matrix of ``columns`` columns.
+
+    ``BLOCK`` is the width of a tile column: bytes of a packing block for the codes, 1 for the group scales.
+    """
+    rows = rows.to(tl.int64)
+    if TILED:
+        return (rows // 64) * 64 * columns + (rows % 64) * BLOCK
+    return rows * columns
+
+
+@triton.jit
+def accumulate_int4(
+    xq_ptr, xq_stride, qdata_ptr, scale_ptr, rows_m, rows_n, K,
+    GROUP_SIZE: tl.constexpr, PACK: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr, TILED: tl.constexpr,
+    EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """K loop over packed 4-bit weights; returns int32 ``[BLOCK_N, BLOCK_M]``, unscaled (and x16) if GROUP_SIZE is -1.
+
+    A step covers one packing block, or the two blocks of a group of 256. ``rows_m`` and ``rows_n`` must be in range.
+    """
+    HALF: tl.constexpr = PACK // 2
+    PER_CHANNEL: tl.constexpr = GROUP_SIZE == -1
+    BLOCKS: tl.constexpr = 2 if GROUP_SIZE == 256 else 1
+    GROUPS: tl.constexpr = 2 if GROUP_SIZE == 32 else 1
+    W_STEP: tl.constexpr = HALF * 64 if TILED else HALF
+    S_STEP: tl.constexpr = 64 if TILED else 1
+    steps = tl.cdiv(K, PACK * BLOCKS)
+    half_range = tl.arange(0, HALF)
+    w_ptrs = qdata_ptr + weight_offsets(rows_n, steps * (BLOCKS * HALF), TILED, HALF)[:, None] + half_range[None, :]
+    x_ptrs = xq_ptr + rows_m.to(tl.int64)[None, :] * xq_stride + half_range[:, None]
+    s_ptrs = scale_ptr + weight_offsets(rows_n, steps * GROUPS, TILED, 1)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
+    if not PER_CHANNEL:
+        next_low = tl.load(s_ptrs).to(tl.int32)
+        next_high = next_low
+        if GROUPS == 2:
+            next_high = tl.load(s_ptrs + S_STEP).to(tl.int32)
+    for step in tl.range(0, steps):
+        if not PER_CHANNEL:
+            # A scale is one byte, too narrow for an asynchronous copy: fetch it a step ahead to hide its latency.
+            scale_low = next_low
+            scale_high = next_high
+            ahead = tl.minimum(step + 1, steps - 1) * (GROUPS * S_STEP)
+            next_low = tl.load(s_ptrs + ahead).to(tl.int32)
+            next_high = next_low
+            if GROUPS == 2:
+                next_high = tl.load(s_ptrs + ahead + S_STEP).to(tl.int32)
+        if not (PER_CHANNEL or FOLD):
+            partial = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
+        for block in tl.static_range(BLOCKS):
+            first_k = (step * BLOCKS + block) * PACK
+            packed = tl.load(w_ptrs + block * W_STEP)
+            x_low = load_activations(x_ptrs + block * PACK, first_k, K, HALF, EVEN_K)
+            x_high = load_activations(x_ptrs + (block * PACK + HALF), first_k + HALF, K, HALF, EVEN_K)
+            if PER_CHANNEL or FOLD:
+                if PER_CHANNEL:
+                    low, high = unpack_codes(packed, TIMES16, PTX)
+                else:
+                    low, high = fold_codes(packed, scale_low, scale_high, PTX)
+                acc = tl.dot(low, x_low, acc, out_dtype=tl.int32)
+                acc = tl.dot(high, x_high, acc, out_dtype=tl.int32)
+            else:
+                low, high = unpack_codes(packed, TIMES16, PTX)
+                partial = tl.dot(low, x_low, partial, out_dtype=tl.int32)
+                if GROUPS == 2:
+                    acc += (partial >> 4 if TIMES16 else partial) * scale_low[:, None]
+                    partial = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
+                partial = tl.dot(high, x_high, partial, out_dtype=tl.int32)
+        if not (PER_CHANNEL or FOLD):
+            acc += (partial >> 4 if TIMES16 else partial) * scale_high[:, None]
+        w_ptrs += BLOCKS * W_STEP
+        x_ptrs += BLOCKS * PACK
+    return acc
+
+
+@triton.jit
+def accumulate_int8(
+    xq_ptr, xq_stride, qdata_ptr, rows_m, rows_n, K,
+    PACK: tl.constexpr, TILED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """K loop over 8-bit codes, per channel; returns the unscaled int32 ``[BLOCK_N, BLOCK_M]``."""
+    steps = tl.cdiv(K, PACK)
+    pack_range = tl.arange(0, PACK)
+    w_ptrs = qdata_ptr + weight_offsets(rows_n, steps * PACK, TILED, PACK)[:, None] + pack_range[None, :]
+    x_ptrs = xq_ptr + rows_m.to(tl.int64)[None, :] * xq_stride + pack_range[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
+    for step in tl.range(0, steps):
+        x = load_activations(x_ptrs, step * PACK, K, PACK, EVEN_K)
+        acc = tl.dot(tl.load(w_ptrs), x, acc, out_dtype=tl.int32)
+        w_ptrs += PACK * 64 if TILED else PACK
+        x_ptrs += PACK
+    return acc
+
+
+@triton.jit
+def accumulate_tile(
+    xq_ptr, xq_stride, qdata_ptr, scale_ptr, rows_m, rows_n, K,
+    GROUP_SIZE: tl.constexpr, PACK: tl.constexpr, WEIGHT_BITS: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr,
+    TILED: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Integer accumulator of one tile, int32 ``[BLOCK_N, BLOCK_M]``, exact for every schedule.
+
+    Args:
+        xq_ptr: int8 activations ``[M, K]`` with row stride ``xq_stride`` and contiguous rows.
+        qdata_ptr: uint8 ``[N, Kp/2]`` or int8 ``[N, Kp]``, plain or tiled.
+        scale_ptr: uint8 or int16 ``[N, G]``, plain or tiled like ``qdata``.
+        rows_m, rows_n: rows of this tile, ``[BLOCK_M]`` and ``[BLOCK_N]``, clamped into range.
+    """
+    if WEIGHT_BITS == 8:
+        acc = accumulate_int8(xq_ptr, xq_stride, qdata_ptr, rows_m, rows_n, K, PACK, TILED, EVEN_K, BLOCK_M, BLOCK_N)
+    else:
+        acc = accumulate_int4(
+            xq_ptr, xq_stride, qdata_ptr, scale_ptr, rows_m, rows_n, K,
+            GROUP_SIZE, PACK, FOLD, TIMES16, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    if GROUP_SIZE == -1:
+        if TIMES16:
+            acc = acc >> 4
+        # One scale per row is the same address plain or tiled.
+        acc = acc * tl.load(scale_ptr + rows_n).to(tl.int32)[:, None]
+    return acc
+
+
+@triton.jit
+def dequantize_tile(acc, token_scale_ptr, token_scale_stride, row_scale_ptr, rows_m, rows_n):
+    """``acc * token_scale * row_scale`` in fp32, ``[BLOCK_N, BLOCK_M]``: the only float arithmetic before the bias."""
+    token_scale = tl.load(token_scale_ptr + rows_m.to(tl.int64) * token_scale_stride)
+    row_scale = tl.load(row_scale_ptr + rows_n)
+    return acc.to(tl.float32) * token_scale[None, :] * row_scale[:, None]
+
+
+@triton.jit
+def add_bias(y, bias_ptr, rows_n):
+    """``y + bias`` in fp32; bias is ``[N]`` in any float dtype."""
+    return y + tl.load(bias_ptr + rows_n).to(tl.float32)[:, None]
+
+
+DEVICE_FUNCTIONS = (
+    tile_position,
+    unpack_codes,
+    fold_codes,
+    load_activations,
+    weight_offsets,
+    accumulate_int4,
+    accumulate_int8,
+    accumulate_tile,
+    dequantize_tile,
+    add_bias,
+)
+
+
+def device_source() -> str:
+    """Source text of every device function, for embedding in generated Triton modules."""
+    return "\n\n".join(inspect.getsource(function.fn) for function in DEVICE_FUNCTIONS)

@@ -1,0 +1,139 @@
+"""``intscale::w4a8_linear`` and its integer half ``intscale::w4a8_accumulate``: the fused linear layer.
+
+    acc[m, n] = sum_g scale[n, g] * sum_{k in g} q[n, k] * xq[m, k]                      int32, exact
+    y[m, n]   = float(acc[m, n]) * token_scale[m] * row_scale[n] (+ bias[n])             one conversion
+
+The accumulator is the same to the bit on every device, tile and batch. Weights are 2-D; ``qdata`` is uint8 (packed int4)
+or int8 (8-bit weights). See ``format`` for both packings. ``scale_bits`` bounds the group scales: up to 4 they are folded
+into the int8 weight. ``abi`` is :data:`~intscale_compile.kernels.abi.KERNEL_ABI`; it only separates cache entries.
+``ste_input`` is the activation before quantization: unused in the forward pass, it receives the straight-through gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .. import format as fmt
+from ..errors import InputError
+from .cpu_gemm import accumulate_cpu
+from .dequantize import WEIGHT_OP, unpack_weight
+
+WEIGHT_ARGS = "int out_features, int group_size, int scale_bits, str packing"
+torch.library.define("intscale::w4a8_accumulate", f"(Tensor xq, Tensor qdata, Tensor scale, {WEIGHT_ARGS}, int abi) -> Tensor")
+torch.library.define(
+    "intscale::w4a8_linear",
+    f"(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, {WEIGHT_ARGS}, "
+    "ScalarType dtype, int abi, Tensor? ste_input=None) -> Tensor",
+)
+ACCUMULATE_OP = torch.ops.intscale.w4a8_accumulate.default
+LINEAR_OP = torch.ops.intscale.w4a8_linear.default
+FOLD_SCALE_BITS = 4  # |q * scale| <= 8 * 15 fits int8
+
+
+def check_operands(xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str) -> None:
+    """Raise ``InputError`` unless the operands have the shapes and dtypes that the schema promises to a kernel."""
+    if xq.dtype != torch.int8:
+        raise InputError(f"w4a8: xq is {xq.dtype}, expected int8 from quantize_per_token.")
+    if qdata.dtype not in (torch.uint8, torch.int8) or qdata.dim() != 2:
+        raise InputError(f"w4a8: qdata is {qdata.dtype} with {qdata.dim()} dimensions, expected 2-D uint8 or int8.")
+    padded = qdata.shape[-1] * (2 if qdata.dtype == torch.uint8 else 1)
+    if fmt.padded_in_features(xq.shape[-1], group_size) != padded:
+        raise InputError(
+            f"w4a8: the activation has {xq.shape[-1]} features but the weight is stored for {padded} (with padding)."
+        )
+    rows = fmt.padded_out_features(out_features) if packing == "tiled" else out_features
+    groups = fmt.num_groups(padded, group_size)
+    if qdata.shape[0] != rows or tuple(scale.shape) != (rows, groups):
+        raise InputError(
+            f"w4a8: qdata {tuple(qdata.shape)} and scale {tuple(scale.shape)} do not describe {out_features} rows "
+            f"of {groups} groups in {packing} packing."
+        )
+    if not xq.device == qdata.device == scale.device:
+        raise InputError(f"w4a8: activation on {xq.device}, weight on {qdata.device}, scale on {scale.device}: move them together.")
+
+
+def reference_accumulate(xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str) -> Tensor:
+    """The accumulator in plain PyTorch, any device, exact: float64 holds every integer below 2**53. Slow; the oracle."""
+    codes, scale = unpack_weight(qdata, scale, out_features, group_size, packing)
+    weight = codes.double() * fmt.expand_group_scale(scale, codes.shape[-1]).double()
+    return (xq.double() @ weight[:, : xq.shape[-1]].t()).to(torch.int32)
+
+
+def apply_scales(acc: Tensor, token_scale: Tensor, row_scale: Tensor, bias: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+    """The float epilogue: ``float(acc) * token_scale * row_scale + bias`` in fp32, rounded once to ``dtype``."""
+    y = acc.to(torch.float32) * token_scale * row_scale.view(-1)
+    return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
+
+
+@torch.library.impl("intscale::w4a8_accumulate", "CPU")
+def _accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi):
+    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    return accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing)
+
+
+@torch.library.impl("intscale::w4a8_accumulate", "CUDA")
+def _accumulate_cuda(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi):
+    from .triton_gemm import accumulate_cuda
+
+    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    return accumulate_cuda(xq, qdata, scale, out_features, group_size, scale_bits, packing)
+
+
+@torch.library.register_fake("intscale::w4a8_accumulate")
+def _accumulate_fake(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi):
+    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    return xq.new_empty((*xq.shape[:-1], out_features), dtype=torch.int32)
+
+
+@torch.library.impl("intscale::w4a8_linear", "CPU")
+def _linear_cpu(
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+):
+    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    acc = accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing)
+    return apply_scales(acc, token_scale, row_scale, bias, dtype)
+
+
+@torch.library.impl("intscale::w4a8_linear", "CUDA")
+def _linear_cuda(
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+):
+    from .triton_gemm import linear_cuda
+
+    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    return linear_cuda(
+        xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype
+    )
+
+
+@torch.library.register_fake("intscale::w4a8_linear")
+def _linear_fake(
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+):
+    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    return xq.new_empty((*xq.shape[:-1], out_features), dtype=dtype)
+
+
+def _save_weight(ctx, inputs, output):
+    xq, _, qdata, scale, row_scale, bias, out_features, group_size, _, packing, _, _, ste_input = inputs
+    ctx.save_for_backward(qdata, scale, row_scale)
+    ctx.weight_args = (out_features, xq.shape[-1], group_size, packing)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.input_dtype = None if ste_input is None else ste_input.dtype
+
+
+def _straight_through(ctx, grad):
+    """``grad_x = grad @ W`` with the dequantized weight; rounding of the activation counts as the identity."""
+    grad_input = grad_bias = None
+    if ctx.input_dtype is not None and ctx.needs_input_grad[12]:
+        weight = WEIGHT_OP(*ctx.saved_tensors, *ctx.weight_args, grad.dtype)
+        grad_input = (grad @ weight).to(ctx.input_dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return None, None, None, None, None, grad_bias, None, None, None, None, None, None, grad_input
+
+
+torch.library.register_autograd("intscale::w4a8_linear", _straight_through, setup_context=_save_weight)

@@ -1,0 +1,59 @@
+"""The quantized linear layer as a function: what ``F.linear`` does with an ``IntScaleTensor``."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .kernels import KERNEL_ABI, register_inductor
+from .kernels.quantize_per_token import OP as QUANTIZE_OP
+from .kernels.quantize_per_token import check_activation, quantize_per_token_aten
+from .kernels.w4a8_linear import LINEAR_OP
+from .tensor import IntScaleTensor
+
+
+def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> Tensor:
+    """``x @ weight.T + bias`` with activations quantized per token to int8.
+
+    Args:
+        x: fp32, bf16 or fp16 ``[..., K]``.
+        weight: 2-D ``[N, K]``, not transposed.
+        bias: ``[N]`` or None.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``. The gradient of ``x`` goes straight through the quantizer.
+
+    Raises:
+        InputError: wrong dtype, device or number of features.
+    """
+    check_activation(x)
+    if weight.dim() != 2 or weight.transposed:
+        raise InputError(f"linear needs a 2-D [N, K] weight, not one of shape {tuple(weight.shape)}: select one expert first.")
+    if x.shape[-1] != weight.in_features:
+        raise InputError(f"the activation has {x.shape[-1]} features, the weight {weight.in_features} (shape {tuple(weight.shape)}).")
+    if x.device != weight.device:
+        raise InputError(f"the activation is on {x.device}, the weight on {weight.device}: move them together.")
+    if torch.compiler.is_compiling():
+        register_inductor()
+        with torch.no_grad():
+            xq, token_scale = quantize_per_token_aten(x)
+    else:
+        xq, token_scale = QUANTIZE_OP(x)
+    return LINEAR_OP(
+        xq,
+        token_scale,
+        weight.qdata,
+        weight.scale,
+        weight.per_tensor_scale,
+        bias,
+        weight.out_features,
+        weight.group_size,
+        weight.scale_bits,
+        weight.packing_format,
+        x.dtype,
+        KERNEL_ABI,
+        x if torch.is_grad_enabled() and x.requires_grad else None,
+    )

@@ -1,0 +1,105 @@
+"""Options of ``torch.compile(..., backend="intscale", mode=..., options={...})``: ours, and what goes on to Inductor."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Optional
+
+from .config import IntScaleConfig
+from .errors import ConfigError
+
+PREFIX = "intscale."
+_CONFIG_FIELDS = tuple(f.name for f in dataclasses.fields(IntScaleConfig) if f.name != "version")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the passes need to know.
+
+    Attributes:
+        config: how plain weights are quantized at compile time (option ``intscale.config``, or its fields one by one
+            as ``intscale.group_size`` and so on).
+        quantize_plain: whether weights that nobody quantized are quantized at compile time. The default does so unless
+            the model went through ``quantize_`` or was loaded quantized: then what is still plain was left out on purpose.
+        merge_siblings: whether linears that read the same activation become one GEMM.
+        skip: regular expressions; a weight whose dotted name one of them fully matches is left alone.
+    """
+
+    config: IntScaleConfig = field(default_factory=IntScaleConfig)
+    quantize_plain: Optional[bool] = None
+    merge_siblings: bool = True
+    skip: tuple[str, ...] = ()
+
+
+_OWN_FIELDS = tuple(f.name for f in dataclasses.fields(Settings))
+
+
+def parse_options(mode: Optional[str], options: Optional[Mapping[str, Any]]) -> tuple[Settings, dict[str, Any]]:
+    """Split the options of ``torch.compile`` into our settings and Inductor's config patches.
+
+    Raises:
+        ConfigError: an ``intscale.`` key is unknown or its value has the wrong type; an Inductor option is unknown.
+    """
+    from torch._inductor import list_mode_options
+
+    try:
+        patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
+    except RuntimeError as error:
+        raise ConfigError(f"mode={mode!r} is not one that Inductor knows: {error}") from error
+    own: dict[str, Any] = {}
+    for key, value in (options or {}).items():
+        if key.startswith(PREFIX):
+            own[key.removeprefix(PREFIX)] = value
+        elif key == PREFIX.rstrip("."):
+            raise ConfigError(f"option {key!r} is not known: did you mean 'intscale.config'?")
+        else:
+            patches[_inductor_key(key)] = value
+    return _settings(own), patches
+
+
+def _inductor_key(key: str) -> str:
+    """The attribute name of an Inductor option; unknown ones are refused here, with the nearest name."""
+    from torch._inductor import config as inductor_config
+
+    known = inductor_config.get_config_copy()
+    attribute = key.replace("-", "_")
+    if attribute not in known:
+        ours = [PREFIX + name for name in (*_OWN_FIELDS, *_CONFIG_FIELDS)]
+        raise ConfigError(f"option {key!r} is known neither to Inductor nor to intscale{_nearest(key, [*known, *ours])}.")
+    return attribute
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f": did you mean {close[0]!r}?" if close else ""
+
+
+def _settings(own: dict[str, Any]) -> Settings:
+    for name in own:
+        if name not in (*_OWN_FIELDS, *_CONFIG_FIELDS):
+            known = sorted(PREFIX + n for n in (*_OWN_FIELDS, *_CONFIG_FIELDS))
+            hint = _nearest(PREFIX + name, known) or f": use one of {known}"
+            raise ConfigError(f"option {PREFIX + name!r} is not known{hint}")
+    config = own.get("config", IntScaleConfig())
+    if not isinstance(config, IntScaleConfig):
+        raise ConfigError(f"option 'intscale.config' takes an IntScaleConfig, not {type(config).__name__}.")
+    changed = {name: own[name] for name in _CONFIG_FIELDS if name in own}
+    if changed:
+        config = dataclasses.replace(config, **changed)
+    for name, types in (("quantize_plain", (bool, type(None))), ("merge_siblings", (bool,))):
+        if name in own and not isinstance(own[name], types):
+            raise ConfigError(f"option {PREFIX + name!r} takes True or False, not {own[name]!r}.")
+    return Settings(config, own.get("quantize_plain"), own.get("merge_siblings", True), _patterns(own.get("skip", ())))
+
+
+def _patterns(skip: Any) -> tuple[str, ...]:
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ConfigError(f"option 'intscale.skip': {pattern!r} is not a regular expression ({error}).") from error
+    return patterns

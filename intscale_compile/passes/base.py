@@ -1,0 +1,178 @@
+"""What all passes share: the graph under rewrite, its candidates, and the emission of nodes with true metadata."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Callable, Optional, Sequence
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..options import Settings
+from ..packed_weights import Packed, WeightSource
+from ..reasons import Reason
+from ..tensor import IntScaleTensor
+
+EXAMPLE = "example_value"  # where Dynamo keeps a node's fake tensor
+
+
+@dataclass
+class Candidate:
+    """One product of an activation with a constant weight.
+
+    Attributes:
+        node: the product in the original graph.
+        name: dotted name of the weight.
+        x, weight, bias: its operands; ``weight`` is the node as the product uses it.
+        source: the weight itself; None where it is computed.
+        transposed: whether the source is kept as ``[K, N]``.
+        shape: ``(N, K)``, or None where it is not a matrix.
+        reason: why it was left alone; None when it was quantized.
+        packed: the quantized weight, when it was.
+        merged_into: name of the GEMM that it became part of, if any.
+        tokens: rows of the activation (a number, or a symbol's text).
+    """
+
+    node: fx.Node
+    name: str
+    x: Optional[fx.Node]
+    weight: fx.Node
+    bias: Optional[fx.Node]
+    source: Optional[WeightSource]
+    transposed: bool
+    shape: Optional[tuple[int, int]]
+    reason: Optional[Reason] = None
+    packed: Optional[IntScaleTensor] = None
+    merged_into: Optional[str] = None
+    tokens: str = "?"
+
+
+@dataclass
+class GraphRewrite:
+    """A Dynamo graph while the passes work on it.
+
+    Attributes:
+        gm: the graph module; its nodes carry fake tensors under ``example_value``.
+        example_inputs: the arguments of this compilation, in placeholder order.
+        settings: options of the backend.
+        candidates: filled by the match pass.
+        packed_inputs: placeholders that the passes added, with their recipe and part.
+        counts: how often each pass matched.
+    """
+
+    gm: fx.GraphModule
+    example_inputs: Sequence[Any]
+    settings: Settings
+    candidates: list[Candidate] = field(default_factory=list)
+    packed_inputs: dict[fx.Node, tuple[Any, Optional[str]]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    fake_mode: Any = None
+
+    def __post_init__(self) -> None:
+        # The mode that the nodes' tensors belong to; by now Dynamo has put a fresh one into its tracing context.
+        values = (example(n) for n in self.graph.nodes)
+        self.fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of ``gm``."""
+        return self.gm.graph
+
+    def placeholders(self) -> list[fx.Node]:
+        """The inputs that the caller provides, in order; without those that the passes added."""
+        return [n for n in self.graph.nodes if n.op == "placeholder" and n not in self.packed_inputs]
+
+    def add_packed_input(self, recipe: Any, part: Optional[str], value: Tensor) -> fx.Node:
+        """A new graph input for one tensor of a packed weight (or a joined bias); the same node for the same recipe and part."""
+        for node, known in self.packed_inputs.items():
+            if known == (recipe, part):
+                return node
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        anchor = inputs[-1] if inputs else next(iter(self.graph.nodes))
+        insert = self.graph.inserting_after(anchor) if inputs else self.graph.inserting_before(anchor)
+        with insert:
+            node = self.graph.placeholder(f"intscale_{part or 'bias'}_{len(self.packed_inputs)}")
+        mark_static_input(node)
+        mode = self.fake_mode
+        node.meta[EXAMPLE] = value if mode is None else mode.from_tensor(value.detach(), static_shapes=True)
+        self.packed_inputs[node] = (recipe, part)
+        return node
+
+    def call(self, target: Callable, args: tuple, kwargs: Optional[dict] = None, like: Optional[fx.Node] = None) -> fx.Node:
+        """Emit ``target(*args)`` at the insertion point with a true ``example_value`` and the origin of ``like``."""
+        node = self.graph.call_function(target, args, kwargs or {})
+        if like is not None:
+            for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
+                if key in like.meta:
+                    node.meta[key] = like.meta[key]
+        self.set_example(node)
+        return node
+
+    def set_example(self, node: fx.Node) -> None:
+        """Compute a node's fake tensor from those of its arguments; unset where one of them has none."""
+        if self.fake_mode is None or any(example(n) is None for n in node.all_input_nodes):
+            return
+        args, kwargs = fx.map_arg((node.args, node.kwargs), example)
+        with self.fake_mode, torch.no_grad():
+            if node.op == "call_method":
+                node.meta[EXAMPLE] = getattr(args[0], node.target)(*args[1:], **kwargs)
+            else:
+                node.meta[EXAMPLE] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def mark_static_input(node: fx.Node) -> None:
+    """Tell AOTAutograd and CUDA graphs that this input keeps its address, as Dynamo does for parameters."""
+    from torch._dynamo.source import LocalSource
+
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node._dynamo_source = LocalSource(f"__{node.name}")  # type: ignore[attr-defined]
+
+
+def example(node: Any) -> Any:
+    """The fake tensor of a node, or None."""
+    return node.meta.get(EXAMPLE, node.meta.get("val")) if isinstance(node, fx.Node) else node
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite with its name; ``run`` returns how many places it changed and changes none when run again."""
+
+    name: str
+    run: Callable[[GraphRewrite], int]
+
+
+def apply_passes(rewrite: GraphRewrite, passes: Sequence[Pass]) -> None:
+    """Run passes in order, remove what became dead, and check the graph."""
+    for one in passes:
+        rewrite.counts[one.name] = rewrite.counts.get(one.name, 0) + one.run(rewrite)
+    remove_dead(rewrite)
+    rewrite.graph.lint()
+    rewrite.gm.recompile()
+
+
+QUANTIZATION_NAMESPACE = "intscale"
+
+
+def is_ours(node: fx.Node) -> bool:
+    """Whether a node calls one of our ops."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == QUANTIZATION_NAMESPACE
+
+
+def remove_dead(rewrite: GraphRewrite) -> None:
+    """Erase unused nodes that are ours or only rearranged a weight, and unused packed inputs."""
+    harmless = {"t", "transpose", "permute", "contiguous", "to", "detach", "getattr"}
+    for node in reversed(list(rewrite.graph.nodes)):
+        if node.users or node.op in ("output", "placeholder"):
+            continue
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if is_ours(node) or name in harmless or name == "getitem" or node.op == "get_attr":
+            rewrite.graph.erase_node(node)
+    for node in [n for n in rewrite.packed_inputs if not n.users]:
+        del rewrite.packed_inputs[node]
+        rewrite.graph.erase_node(node)
+
+
+def weight_recipe(node: fx.Node) -> Packed:
+    """The recipe behind a ``dequantize_weight`` node."""
+    return node.meta["intscale_recipe"]

@@ -1,0 +1,72 @@
+"""Fuse: a linear in Q/DQ form becomes one op on codes.
+
+    linear(dequantize_per_token(xq, token_scale), dequantize_weight(qdata, scale, row_scale, ...), bias)
+    =>  w4a8_linear(xq, token_scale, qdata, scale, row_scale, bias, ...)
+
+Matches every linear whose two operands are dequantize nodes. Where autograd is watching, the op also takes the activation
+before quantization, to pass its gradient straight through.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import fx
+
+from ..kernels import KERNEL_ABI, dequantize
+from ..kernels.w4a8_linear import LINEAR_OP
+from .base import GraphRewrite, Pass, example
+from .match import LINEAR
+
+
+def fuse(rewrite: GraphRewrite) -> int:
+    """Replace every linear in Q/DQ form; returns how many."""
+    fused = 0
+    for node in list(rewrite.graph.nodes):
+        if node.target in LINEAR and _is_qdq(node):
+            _replace(rewrite, node)
+            fused += 1
+    return fused
+
+
+FUSE = Pass("fuse", fuse)
+
+
+def _is_qdq(node: fx.Node) -> bool:
+    x, weight = node.args[:2]
+    return (
+        isinstance(x, fx.Node)
+        and isinstance(weight, fx.Node)
+        and x.target is dequantize.TOKEN_OP
+        and weight.target is dequantize.WEIGHT_OP
+    )
+
+
+def _replace(rewrite: GraphRewrite, node: fx.Node) -> None:
+    x, weight, bias = node.args
+    xq, token_scale = x.args[:2]  # type: ignore[union-attr]
+    qdata, scale, row_scale, out_features, _, group_size, packing, dtype = weight.args  # type: ignore[union-attr]
+    scale_bits = weight.meta["intscale_tensor"].scale_bits  # type: ignore[union-attr]
+    activation = xq.args[0].args[0]  # type: ignore[union-attr]
+    with rewrite.graph.inserting_before(node):
+        fused = rewrite.call(
+            LINEAR_OP,
+            (
+                *(xq, token_scale, qdata, scale, row_scale, bias),
+                *(out_features, group_size, scale_bits, packing, dtype, KERNEL_ABI),
+                _straight_through(activation, node),
+            ),
+            like=node,
+        )
+    for key in ("intscale_candidates", "intscale_grad"):
+        fused.meta[key] = node.meta[key]
+    fused.meta["intscale_tensor"] = weight.meta["intscale_tensor"]  # type: ignore[union-attr]
+    node.replace_all_uses_with(fused)
+    rewrite.graph.erase_node(node)
+
+
+def _straight_through(activation: object, node: fx.Node) -> Optional[fx.Node]:
+    value = example(activation)
+    watched = node.meta["intscale_grad"] and (not isinstance(value, torch.Tensor) or value.requires_grad)
+    return activation if watched else None  # type: ignore[return-value]

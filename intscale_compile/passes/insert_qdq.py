@@ -1,0 +1,87 @@
+"""Insert Q/DQ: both doors, plain weights and ``IntScaleTensor`` weights, take one readable form.
+
+    y = linear(x, w, bias)
+    =>  xq, token_scale = quantize_per_token(x)
+        y = linear(dequantize_per_token(xq, token_scale), dequantize_weight(qdata, scale, row_scale), bias)
+
+Matches the candidates without a reason. The result runs in plain PyTorch. Codes and scales become inputs of the graph,
+bound to the caller's weight at each call (``packed_weights``). Quantizes plain weights now, and finds those out that cannot be.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+
+import torch
+from torch import fx
+
+from ..errors import OverflowProofError, WeightError
+from ..kernels import dequantize, quantize_per_token
+from ..packed_weights import DATA_NAMES, Packed
+from ..reasons import Reason, log_once
+from ..tensor import IntScaleTensor
+from .base import Candidate, GraphRewrite, Pass, example
+
+
+def insert_qdq(rewrite: GraphRewrite) -> int:
+    """Replace every quantizable candidate; returns how many."""
+    done = 0
+    for candidate in rewrite.candidates:
+        if candidate.reason is None and candidate.packed is None and _pack(rewrite, candidate):
+            _replace(rewrite, candidate)
+            done += 1
+    return done
+
+
+INSERT_QDQ = Pass("insert_qdq", insert_qdq)
+
+
+def _recipe(candidate: Candidate, rewrite: GraphRewrite) -> Packed:
+    assert candidate.source is not None
+    return Packed((candidate.source,), (candidate.transposed,), rewrite.settings.config)
+
+
+def _pack(rewrite: GraphRewrite, candidate: Candidate) -> bool:
+    """Quantize the weight of a candidate; sets its reason and returns False where that is impossible."""
+    try:
+        candidate.packed = _recipe(candidate, rewrite).resolve(rewrite.example_inputs)
+    except OverflowProofError as error:
+        candidate.reason = Reason.OVERFLOW_PROOF
+        log_once(logging.WARNING, f"{candidate.name}: {error}")
+    except WeightError as error:
+        candidate.reason = Reason.NON_FINITE
+        log_once(logging.WARNING, f"{candidate.name}: {error}")
+    return candidate.packed is not None
+
+
+def _replace(rewrite: GraphRewrite, candidate: Candidate) -> None:
+    node, packed = candidate.node, candidate.packed
+    assert packed is not None
+    result = example(node)
+    dtype = result.dtype if isinstance(result, torch.Tensor) else packed.dtype
+    with rewrite.graph.inserting_before(node):
+        quantized = rewrite.call(quantize_per_token.OP, (candidate.x,), like=node)
+        xq = rewrite.call(operator.getitem, (quantized, 0), like=node)
+        token_scale = rewrite.call(operator.getitem, (quantized, 1), like=node)
+        x = rewrite.call(dequantize.TOKEN_OP, (xq, token_scale, dtype), like=node)
+        weight = dequantized_weight(rewrite, _recipe(candidate, rewrite), packed, dtype, node)
+        y = rewrite.call(torch.nn.functional.linear, (x, weight, candidate.bias), like=node)
+    y.meta["intscale_candidates"] = [candidate]
+    y.meta["intscale_grad"] = node.meta.get("intscale_grad", torch.is_grad_enabled())
+    if result is not None:
+        y.meta["example_value"] = result
+    node.replace_all_uses_with(y)
+    rewrite.graph.erase_node(node)
+
+
+def dequantized_weight(
+    rewrite: GraphRewrite, recipe: Packed, packed: IntScaleTensor, dtype: torch.dtype, like: fx.Node
+) -> fx.Node:
+    """Emit the packed inputs and the ``dequantize_weight`` node of a weight."""
+    parts = [rewrite.add_packed_input(recipe, name, getattr(packed, name)) for name in DATA_NAMES]
+    attributes = (packed.out_features, packed.in_features, packed.group_size, packed.packing_format, dtype)
+    node = rewrite.call(dequantize.WEIGHT_OP, (*parts, *attributes), like=like)
+    node.meta["intscale_recipe"] = recipe
+    node.meta["intscale_tensor"] = packed
+    return node

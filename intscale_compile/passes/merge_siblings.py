@@ -1,0 +1,136 @@
+"""Merge siblings: linears that read one quantized activation become one GEMM (q/k/v, gate/up).
+
+    y_i = linear(x, dequantize_weight(w_i), b_i)   for i in siblings
+    =>  y = linear(x, dequantize_weight(concatenated w), concatenated b);  y_i = split(y)[i]
+
+Matches two or more Q/DQ linears with the same dequantized activation and the same weight format, all with a constant
+bias or all without. A sibling whose consumer views it in a way that a slice does not allow gets a copy.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from typing import Optional
+
+import torch
+from torch import Tensor, fx
+
+from ..kernels import dequantize
+from ..packed_weights import ConcatenatedBias, Packed, WeightSource, merged
+from .base import EXAMPLE, GraphRewrite, Pass, example, weight_recipe
+from .insert_qdq import dequantized_weight
+from .match import LINEAR
+
+VIEWS = {"view", "transpose", "permute", "unsqueeze", "squeeze", "t", "getitem", "view_as", "chunk", "split", "unflatten"}
+
+
+def merge_siblings(rewrite: GraphRewrite) -> int:
+    """Merge every group of siblings; returns how many groups."""
+    if not rewrite.settings.merge_siblings:
+        return 0
+    groups: dict[tuple, list[fx.Node]] = defaultdict(list)
+    for node in rewrite.graph.nodes:
+        key = _sibling_key(rewrite, node)
+        if key is not None:
+            groups[key].append(node)
+    siblings = [group for group in groups.values() if len(group) > 1]
+    for group in siblings:
+        _merge(rewrite, group)
+    return len(siblings)
+
+
+MERGE_SIBLINGS = Pass("merge_siblings", merge_siblings)
+
+
+def _sibling_key(rewrite: GraphRewrite, node: fx.Node) -> Optional[tuple]:
+    if node.target not in LINEAR or "intscale_candidates" not in node.meta:
+        return None
+    x, weight, bias = node.args
+    if weight.target is not dequantize.WEIGHT_OP:  # type: ignore[union-attr]
+        return None
+    if bias is not None and _bias_source(rewrite, bias, node) is None:
+        return None
+    tensor = weight.meta["intscale_tensor"]  # type: ignore[union-attr]
+    # The integer range is part of the format: merging a narrow one into a wide one would take its fold schedule away.
+    return (
+        x,
+        tensor.in_features,
+        tensor.group_size,
+        tensor.weight_bits,
+        tensor.scale_bits,
+        tensor.packing_format,
+        tensor.scale.dtype,
+        weight_recipe(weight).config == rewrite.settings.config,  # type: ignore[arg-type]
+        weight.args[-1],  # type: ignore[union-attr]
+        None if bias is None else example(bias).dtype,
+        node.meta["intscale_grad"],
+    )
+
+
+def _bias_source(rewrite: GraphRewrite, bias: object, node: fx.Node) -> Optional[WeightSource]:
+    """Where a constant bias comes from; None where joining it would hide it from autograd or where it is computed."""
+    inputs = rewrite.placeholders()
+    if not isinstance(bias, fx.Node) or bias not in inputs:
+        return None
+    index = inputs.index(bias)
+    value = rewrite.example_inputs[index]
+    constant = isinstance(value, torch.nn.Parameter) or (bias.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+    trains = isinstance(value, Tensor) and value.requires_grad and node.meta["intscale_grad"]
+    return WeightSource(bias.name, index) if constant and not trains else None
+
+
+def _merge(rewrite: GraphRewrite, group: list[fx.Node]) -> None:
+    first = group[0]
+    x, first_weight, first_bias = first.args
+    recipe: Packed = merged([weight_recipe(node.args[1]) for node in group])  # type: ignore[arg-type]
+    packed = recipe.resolve(rewrite.example_inputs)
+    sizes = [node.args[1].args[3] for node in group]  # type: ignore[union-attr]
+    with rewrite.graph.inserting_before(first):
+        bias = None
+        if first_bias is not None:
+            joined = ConcatenatedBias(tuple(_bias_source(rewrite, node.args[2], node) for node in group))  # type: ignore[arg-type]
+            bias = rewrite.add_packed_input(joined, None, joined.resolve(rewrite.example_inputs))
+        weight = dequantized_weight(rewrite, recipe, packed, first_weight.args[-1], first)  # type: ignore[union-attr, arg-type]
+        y = rewrite.call(torch.nn.functional.linear, (x, weight, bias), like=first)
+        pieces = rewrite.call(torch.split, (y, sizes), {"dim": -1}, like=first)
+    candidates = [c for node in group for c in node.meta["intscale_candidates"]]
+    y.meta["intscale_candidates"] = candidates
+    y.meta["intscale_grad"] = first.meta["intscale_grad"]
+    for candidate in candidates:
+        candidate.merged_into = " + ".join(c.name for c in candidates)
+    _distribute(rewrite, group, pieces)
+
+
+def _distribute(rewrite: GraphRewrite, group: list[fx.Node], pieces: fx.Node) -> None:
+    for i, node in enumerate(group):
+        with rewrite.graph.inserting_before(node if i else pieces.next):
+            piece = rewrite.call(operator.getitem, (pieces, i), like=node)
+            if not _views_allowed(rewrite, node, example(piece), {}):
+                piece = rewrite.graph.call_method("contiguous", (piece,))
+                rewrite.set_example(piece)
+        node.replace_all_uses_with(piece)
+        rewrite.graph.erase_node(node)
+        _views_allowed(rewrite, piece, example(piece), {}, update=True)
+
+
+def _views_allowed(rewrite: GraphRewrite, node: fx.Node, value: object, values: dict, update: bool = False) -> bool:
+    """Whether every chain of views on ``node`` still works when it is the strided ``value``; ``update`` their metadata."""
+    if value is None or rewrite.fake_mode is None:
+        return True
+    values[node] = value
+    for user in node.users:
+        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        if name not in VIEWS or any(n is not node and example(n) is None for n in user.all_input_nodes):
+            continue
+        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: values.get(n, example(n)))
+        try:
+            with rewrite.fake_mode, torch.no_grad():
+                result = getattr(args[0], name)(*args[1:], **kwargs) if user.op == "call_method" else user.target(*args, **kwargs)  # type: ignore[operator]
+        except RuntimeError:
+            return False
+        if update:
+            user.meta[EXAMPLE] = result
+        if not _views_allowed(rewrite, user, result, values, update):
+            return False
+    return True

@@ -1,0 +1,161 @@
+"""What torchao's ``quantize_`` does with an ``IntScaleConfig``.
+
+``quantize_`` hands over one module at a time and says neither its name nor which model it belongs to. Two promises need
+the whole model: a failed call leaves the model as it was, and output embeddings are left alone. So the handler looks up
+the ``quantize_`` call that it runs in, checks every weight of that call before it changes the first one, and remembers
+the plan in that call's frame.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import types
+from dataclasses import dataclass, field
+from typing import Callable, Iterator, Optional
+
+import torch
+from torch import nn
+from torchao.quantization import FqnToConfig, quant_api
+from torchao.quantization.transform_module import register_quantize_module_handler
+
+from .config import IntScaleConfig
+from .errors import IntScaleError, WeightError
+from .reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
+from .tensor import IntScaleTensor, check_weight
+
+PLAN_KEY = "__intscale_plan__"
+_torchao_quantize_code = quant_api.quantize_.__code__
+_is_linear = quant_api._is_linear
+
+
+@dataclass
+class _Plan:
+    """One running ``quantize_`` call: the model, names of its modules, what is left alone, and how to undo."""
+
+    names: dict[int, str]
+    left_alone: dict[int, Reason]
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def restore(self) -> None:
+        """Give every module of this call its original parameter back."""
+        while self.undo:
+            self.undo.pop()()
+
+
+def _current_plan() -> Optional[_Plan]:
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _torchao_quantize_code:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    call = frame.f_locals
+    plan = call.get(PLAN_KEY)
+    if plan is None:
+        plan = _make_plan(call["model"], call["config"], call["filter_fn"])
+        call[PLAN_KEY] = plan
+    return plan
+
+
+def _make_plan(model: nn.Module, config, filter_fn) -> _Plan:
+    names = {id(module): name for name, module in model.named_modules()}
+    plan = _Plan(names, {})
+    if filter_fn in (None, _is_linear) and not isinstance(config, FqnToConfig):
+        plan.left_alone = left_alone_by_default(model)
+    selected = set()
+    for name, module, weight in _weights_of_call(model, config, filter_fn):
+        if id(module) not in plan.left_alone and not isinstance(weight, IntScaleTensor):
+            check_weight(weight, name)
+            selected.add(id(weight))
+    for module in model.modules():  # so that the backend does not quantize what this call leaves out
+        if isinstance(module, nn.Linear) and id(module.weight) not in selected:
+            module.weight._intscale_left_out = True
+    return plan
+
+
+def left_alone_by_default(model: nn.Module) -> dict[int, Reason]:
+    """Modules (by id) that are left alone unless they are named: output embeddings, tied weights, tiny layers."""
+    reasons = {}
+    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    output = None
+    if hasattr(model, "get_output_embeddings"):
+        try:
+            output = model.get_output_embeddings()
+        except (NotImplementedError, AttributeError):
+            output = None
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and id(weight) in tied:
+            reasons[id(module)] = Reason.TIED_EMBEDDING
+        elif module is output or name.rsplit(".", 1)[-1] in OUTPUT_NAMES:
+            reasons[id(module)] = Reason.OUTPUT_EMBEDDING
+        elif isinstance(module, nn.Linear) and min(module.weight.shape) < SMALLEST_FEATURES:
+            reasons[id(module)] = Reason.TOO_SMALL
+    return reasons
+
+
+def _weights_of_call(model: nn.Module, config, filter_fn) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
+    """Every weight that this ``quantize_`` call will hand to us, with its name."""
+    if not isinstance(config, FqnToConfig):
+        for name, module in _selected_modules(model, filter_fn or _is_linear, ""):
+            if getattr(module, "weight", None) is not None:
+                yield f"{name}.weight" if name else "weight", module, module.weight
+        return
+    for name, parameter in model.named_parameters():
+        module_name = name.rpartition(".")[0]
+        for pattern, chosen in config.fqn_to_config.items():
+            matches = (lambda s: re.fullmatch(pattern[3:], s)) if pattern.startswith("re:") else pattern.__eq__
+            if type(chosen) is IntScaleConfig and (matches(name) or (matches(module_name) and name.endswith(".weight"))):
+                yield name, model.get_submodule(module_name), parameter
+                break
+
+
+def _selected_modules(module: nn.Module, filter_fn, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that ``quantize_`` selects; like it, this does not look inside a selected module."""
+    if filter_fn(module, name):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _selected_modules(child, filter_fn, f"{name}.{child_name}" if name else child_name)
+
+
+@register_quantize_module_handler(IntScaleConfig)
+def _quantize_module(module: nn.Module, config: IntScaleConfig, *, parameter_name: str = "weight") -> nn.Module:
+    plan = _current_plan()
+    name = (plan.names.get(id(module), "") if plan else "") or type(module).__name__
+    reason = plan.left_alone.get(id(module)) if plan else None
+    if reason is not None:
+        log_once(logging.INFO, f"{name}: {reason.value}")
+        return module
+    try:
+        _quantize_parameter(module, config, parameter_name, f"{name}.{parameter_name}", plan)
+    except IntScaleError:
+        if plan is not None:
+            plan.restore()
+        raise
+    return module
+
+
+def _quantize_parameter(module: nn.Module, config: IntScaleConfig, parameter_name: str, name: str, plan: Optional[_Plan]) -> None:
+    parameter = getattr(module, parameter_name, None)
+    if isinstance(parameter, IntScaleTensor):
+        log_once(logging.INFO, f"{name}: {Reason.ALREADY_QUANTIZED.value}")
+        return
+    if not isinstance(parameter, torch.Tensor) or isinstance(module, nn.Embedding):
+        raise WeightError(f"{name}: {type(module).__name__} has no linear weight of that name; select other modules in filter_fn.")
+    weight = parameter.detach()
+    check_weight(weight, name)
+    if type(module).__name__ == "Conv1D":  # transformers' GPT-2 layer keeps its weight as [K, N]
+        tensor = IntScaleTensor.from_hp(weight.t(), config, name=name).t()
+    else:
+        tensor = IntScaleTensor.from_hp(weight, config, name=name)
+    if plan is not None and config.amplifier != "row":  # only with fixed codes can a later weight still fail
+        plan.undo.append(lambda: setattr(module, parameter_name, parameter))
+    setattr(module, parameter_name, nn.Parameter(tensor, requires_grad=False))
+    if isinstance(module, nn.Linear):
+        module.extra_repr = types.MethodType(_linear_extra_repr, module)
+
+
+def _linear_extra_repr(module: nn.Linear) -> str:
+    return f"in_features={module.in_features}, out_features={module.out_features}, weight={module.weight!r}"

@@ -1,0 +1,44 @@
+"""Why a weight was left alone: one enumeration, used by ``quantize_``, the passes and ``explain``."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+
+OUTPUT_NAMES = ("lm_head",)  # last part of the name of an output embedding
+SMALLEST_FEATURES = 16  # below, padding to a tile costs more than four bits save
+log = logging.getLogger("intscale_compile")
+
+
+class Reason(enum.Enum):
+    """Reasons for leaving a candidate in its original precision; the value says it to a reader, with the mend."""
+
+    OUTPUT_EMBEDDING = "output embedding (lm_head): left in high precision; name it in filter_fn or FqnToConfig to quantize it"
+    TIED_EMBEDDING = "weight shared with an input embedding: left in high precision"
+    ROUTER = "router of a mixture of experts: left in high precision"
+    EXPERTS = "stack of expert weights: grouped W4A8 kernels come in a later release"
+    ALREADY_QUANTIZED = "already quantized by intscale"
+    REQUIRES_GRAD = "weight requires grad in grad mode: wrap the call in torch.no_grad() or call model.requires_grad_(False)"
+    NOT_CONSTANT = "weight is computed in the graph, not a parameter or buffer"
+    FOREIGN_SUBCLASS = "weight is another library's tensor subclass"
+    FAKE_WEIGHT = "weight has no data at compile time (fake tensor)"
+    NON_FINITE = "weight has NaN or Inf entries: repair the checkpoint"
+    WEIGHT_DTYPE = "weight dtype is not float32, bfloat16 or float16"
+    ACTIVATION_DTYPE = "activation dtype is not float32, bfloat16 or float16"
+    DEVICE = "no kernel for this device"
+    LEFT_OPERAND = "weight is the left operand of the product: write x @ weight.t()"
+    WEIGHT_RANK = "weight is not a matrix"
+    SCALED_ADDMM = "addmm with beta or alpha other than 1"
+    BIAS_SHAPE = "the added tensor is not a bias vector of length N"
+    TOO_SMALL = "fewer than 16 input or output features: nothing to gain"
+    OVERFLOW_PROOF = "the int32 accumulator cannot be proved free of overflow with this configuration"
+    NOT_SELECTED = "left out when the model was quantized; set the option intscale.quantize_plain to include it"
+    EXCLUDED = "excluded by the option intscale.skip"
+    UNKNOWN_FORM = "a product with this weight in a form that no pass knows"
+
+
+@functools.lru_cache(maxsize=4096)
+def log_once(level: int, message: str) -> None:
+    """Log ``message`` the first time that it is said in this process."""
+    log.log(level, message)

@@ -1,0 +1,26 @@
+"""Versions of the packages below us that this release was run with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from .errors import VersionError
+
+SUPPORTED = {"torch": ((2, 11), (2, 14)), "torchao": ((0, 18), None)}
+
+
+def _parse(text: str) -> tuple[int, ...]:
+    numbers = []
+    for piece in text.split("+")[0].split(".")[:2]:
+        digits = "".join(c for c in piece if c.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def check_versions() -> None:
+    """Raise ``VersionError`` where an installed package is outside the supported range."""
+    for package, (low, high) in SUPPORTED.items():
+        found = importlib.metadata.version(package)
+        if _parse(found) < low or (high is not None and _parse(found) >= high):
+            wanted = f">={'.'.join(map(str, low))}" + (f",<{'.'.join(map(str, high))}" if high else "")
+            raise VersionError(f"intscale_compile needs {package}{wanted}, found {found}: pip install '{package}{wanted}'")
