@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
+import types
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from .kernels.quantize_per_token import OP as QUANTIZE_OP
 from .options import parse_options
 from .passes import Candidate, GraphRewrite
 from .tensor import IntScaleTensor
+
+_calls = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -139,14 +142,19 @@ def explain(model: nn.Module, *inputs: Any, mode: Optional[str] = None, options:
         rewrites.append(rewrite)
         return bind(rewrite, lambda graph, _: graph.forward)
 
-    # Code that an earlier call compiled for this model would answer in place of the collector.
-    torch._dynamo.reset()
-    try:
-        with torch.no_grad():
-            torch.compile(module, backend=collect)(*copy.copy(inputs), **kwargs)
-    finally:
-        torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(_fresh_call(), backend=collect)(module, inputs, kwargs)
     return _explanation(module, rewrites)
+
+
+def _fresh_call() -> Callable:
+    """A function that calls a model, with a code object of its own: Dynamo keeps what it compiles by code object, so
+    neither what the user compiled before nor its recompilation limit is touched."""
+
+    def call(model, inputs, kwargs):
+        return model(*inputs, **kwargs)
+
+    return types.FunctionType(call.__code__.replace(co_name=f"explain_{next(_calls)}"), globals())
 
 
 def _explanation(model: nn.Module, rewrites: list[GraphRewrite]) -> Explanation:

@@ -101,7 +101,7 @@ def code_block_columns(group_size: int, weight_bits: int) -> int:
 
 def expand_group_scale(group_scale: Tensor, padded_k: int) -> Tensor:
     """Repeat group scales ``[..., N, G]`` along the input dimension to ``[..., N, Kp]``."""
-    return group_scale.repeat_interleave(padded_k // group_scale.shape[-1], dim=-1)
+    return group_scale.repeat_interleave(padded_k // max(1, group_scale.shape[-1]), dim=-1)
 
 
 def accumulator_bound(codes: Tensor, group_scale: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
         raise InputError(f"linear needs a 2-D [N, K] weight, not one of shape {tuple(weight.shape)}: select one expert first.")
     if x.shape[-1] != weight.in_features:
         raise InputError(f"the activation has {x.shape[-1]} features, the weight {weight.in_features} (shape {tuple(weight.shape)}).")
+    if bias is not None and tuple(bias.shape) != (weight.out_features,):
+        raise InputError(f"the bias has shape {tuple(bias.shape)}, the weight {weight.out_features} output features.")
     if x.device != weight.device:
         raise InputError(f"the activation is on {x.device}, the weight on {weight.device}: move them together.")
     if torch.compiler.is_compiling():

@@ -68,7 +68,7 @@ def _quantize_rows(chunk: Tensor, config: IntScaleConfig, amplifier: int | None)
     wide = torch.nn.functional.pad(wide, (0, padded - wide.shape[-1]))
     # Normalised rows keep squared errors finite and make every candidate step a plain number.
     absmax = wide.abs().amax(-1, keepdim=True)
-    absmax = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
+    absmax = torch.where(absmax > 0, absmax.clamp(min=SMALLEST_STEP), torch.ones_like(absmax))
     groups = (wide / absmax).unflatten(-1, (fmt.num_groups(chunk.shape[-1], group_size), -1))
     if amplifier is not None:
         return _amplified(groups, absmax, config, amplifier)
@@ -87,9 +87,12 @@ def _searched(groups: Tensor, absmax: Tensor, config: IntScaleConfig, scale_max:
         steps, scales = search_integer_scales(groups, scale_max)
     else:
         steps, scales = _clipped_scales(groups, scale_max)
+    floor = SMALLEST_STEP / absmax  # rows so small that their scale would leave the normal range: codes follow the floor
+    scales = torch.where(steps < floor, (scales * (steps / floor)).ceil(), scales)
+    steps = torch.maximum(steps, floor)
     codes = _round_codes(groups, steps * scales)
     row_scale = (steps * absmax).clamp(min=SMALLEST_STEP)
-    group_scale = scales.to(torch.uint8)
+    group_scale = scales.clamp(min=1).to(torch.uint8)
     unsafe = fmt.accumulator_bound(codes, group_scale) > fmt.INT32_MAX
     if unsafe.any():
         if scale_max == 1:
@@ -110,9 +113,9 @@ def search_integer_scales(groups: Tensor, scale_max: int) -> tuple[Tensor, Tenso
         Row steps fp32 ``[R, 1]`` (row scales of the normalised rows) and integer scales fp32 ``[R, G]``.
     """
     if groups.is_cuda:
-        from .kernels.scale_search import search_integer_scales_cuda
+        from .kernels.scale_search import search_integer_scales_gpu
 
-        return search_integer_scales_cuda(groups, scale_max, ROW_FRACTIONS)
+        return search_integer_scales_gpu(groups, scale_max, ROW_FRACTIONS, PLAIN_STEP)
     best_total = groups.new_full((groups.shape[0], 1), float("inf"))
     best_step = torch.ones_like(best_total)
     best_scales = groups.new_ones(groups.shape[:2])
@@ -194,6 +197,7 @@ def _per_channel(
     if config.scale_search == "mse":
         steps = _best_clipped_step(groups, steps, low, high)
     steps = torch.where(steps > 0, steps, torch.ones_like(steps))
+    steps = torch.maximum(steps, SMALLEST_STEP / absmax)
     codes = _round_codes(groups, steps, low, high)
     group_scale = torch.ones_like(steps, dtype=torch.uint8)
     _require_proof(codes, group_scale, "split the layer along its input")

@@ -10,7 +10,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from . import format as fmt
 from .config import IntScaleConfig
-from .errors import CheckpointError, ConfigError, WeightError
+from .errors import CheckpointError, ConfigError, UnsupportedOpError, WeightError
 from .kernels.dequantize import WEIGHT_OP
 from .scale_search import quantize_weight
 
@@ -207,6 +207,13 @@ class IntScaleTensor(TorchAOBaseTensor):
         validate_tensor(self, name)
         return self
 
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Run ``func`` as ``tensor_ops`` defines it; what is not there has no exact meaning on packed data."""
+        if func not in cls._ATEN_OP_TABLE[cls]:
+            raise UnsupportedOpError(f"IntScaleTensor: {func} is not defined on packed data; use weight.dequantize() first.")
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
     def _stable_hash_for_caching(self) -> str:
         parts = [(n, tuple(getattr(self, n).shape), str(getattr(self, n).dtype)) for n in self.tensor_data_names]
         attributes = [(n, str(getattr(self, n))) for n in self.tensor_attribute_names]
@@ -245,5 +252,6 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise WeightError(f"{name} has shape {tuple(weight.shape)}; a non-empty [N, K] or [E, N, K] weight is needed.")
     if weight.device.type == "meta":
         raise WeightError(f"{name} is on the meta device and has no data: load the checkpoint (or to_empty) first.")
-    if not torch.isfinite(weight).all():
+    # float64 is quantized in float32, where 1e300 is Inf.
+    if not torch.isfinite(weight.float() if weight.dtype == torch.float64 else weight).all():
         raise WeightError(f"{name} has NaN or Inf entries: repair the checkpoint, or leave this layer out with filter_fn.")

@@ -18,6 +18,7 @@ aten = torch.ops.aten
 implements = IntScaleTensor.implements
 implements_torch_function = IntScaleTensor.implements_torch_function
 PLAIN_MEND = "use weight.to_packing('plain') first, or weight.dequantize()"
+DENSE_MEND = "use weight.dequantize() first"
 
 
 def _refuse(what: str, mend: str = PLAIN_MEND) -> UnsupportedOpError:
@@ -34,11 +35,17 @@ def _view(func, args, kwargs, tensor: IntScaleTensor):
 @implements(aten.linear.default)
 @implements_torch_function(torch.nn.functional.linear)
 def _(func, types, args, kwargs):
-    x, weight, bias = fill_defaults(args, 3, [None])
-    bias = kwargs.get("bias", bias)
+    x, weight, bias = (*args, *(kwargs[name] for name in ("input", "weight", "bias")[len(args) :] if name in kwargs), None)[:3]
     if not isinstance(weight, IntScaleTensor) or isinstance(x, IntScaleTensor):
         raise _refuse("linear takes a quantized weight and a plain activation", "dequantize the other operand")
     return linear(x, weight, bias)
+
+
+def _operands(args, kwargs, *names):
+    """Operands of a product, positional or by name; ``out=`` is refused rather than ignored."""
+    if kwargs.get("out") is not None:
+        raise _refuse("a product with out=", "use the result that it returns")
+    return (*args, *(kwargs[name] for name in names if name in kwargs))
 
 
 def _matmul(x, weight):
@@ -52,13 +59,13 @@ def _matmul(x, weight):
 @implements([aten.mm.default, aten.matmul.default])
 @implements_torch_function([torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__])
 def _(func, types, args, kwargs):
-    return _matmul(args[0], args[1])
+    return _matmul(*_operands(args, kwargs, "input", "other", "mat2"))
 
 
 @implements(aten.addmm.default)
 @implements_torch_function([torch.addmm, torch.Tensor.addmm])
 def _(func, types, args, kwargs):
-    bias, x, weight = args[:3]
+    bias, x, weight = _operands(args, kwargs, "input", "mat1", "mat2")[:3]
     if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
         raise _refuse("addmm with beta or alpha other than 1", "scale its result instead")
     return _matmul(x, weight) + bias
@@ -79,6 +86,7 @@ def _slice(func, args, kwargs):
     stored = _stored_dim(tensor, dim)
     length = tensor.shape[dim]
     start, end, step = slice(start, end, step).indices(length)
+    end = max(start, end)
     if (start, end, step) == (0, length, 1):
         return _view(func, args, kwargs, tensor.replaced())
     if stored == tensor.dim() - 1:
@@ -116,13 +124,18 @@ def _(func, types, args, kwargs):
 
 @implements_torch_function([torch.narrow, torch.Tensor.narrow])
 def _(func, types, args, kwargs):
-    tensor, dim, start, length = args
-    return aten.slice.Tensor(tensor, dim, start, start + length, 1)
+    tensor, dim, start, length = (*args, *(kwargs[name] for name in ("input", "dim", "start", "length") if name in kwargs))
+    size = tensor.shape[dim]
+    first = start + size if start < 0 else start
+    if not 0 <= first <= first + length <= size:
+        raise IndexError(f"narrow: {length} entries from {start} on are out of range for dimension {dim} of size {size}")
+    return aten.slice.Tensor(tensor, dim, first, first + length, 1)
 
 
 def _require_stack(tensor: IntScaleTensor, dim: int, what: str) -> None:
     if tensor.dim() != 3 or dim % 3 != 0:
-        raise _refuse(f"{what} works along dimension 0 of a stack of weights, not dimension {dim} of {tuple(tensor.shape)}")
+        shape = tuple(tensor.shape)
+        raise _refuse(f"{what} works along dimension 0 of a stack of weights, not dimension {dim} of {shape}", DENSE_MEND)
 
 
 def _select(tensor: IntScaleTensor, dim: int, index: int) -> IntScaleTensor:
@@ -148,7 +161,7 @@ def _(func, types, args, kwargs):
 def _gather_rows(tensor: IntScaleTensor, dim: int, index: torch.Tensor) -> IntScaleTensor:
     stored = _stored_dim(tensor, dim)
     if stored == tensor.dim() - 1 or index.dim() != 1 or index.dtype == torch.bool:
-        raise _refuse("indexing takes one 1-D integer index along experts or output rows")
+        raise _refuse("indexing takes one 1-D integer index along experts or output rows", DENSE_MEND)
     is_rows = stored == tensor.dim() - 2
     if is_rows and tensor.packing_format == "tiled":
         raise _refuse("single rows of tiled packing cannot be gathered")
@@ -161,7 +174,7 @@ def _(func, types, args, kwargs):
     tensor, indices = args
     used = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(used) != 1:
-        raise _refuse("indexing takes one 1-D integer index along experts or output rows")
+        raise _refuse("indexing takes one 1-D integer index along experts or output rows", DENSE_MEND)
     return _gather_rows(tensor, *used[0])
 
 
@@ -174,7 +187,7 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     tensor, dim0, dim1 = fill_defaults(args, 3, [-2, -1])
     if {dim0 % tensor.dim(), dim1 % tensor.dim()} != {tensor.dim() - 2, tensor.dim() - 1}:
-        raise _refuse(f"only the last two dimensions can be transposed, not {dim0} and {dim1}")
+        raise _refuse(f"only the last two dimensions can be transposed, not {dim0} and {dim1}", DENSE_MEND)
     return _view(func, args, kwargs, tensor.replaced(transposed=not tensor.transposed))
 
 
@@ -186,7 +199,7 @@ def _(func, types, args, kwargs):
     if order == identity:
         return _view(func, args, kwargs, tensor.replaced())
     if order != [*identity[:-2], identity[-1], identity[-2]]:
-        raise _refuse(f"permute to {order}: only the last two dimensions can be exchanged")
+        raise _refuse(f"permute to {order}: only the last two dimensions can be exchanged", DENSE_MEND)
     return _view(func, args, kwargs, tensor.replaced(transposed=not tensor.transposed))
 
 
@@ -246,6 +259,8 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     tensor, sizes, dim = fill_defaults(args, 3, [0])
     dim, start, parts = kwargs.get("dim", dim), 0, []
+    if sum(sizes) != tensor.shape[dim]:
+        raise _refuse(f"split into {list(sizes)} of dimension {dim} of size {tensor.shape[dim]}", "give sizes that sum to it")
     for size in sizes:
         parts.append(aten.slice.Tensor(tensor, dim, start, start + size, 1))
         start += size
@@ -262,12 +277,19 @@ def _(func, types, args, kwargs):
     if tuple(size) == tuple(tensor.shape):
         return _view(func, args, kwargs, tensor.replaced())
     merges = size[-1] == tensor.in_features and len(size) in (2, 3) and not tensor.transposed
-    whole_tiles = tensor.packing_format == "plain" or (tensor.out_features % fmt.TILE_N == 0 and size[-2] % fmt.TILE_N == 0)
+    whole_tiles = tensor.packing_format == "plain" or not merges or tensor.out_features % fmt.TILE_N == size[-2] % fmt.TILE_N == 0
     if not merges or torch.Size(size).numel() != tensor.numel() or not whole_tiles:
         raise _refuse(f"view of {tuple(tensor.shape)} as {tuple(size)}: only experts and output rows can be merged or split")
     parts = {n: getattr(tensor, n).view(*size[:-1], getattr(tensor, n).shape[-1]) for n in tensor.tensor_data_names}
     block_size = [1] * (len(size) - 1) + [tensor.group_size]
     return _view(func, args, kwargs, tensor.replaced(**parts, out_features=size[-2], block_size=block_size))
+
+
+@implements_torch_function(torch.Tensor.share_memory_)
+def _(func, types, args, kwargs):
+    for name in args[0].tensor_data_names:
+        getattr(args[0], name).share_memory_()
+    return args[0]
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------

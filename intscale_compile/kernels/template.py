@@ -5,7 +5,7 @@ follows (a residual, an activation function) is fused behind it by Inductor as i
 functions are pasted into each generated module, which makes it self-contained and lets Triton's cache hash our source.
 
 There is exactly one choice per node, hence nothing to benchmark at compile time: the tile follows from the shape alone.
-Written against torch 2.11 to 2.13; what moved between them is in :func:`size_hint`.
+Written against torch 2.11 to 2.13, and only with names that are in all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch._inductor.virtualized import V
 
 from ..errors import CompileError
 from .tiles import choose_tile
-from .triton_gemm import schedule_flags, use_ptx
+from .triton_gemm import capability, schedule_flags, use_ptx
 from .triton_tile import device_source
 from .w4a8_linear import ACCUMULATE_OP, LINEAR_OP
 
@@ -65,14 +65,6 @@ _KERNEL = """
 w4a8_template = TritonTemplate(name="intscale_w4a8", grid=mm_grid, source=_KERNEL + device_source())
 
 
-def size_hint(expr: Any, fallback: int) -> int:
-    """Likely value of a symbolic size, without a guard on it."""
-    sizes = V.graph.sizevars
-    if hasattr(sizes, "optimization_hint"):  # torch 2.12 and later
-        return int(sizes.optimization_hint(expr, fallback=fallback))
-    return int(sizes.size_hint(expr, fallback=fallback))
-
-
 def _as_rows(x: ir.TensorBox) -> ir.TensorBox:
     """View ``[..., C]`` as ``[M, C]``."""
     *lead, columns = x.get_size()
@@ -112,8 +104,10 @@ def _gemm(
         return empty([*lead, out_features], dtype=dtype, device=device)
     in_features = int(k)
     weight_bits = 8 if qdata.get_dtype() is torch.int8 else 4
-    tile = choose_tile(size_hint(m, UNKNOWN_TOKENS), out_features, in_features, group_size, scale_bits, weight_bits)
-    inputs = [ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(rows)), _contiguous(qdata), _contiguous(scale)]
+    tokens = V.graph.sizevars.optimization_hint(m, fallback=UNKNOWN_TOKENS)
+    tile = choose_tile(tokens, out_features, in_features, group_size, scale_bits, weight_bits, capability(device))
+    rows = ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(rows))
+    inputs = [rows, _contiguous(qdata), _contiguous(scale)]
     if scales is not None:
         token_scale, row_scale = scales
         inputs += [ir.ExternKernel.realize_input(_as_rows(token_scale)), _contiguous(row_scale)]
@@ -144,16 +138,18 @@ def lower_w4a8_accumulate(xq, qdata, scale, out_features, group_size, scale_bits
 
 
 def lower_w4a8_linear(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
-) -> ir.TensorBox:
-    """CUDA lowering of ``intscale::w4a8_linear``. ``ste_input`` only carries gradients; not reading it lets it vanish."""
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi,
+    ste_input=None,
+) -> ir.TensorBox:  # fmt: skip
+    """CUDA lowering of ``intscale::w4a8_linear``; ``ste_input`` only carries gradients, and left unread it vanishes."""
     scales = (token_scale, row_scale)
     return _gemm(xq, scales, qdata, scale, bias, out_features, group_size, scale_bits, packing, dtype)
 
 
 def decompose_w4a8_linear(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
-) -> ir.TensorBox:
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi,
+    ste_input=None,
+) -> ir.TensorBox:  # fmt: skip
     """CPU lowering of ``intscale::w4a8_linear``: the accumulator is opaque, its scales join the surrounding C++."""
     aten, to_dtype = torch.ops.aten, torch.ops.prims.convert_element_type.default
     mul, view, convert = lowerings[aten.mul.Tensor], lowerings[aten.view.default], lowerings[to_dtype]

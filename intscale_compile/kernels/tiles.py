@@ -1,8 +1,8 @@
 """Tile shapes of the Triton GEMM, chosen from the problem size.
 
-The shapes come from a sweep of about 60 configurations of a probe kernel with the same inner loop on one H100 (torch 2.11,
-triton 3.6; shared/notes/h100.md): 16x128 was best at M = 1, 64x128 at M = 64 and 256, 128x128 from M = 1024, all with 4
-warps and 3 stages. What that sweep does not cover is marked below as reasoned.
+The shapes come from a sweep of about 60 configurations of a probe kernel with the same inner loop on one H100 (torch
+2.11, triton 3.6): 16x128 was best at M = 1, 64x128 at M = 64 and 256, 128x128 from M = 1024, all with 4 warps and 3 or 4
+stages. What that sweep does not cover is marked below as reasoned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SM_COUNT = 132
 
 @dataclass(frozen=True)
 class Tile:
-    """Meta-parameters of one launch: output tile ``block_m x block_n``, and ``group_n`` tile columns visited together."""
+    """Meta-parameters of a launch: output tile ``block_m x block_n``, ``group_n`` tile columns visited together."""
 
     block_m: int
     block_n: int
@@ -28,10 +28,13 @@ def _tiles(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def choose_tile(m: int, n: int, k: int, group_size: int, scale_bits: int = 4, weight_bits: int = 4) -> Tile:
+def choose_tile(
+    m: int, n: int, k: int, group_size: int, scale_bits: int = 4, weight_bits: int = 4, capability: int = 90
+) -> Tile:
     """Tile for ``m`` tokens, ``n`` output and ``k`` input features.
 
-    ``block_n`` never falls below 64, the rows of one wgmma: below it Hopper would drop to the older mma instruction.
+    ``capability`` is 10 * major + minor of an NVIDIA GPU, 0 for others. ``block_n`` never falls below 64, the rows of
+    one wgmma: below it Hopper would drop to the older mma instruction.
     """
     del k
     if m <= 64:
@@ -43,7 +46,11 @@ def choose_tile(m: int, n: int, k: int, group_size: int, scale_bits: int = 4, we
         return Tile(block_m, 128, num_stages=4 if block_m == 16 else 3)
     if m < 1024 or _tiles(m, 128) * _tiles(n, 128) < SM_COUNT:
         return Tile(64, 64 if _tiles(m, 64) * _tiles(n, 128) < SM_COUNT else 128)
+    if capability != 90:
+        # Only wgmma reads its right operand from shared memory; elsewhere 4 warps spill (288 bytes and more per thread
+        # on sm_80, sm_89, sm_120 by cuobjdump), 8 do not.
+        return Tile(128, 128, num_warps=8)
     if group_size != -1 and scale_bits > 4 and weight_bits == 4:
-        # Accumulator and partial sum take 256 registers per thread at 128x128 with 4 warps: that spills.
+        # Accumulator and partial sum alone fill a thread's 255 registers at 128x128 with 4 warps: 336 bytes spilled.
         return Tile(64, 128)
     return Tile(128, 128)

@@ -48,14 +48,16 @@ def w4a8_kernel(
         tl.store(out_ptrs, acc, mask=mask)
 
 
-def schedule_flags(in_features: int, group_size: int, scale_bits: int, weight_bits: int, packing: str, tile: Tile) -> dict:
+def schedule_flags(
+    in_features: int, group_size: int, scale_bits: int, weight_bits: int, packing: str, tile: Tile
+) -> dict[str, object]:
     """Compile-time flags of ``accumulate_tile`` for one problem; the same for the eager kernel and the template."""
     fold = weight_bits == 4 and group_size != -1 and scale_bits <= FOLD_SCALE_BITS
     if group_size == -1:
         # Per channel the x16 sum runs over all of K: |16 q| and |x| are at most 128 each.
         times16 = in_features * 128 * 128 < 2**31
     else:
-        # Per group it always fits. One shift per accumulator against half an operation per weight: pays in narrow tiles.
+        # Per group it always fits. One shift per accumulator against half an operation per weight: for narrow tiles.
         times16 = tile.block_m <= 32
     return dict(
         GROUP_SIZE=group_size,
@@ -76,6 +78,14 @@ def use_ptx(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and not triton.knobs.runtime.interpret
 
 
+def capability(device: torch.device) -> int:
+    """10 * major + minor of an NVIDIA GPU, 0 for anything else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def _launch(
     out: Tensor,
     xq: Tensor,
@@ -94,7 +104,7 @@ def _launch(
     if m == 0 or n == 0:
         return
     weight_bits = 8 if qdata.dtype is torch.int8 else 4
-    tile = tile or choose_tile(m, n, k, group_size, scale_bits, weight_bits)
+    tile = tile or choose_tile(m, n, k, group_size, scale_bits, weight_bits, capability(xq.device))
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     with torch.cuda.device(xq.device) if xq.is_cuda else contextlib.nullcontext():
         w4a8_kernel[grid](

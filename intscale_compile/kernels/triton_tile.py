@@ -1,8 +1,8 @@
 """Triton device functions of the W4A8 linear layer: one output tile, from packed weights to the int32 accumulator.
 
 They serve the eager kernel (``triton_gemm.py``) and, as source text, the Inductor template (``template.py``). For the
-second use they refer to nothing but each other, ``tl`` and ``triton``, and hold no backslash and no brace pair that Jinja
-would read as its own.
+second use they refer to nothing but each other, ``tl`` and ``triton``, and hold no backslash and no pair of braces that
+Jinja would read as its own.
 
 The tile is computed transposed, ``acc[n, m] = sum_k w[n, k] * x[m, k]``: of the operands of a tensor core only the left
 one may come from registers on Hopper, and it is the weight that is expanded in registers.
@@ -87,43 +87,70 @@ def unpack_codes(packed, TIMES16: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def fold_codes(packed, scale_low, scale_high, PTX: tl.constexpr):
+def fold_codes(packed, scales, TWO_SCALES: tl.constexpr, PTX: tl.constexpr):
     """Expand uint8 ``[BLOCK_N, P/2]`` into ``code * scale`` of its two halves, int8 each.
 
-    ``scale_low`` and ``scale_high`` are int32 ``[BLOCK_N]``, 1 to 15: one for each half.
+    ``scales`` is int32 ``[BLOCK_N]``, 1 to 15: one scale per row, or with TWO_SCALES ``low | high << 16``, one for each
+    half. They travel in one tensor because each costs a trip through shared memory to the layout of the weights.
     """
-    if PTX:
-        # Four bytes at once: u * s + (128 - 8 s) lies in [8, 233] for u <= 15 and s <= 15, so nothing carries between
-        # bytes; flipping bit 7 then takes 128 off. The added constant differs per row only and is made outside.
-        offset_low = -2139062144 - scale_low * 0x08080808
-        offset_high = -2139062144 - scale_high * 0x08080808
+    # Four bytes at once: u * s + (128 - 8 s) lies in [8, 233] for u and s up to 15, so nothing carries between bytes;
+    # flipping bit 7 then takes 128 off. The offset is written for each word; the assembler computes it once per row.
+    if PTX and TWO_SCALES:
         low, high = tl.inline_asm_elementwise(
             """{
-            .reg .b32 t, u;
+            .reg .b32 t, u, a, b, c, d;
+            and.b32 a, $3, 0xFFFF;
+            shr.u32 b, $3, 16;
+            mad.lo.u32 c, a, 0xF7F7F7F8, 0x80808080;
+            mad.lo.u32 d, b, 0xF7F7F7F8, 0x80808080;
             shr.u32 u, $2, 4;
             and.b32 t, $2, 0x0F0F0F0F;
             and.b32 u, u, 0x0F0F0F0F;
-            mad.lo.u32 t, t, $3, $11;
-            mad.lo.u32 u, u, $7, $15;
+            mad.lo.u32 t, t, a, c;
+            mad.lo.u32 u, u, b, d;
             xor.b32 $0, t, 0x80808080;
             xor.b32 $1, u, 0x80808080;
             }""",
-            "=&r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [
-                packed,
-                tl.broadcast_to(scale_low[:, None], packed.shape),
-                tl.broadcast_to(scale_high[:, None], packed.shape),
-                tl.broadcast_to(offset_low[:, None], packed.shape),
-                tl.broadcast_to(offset_high[:, None], packed.shape),
-            ],
+            "=&r,=r,r,r,r,r,r",
+            [packed, tl.broadcast_to(scales[:, None], packed.shape)],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    elif PTX:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, u, c;
+            mad.lo.u32 c, $3, 0xF7F7F7F8, 0x80808080;
+            shr.u32 u, $2, 4;
+            and.b32 t, $2, 0x0F0F0F0F;
+            and.b32 u, u, 0x0F0F0F0F;
+            mad.lo.u32 t, t, $3, c;
+            mad.lo.u32 u, u, $3, c;
+            xor.b32 $0, t, 0x80808080;
+            xor.b32 $1, u, 0x80808080;
+            }""",
+            "=&r,=r,r,r,r,r,r",
+            [packed, tl.broadcast_to(scales[:, None], packed.shape)],
             dtype=(tl.int8, tl.int8),
             is_pure=True,
             pack=4,
         )
     else:
-        low = ((packed & 15).to(tl.int8) - 8) * scale_low.to(tl.int8)[:, None]
-        high = ((packed >> 4).to(tl.int8) - 8) * scale_high.to(tl.int8)[:, None]
+        scale_low = (scales & 65535).to(tl.int8)
+        scale_high = (scales >> 16).to(tl.int8) if TWO_SCALES else scale_low
+        low = ((packed & 15).to(tl.int8) - 8) * scale_low[:, None]
+        high = ((packed >> 4).to(tl.int8) - 8) * scale_high[:, None]
     return low, high
+
+
+@triton.jit
+def load_scales(pointers, TWO_SCALES: tl.constexpr, STRIDE: tl.constexpr):
+    """Scales of one step as int32 ``[BLOCK_N]``: one, or the two of a packing block of 64 as ``low | high << 16``."""
+    scales = tl.load(pointers).to(tl.int32)
+    if TWO_SCALES:
+        scales = scales | (tl.load(pointers + STRIDE).to(tl.int32) << 16)
+    return scales
 
 
 @triton.jit
@@ -169,20 +196,13 @@ def accumulate_int4(
     s_ptrs = scale_ptr + weight_offsets(rows_n, steps * GROUPS, TILED, 1)
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
     if not PER_CHANNEL:
-        next_low = tl.load(s_ptrs).to(tl.int32)
-        next_high = next_low
-        if GROUPS == 2:
-            next_high = tl.load(s_ptrs + S_STEP).to(tl.int32)
+        next_scales = load_scales(s_ptrs, GROUPS == 2, S_STEP)
     for step in tl.range(0, steps):
         if not PER_CHANNEL:
             # A scale is one byte, too narrow for an asynchronous copy: fetch it a step ahead to hide its latency.
-            scale_low = next_low
-            scale_high = next_high
-            ahead = tl.minimum(step + 1, steps - 1) * (GROUPS * S_STEP)
-            next_low = tl.load(s_ptrs + ahead).to(tl.int32)
-            next_high = next_low
-            if GROUPS == 2:
-                next_high = tl.load(s_ptrs + ahead + S_STEP).to(tl.int32)
+            scales = next_scales
+            next_step = tl.minimum(step + 1, steps - 1)
+            next_scales = load_scales(s_ptrs + next_step * (GROUPS * S_STEP), GROUPS == 2, S_STEP)
         if not (PER_CHANNEL or FOLD):
             partial = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
         for block in tl.static_range(BLOCKS):
@@ -194,18 +214,18 @@ def accumulate_int4(
                 if PER_CHANNEL:
                     low, high = unpack_codes(packed, TIMES16, PTX)
                 else:
-                    low, high = fold_codes(packed, scale_low, scale_high, PTX)
+                    low, high = fold_codes(packed, scales, GROUPS == 2, PTX)
                 acc = tl.dot(low, x_low, acc, out_dtype=tl.int32)
                 acc = tl.dot(high, x_high, acc, out_dtype=tl.int32)
             else:
                 low, high = unpack_codes(packed, TIMES16, PTX)
                 partial = tl.dot(low, x_low, partial, out_dtype=tl.int32)
                 if GROUPS == 2:
-                    acc += (partial >> 4 if TIMES16 else partial) * scale_low[:, None]
+                    acc += (partial >> 4 if TIMES16 else partial) * (scales & 65535)[:, None]
                     partial = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
                 partial = tl.dot(high, x_high, partial, out_dtype=tl.int32)
         if not (PER_CHANNEL or FOLD):
-            acc += (partial >> 4 if TIMES16 else partial) * scale_high[:, None]
+            acc += (partial >> 4 if TIMES16 else partial) * (scales >> 16 if GROUPS == 2 else scales)[:, None]
         w_ptrs += BLOCKS * W_STEP
         x_ptrs += BLOCKS * PACK
     return acc
@@ -277,6 +297,7 @@ DEVICE_FUNCTIONS = (
     tile_position,
     unpack_codes,
     fold_codes,
+    load_scales,
     load_activations,
     weight_offsets,
     accumulate_int4,

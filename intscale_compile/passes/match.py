@@ -27,8 +27,9 @@ LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}
 MATMUL = {torch.matmul, torch.mm, operator.matmul}
 MATMUL_METHODS = {"matmul", "mm", "__matmul__"}
 OTHER_PRODUCTS = {torch.bmm, torch.baddbmm, torch.einsum, torch.tensordot, torch.inner, torch.nn.functional.bilinear}
-OTHER_NAMES = ("grouped_mm", "bmm", "baddbmm", "einsum", "inner", "tensordot")
+OTHER_NAMES = {"bmm", "baddbmm", "einsum", "inner", "tensordot"}
 TRANSPOSES = {"t", "T", "mT", "transpose", "permute", "swapaxes", "swapdims"}
+SELECTIONS = {"getitem", "__getitem__", "select", "index_select", "unbind"}
 PASS_THROUGH = {"to", "contiguous", "detach", "float", "half", "bfloat16", "type_as", "clone"}
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 
@@ -79,8 +80,11 @@ class _WeightFinder:
         """The real tensor behind a source, at compile time."""
         return source.tensor(self.rewrite.example_inputs)
 
-    def resolve(self, node: Any) -> tuple[Optional[WeightSource], bool]:
-        """The weight that ``node`` is, maybe transposed (last two dimensions) or cast, and whether it is transposed."""
+    def resolve(self, node: Any, through_selection: bool = False) -> tuple[Optional[WeightSource], bool]:
+        """The weight that ``node`` is, maybe transposed (last two dimensions) or cast, and whether it is transposed.
+
+        ``through_selection`` also looks through the choice of some experts out of a stack.
+        """
         transposed = False
         while isinstance(node, fx.Node):
             source = self._source(node)
@@ -89,7 +93,7 @@ class _WeightFinder:
             name = _function_name(node)
             if name in TRANSPOSES and _swaps_last_two(node, name):
                 transposed = not transposed
-            elif name not in PASS_THROUGH:
+            elif name not in PASS_THROUGH and not (through_selection and name in SELECTIONS):
                 return None, False
             node = node.args[0]
         return None, False
@@ -166,17 +170,15 @@ def _candidate(node: fx.Node, weights: _WeightFinder) -> Optional[Candidate]:
         return _left_alone(node, weights, left, Reason.LEFT_OPERAND)
     if node.target is torch.addmm or (node.op == "call_method" and name == "addmm"):
         return _addmm(node, weights)
-    if node.target in OTHER_PRODUCTS or any(name.endswith(other) for other in OTHER_NAMES):
-        operands = fx.node.map_aggregate((node.args, node.kwargs), lambda a: a)
-        nodes = [n for n in torch.utils._pytree.tree_leaves(operands) if isinstance(n, fx.Node)]
-        found = next((n for n in nodes if weights.resolve(n)[0] is not None), None)
+    if node.target in OTHER_PRODUCTS or name in OTHER_NAMES or "grouped_mm" in name:
+        found = next((n for n in node.all_input_nodes if weights.resolve(n, through_selection=True)[0] is not None), None)
         return _left_alone(node, weights, found, Reason.UNKNOWN_FORM)
     return None
 
 
 def _left_alone(node: fx.Node, weights: _WeightFinder, weight: Any, reason: Reason) -> Optional[Candidate]:
     """A product that stays as it is, if ``weight`` is a weight at all."""
-    source, transposed = weights.resolve(weight)
+    source, transposed = weights.resolve(weight, through_selection=True)
     if source is None:
         return None
     shape = tuple(weights.tensor(source).shape)
@@ -190,7 +192,8 @@ def _left_alone(node: fx.Node, weights: _WeightFinder, weight: Any, reason: Reas
 def _make(node: fx.Node, weights: _WeightFinder, x: Any, weight: Any, bias: Any, weight_is_nk: bool) -> Candidate:
     source, transposed = weights.resolve(weight)
     if source is None:
-        return Candidate(node, node.name, x, weight, bias, None, False, None, Reason.NOT_CONSTANT, tokens=_tokens(x))
+        expert = _left_alone(node, weights, weight, Reason.NOT_CONSTANT)
+        return expert or Candidate(node, node.name, x, weight, bias, None, False, None, Reason.NOT_CONSTANT, tokens=_tokens(x))
     tensor = weights.tensor(source)
     kept_kn = transposed if weight_is_nk else not transposed
     if tensor.dim() != 2:

@@ -127,7 +127,7 @@ def _views_allowed(rewrite: GraphRewrite, node: fx.Node, value: object, values: 
         try:
             with rewrite.fake_mode, torch.no_grad():
                 result = getattr(args[0], name)(*args[1:], **kwargs) if user.op == "call_method" else user.target(*args, **kwargs)  # type: ignore[operator]
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # a view that these strides do not allow
             return False
         if update:
             user.meta[EXAMPLE] = result

@@ -1,0 +1,106 @@
+"""Run the Triton kernels in Triton's interpreter; prints ``{"case": ..., "error": null | text}``, one line per case.
+
+A process of its own, because ``TRITON_INTERPRET`` is read when triton is imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import traceback
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+
+from intscale_compile.kernels.tiles import Tile  # noqa: E402
+from intscale_compile.kernels.triton_gemm import accumulate_cuda, linear_cuda  # noqa: E402
+from tests.support.weights import make_problem  # noqa: E402
+
+SMALL, TALL, WIDE = Tile(16, 64), Tile(64, 32), Tile(32, 128, group_n=1)
+GROUP_SIZES = (32, 64, 128, 256, -1)
+
+
+def cases():
+    """Name, problem arguments and tile of every case; ragged in M, N and K unless the name says otherwise."""
+    for group_size, scale_bits, packing in itertools.product(GROUP_SIZES, (4, 8), ("plain", "tiled")):
+        for values in ("random", "extreme"):
+            tile = TALL if values == "random" else SMALL
+            shape = (19, 77, 296) if values == "random" else (3, 65, 512)
+            arguments = dict(group_size=group_size, scale_bits=scale_bits, packing=packing, values=values)
+            yield f"g{group_size}-s{scale_bits}-{packing}-{values}", shape, arguments, tile
+    for packing, values in itertools.product(("plain", "tiled"), ("random", "extreme")):
+        arguments = dict(group_size=-1, scale_bits=1, packing=packing, values=values, weight_bits=8)
+        yield f"w8a8-{packing}-{values}", (17, 70, 300), arguments, WIDE
+    for group_size in GROUP_SIZES:
+        arguments = dict(group_size=group_size, scale_bits=11, scale_dtype=torch.int16)
+        yield f"g{group_size}-int16-scales", (5, 40, 520), arguments, WIDE
+    for shape in ((1, 1, 1), (1, 1, 31), (2, 129, 127), (33, 64, 129), (1, 200, 256)):
+        for tile in (SMALL, WIDE):
+            yield f"shape{shape}-{tile.block_m}x{tile.block_n}", shape, dict(group_size=128, packing="tiled"), tile
+    # Too deep for codes kept 16 times too large: the per-channel kernel must notice.
+    yield "deep-per-channel", (2, 32, 131072 + 64), dict(group_size=-1, scale_bits=1, values="extreme"), SMALL
+    yield "deepest-times16", (2, 32, 131072 - 128), dict(group_size=-1, scale_bits=1, values="extreme"), SMALL
+    yield "chosen-tile", (7, 96, 384), dict(group_size=128, packing="tiled"), None
+
+
+def check(shape, arguments, tile) -> None:
+    """Compare accumulator and linear output of one case with the reference."""
+    problem = make_problem(*shape, **arguments)
+    acc = accumulate_cuda(problem.xq, problem.qdata, problem.scale, *problem.weight_args, tile=tile)
+    assert acc.dtype == torch.int32 and torch.equal(acc.long(), problem.accumulator), "accumulator differs"
+    operands = (problem.xq, problem.token_scale, problem.qdata, problem.scale, problem.row_scale)
+    if shape[2] > 100000:
+        return
+    for bias in (None, problem.bias):
+        y = linear_cuda(*operands, bias, *problem.weight_args, torch.float32, tile=tile)
+        expected = problem.linear(bias is not None)
+        torch.testing.assert_close(y, expected, rtol=2.0**-22, atol=2.0**-22 if bias is not None else 0)
+
+
+def check_shapes() -> None:
+    """Any number of leading dimensions, none of them, no rows at all, and rows not adjacent in memory."""
+    problem = make_problem(12, 70, 200, 64, packing="tiled")
+    operands = (problem.qdata, problem.scale, *problem.weight_args)
+    expected = problem.accumulator.to(torch.int32)
+    assert torch.equal(accumulate_cuda(problem.xq.view(3, 2, 2, 200), *operands), expected.view(3, 2, 2, 70))
+    assert torch.equal(accumulate_cuda(problem.xq[4], *operands), expected[4])
+    assert torch.equal(accumulate_cuda(problem.xq[::3], *operands), expected[::3])
+    assert torch.equal(accumulate_cuda(problem.xq.t().contiguous().t(), *operands), expected)
+    assert accumulate_cuda(problem.xq[:0], *operands).shape == (0, 70)
+    bias = problem.bias.to(torch.bfloat16)
+    y = linear_cuda(
+        problem.xq.view(3, 4, 200), problem.token_scale.view(3, 4, 1), problem.qdata, problem.scale, problem.row_scale,
+        bias, *problem.weight_args, torch.float32,
+    )  # fmt: skip
+    torch.testing.assert_close(y.view(12, 70), problem.linear(False) + bias.float(), rtol=2.0**-22, atol=2.0**-22)
+
+
+def check_not_a_number() -> None:
+    """A NaN token scale spoils its own row only."""
+    problem = make_problem(5, 33, 128, 128)
+    token_scale = problem.token_scale.clone()
+    token_scale[2] = float("nan")
+    weight = (problem.qdata, problem.scale, problem.row_scale)
+    y = linear_cuda(problem.xq, token_scale, *weight, None, *problem.weight_args, torch.float32)
+    assert y[2].isnan().all() and torch.equal(y[[0, 1, 3, 4]], problem.linear(False)[[0, 1, 3, 4]])
+
+
+def main() -> int:
+    failures = 0
+    checks = [(name, lambda a=arguments: check(*a)) for name, *arguments in cases()]
+    for name, run in [*checks, ("shapes", check_shapes), ("nan", check_not_a_number)]:
+        try:
+            run()
+            error = None
+        except Exception:
+            error = traceback.format_exc()
+            failures += 1
+        print(json.dumps({"case": name, "error": error}), flush=True)
+    return failures != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

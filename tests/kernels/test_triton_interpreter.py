@@ -1,0 +1,33 @@
+"""The Triton kernels in Triton's interpreter, bit for bit against an int64 product."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, str | None]:
+    """Error of every case, or None, by name."""
+    command = [sys.executable, "-m", "tests.kernels._interpreter_main"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines, done.stderr
+    return {line["case"]: line["error"] for line in lines}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["g32-", "g64-", "g128-", "g256-", "g-1-", "w8a8-", "shape", "deep", "chosen", "shapes", "nan"]
+)
+def test_kernel_is_exact(results, prefix):
+    chosen = {name: error for name, error in results.items() if name.startswith(prefix)}
+    assert chosen, f"no case named {prefix}*: {sorted(results)}"
+    failed = {name: error for name, error in chosen.items() if error is not None}
+    assert not failed, "\n".join(f"{name}:\n{error}" for name, error in failed.items())

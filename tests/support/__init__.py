@@ -1,0 +1,1 @@
+"""Helpers shared by tests: code generation for a GPU that is not there, and inspection of machine code."""

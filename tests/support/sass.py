@@ -1,0 +1,117 @@
+"""Assemble Triton kernels without a GPU and read facts from the machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# mma.sync, wgmma and tcgen05
+TENSOR_CORE = ("IMMA", "IGMMA", "UTCIMMA")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_x]+)*)([^;]*);")
+_BACKWARD_TARGET = re.compile(r"0x([0-9a-f]+)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of SASS."""
+
+    address: int
+    opcode: str
+    operands: str
+
+    @property
+    def base(self) -> str:
+        """Opcode without modifiers: ``IMAD`` of ``IMAD.WIDE``."""
+        return self.opcode.split(".")[0]
+
+
+@dataclass
+class Sass:
+    """Machine code of one kernel and its resource usage."""
+
+    text: str
+    registers: int
+    spill_bytes: int
+    shared: int
+    instructions: list[Instruction] = field(default_factory=list)
+
+    def count(self, base: str, within: list[Instruction] | None = None) -> int:
+        """Number of instructions with this base opcode, in the whole kernel or in a part of it."""
+        return sum(i.base == base for i in (self.instructions if within is None else within))
+
+    def opcodes(self, within: list[Instruction] | None = None) -> Counter:
+        """Base opcodes and how often each occurs."""
+        return Counter(i.base for i in (self.instructions if within is None else within))
+
+    def loops(self) -> list[list[Instruction]]:
+        """Bodies of the loops, found by their backward branches; shortest first: waits out of line branch back far."""
+        bodies = []
+        for branch in self.instructions:
+            if branch.base != "BRA":
+                continue
+            target = _BACKWARD_TARGET.search(branch.operands)
+            start = int(target.group(1), 16) if target else branch.address
+            if start < branch.address:
+                bodies.append([i for i in self.instructions if start <= i.address <= branch.address])
+        return sorted(bodies, key=len)
+
+    def k_loop(self) -> list[Instruction]:
+        """The loop that holds tensor-core instructions."""
+        for body in self.loops():
+            if any(i.base in TENSOR_CORE for i in body):
+                return body
+        raise AssertionError(f"no loop with tensor-core instructions; opcodes: {self.opcodes()}")
+
+
+def assemble(function, signature: dict, constants: dict, target: GPUTarget, **options):
+    """Compile a ``JITFunction`` for ``target``; pointer and stride arguments named in ``aligned`` are multiples of 16.
+
+    Args:
+        signature: type of each run-time argument, such as ``{"x_ptr": "*i8", "M": "i32"}``.
+        constants: values of the ``constexpr`` arguments.
+        options: ``num_warps``, ``num_stages`` and ``aligned``, a collection of argument names.
+    """
+    aligned = options.pop("aligned", ())
+    names = function.arg_names
+    full = {name: signature.get(name, "constexpr") for name in names}
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    return triton.compile(ASTSource(function, full, constexprs=constexprs, attrs=attrs), target=target, options=options)
+
+
+def assemble_generated(function, arguments: dict, target: GPUTarget | None = None):
+    """Compile a kernel that Inductor generated, with the meta-data that ``fake_cuda.load_kernel`` returned for it."""
+    meta = arguments["triton_meta"]
+    constants, attributes = dict(meta["constants"]), dict(meta["configs"][0])
+    source = ASTSource(function, dict(meta["signature"]), constexprs=constants, attrs=attributes)
+    options = {"num_warps": arguments["num_warps"], "num_stages": arguments["num_stages"]}
+    return triton.compile(source, target=target or GPUTarget("cuda", 90, 32), options=options)
+
+
+def disassemble(compiled, directory: Path) -> Sass:
+    """Disassemble the cubin of a compiled kernel; ``directory`` receives the file that the tools need."""
+    cubin = Path(directory) / f"{compiled.metadata.name}_{compiled.hash[:16]}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    text = _tool("cuobjdump", "-sass", cubin)
+    usage = _tool("cuobjdump", "-res-usage", cubin)
+    instructions = [Instruction(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(text)]
+    return Sass(
+        text=text,
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        spill_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
+        shared=compiled.metadata.shared,
+        instructions=instructions,
+    )
+
+
+def _tool(name: str, *arguments) -> str:
+    command = [str(NVIDIA_BIN / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
