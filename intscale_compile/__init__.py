@@ -1,8 +1,8 @@
 """intscale: W4A8 large language models in PyTorch with integer group scales, as a ``torch.compile`` backend.
 
-    quantize_(model, IntScaleConfig())                      # torchao's own quantize_
-    model = torch.compile(model, backend="intscale")
-    print(intscale_compile.explain(model, *inputs))
+quantize_(model, IntScaleConfig())                      # torchao's own quantize_
+model = torch.compile(model, backend="intscale")
+print(intscale_compile.explain(model, *inputs))
 """
 
 from .versions import check_versions

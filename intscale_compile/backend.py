@@ -6,15 +6,17 @@ has to run on a cache hit. Found by ``torch.compile`` through the entry point gr
 
 from __future__ import annotations
 
+import functools
 import logging
-from typing import Any, Callable, Mapping, Optional, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
 from . import options as _options
-from .kernels import register_inductor
+from .ops import register_inductor
 from .packed_weights import BoundGraph
 from .passes import PASSES, GraphRewrite, apply_passes
 from .reasons import log_once
@@ -52,23 +54,25 @@ def intscale(
     patches.setdefault("split_reductions", False)
     register_inductor()
     rewrite = rewrite_graph(gm, example_inputs, settings)
-    return bind(rewrite, lambda graph, inputs: compile_fx(graph, inputs, config_patches=patches))
+    return bind(rewrite, functools.partial(compile_fx, config_patches=patches))  # type: ignore[arg-type]
 
 
 def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: _options.Settings) -> GraphRewrite:
     """Run all passes over ``gm`` and say once what was left alone."""
-    rewrite = GraphRewrite(_copied(gm), example_inputs, settings)
+    rewrite = GraphRewrite(copied(gm), example_inputs, settings)
     apply_passes(rewrite, PASSES)
     refused = [c for c in rewrite.candidates if c.reason is not None]
     quantized = len(rewrite.candidates) - len(refused)
     log.info("graph with %d linear products: %d quantized (%s)", len(rewrite.candidates), quantized, rewrite.counts)
     if refused and not quantized:
         reasons = "; ".join(sorted({c.reason.value for c in refused if c.reason is not None}))
-        log_once(logging.WARNING, f"a compiled graph has {len(refused)} linear products and none was quantized: {reasons}")
+        log_once(
+            logging.WARNING, f"a compiled graph has {len(refused)} linear products and none was quantized: {reasons}"
+        )
     return rewrite
 
 
-def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph, not of its tensors: Dynamo reads the inputs of its own graph again after the backend returns."""
     graph = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}

@@ -30,10 +30,14 @@ def rebuild_tensor(**parts) -> IntScaleTensor:
         raise CheckpointError(
             f"a stored IntScaleTensor lacks {sorted(names - set(parts))} and has unknown {sorted(set(parts) - names)}."
         )
+    for name in ("in_features", "out_features"):  # before they size anything
+        if not isinstance(parts[name], int) or not 0 < parts[name] < 2**31:
+            raise CheckpointError(f"{name} is {parts[name]!r} in a stored IntScaleTensor.")
     try:
         tensor = IntScaleTensor(**parts)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise CheckpointError(f"a stored IntScaleTensor cannot be rebuilt: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"a stored IntScaleTensor cannot be rebuilt: {reason}") from error
     return tensor.validate()
 
 
@@ -51,7 +55,8 @@ def make_savable(model: nn.Module, config: IntScaleConfig | None = None) -> nn.M
 
     Args:
         model: a ``PreTrainedModel`` with at least one ``IntScaleTensor``.
-        config: the configuration it was quantized with; it is written into ``config.json``.
+        config: the configuration it was quantized with; it is written into ``config.json``, and by
+            default read off the first quantized weight. Loading takes the format of each weight from the weight itself.
 
     Returns:
         The same model.
@@ -64,21 +69,38 @@ def make_savable(model: nn.Module, config: IntScaleConfig | None = None) -> nn.M
 
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"make_savable takes a transformers model, not {type(model).__name__}: use save_safetensors.")
-    if not any(isinstance(p, IntScaleTensor) for p in model.parameters()):
+    weight = next((p for p in model.parameters() if isinstance(p, IntScaleTensor)), None)
+    if weight is None:
         raise ConfigError("make_savable: no parameter of the model is quantized; call quantize_ first.")
-    model.config.quantization_config = TorchAoConfig(config or IntScaleConfig())
+    if config is None:
+        bits = {"weight_bits": weight.weight_bits, "scale_bits": min(8, weight.scale_bits)}
+        config = IntScaleConfig(group_size=weight.group_size, **bits)
+    model.config.quantization_config = TorchAoConfig(config)
     quantizer = AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=True)
     model.hf_quantizer = quantizer
     return model
 
 
 def save_safetensors(model: nn.Module, path: PathLike) -> None:
-    """Write the model's state dict, quantized weights included, into one safetensors file."""
+    """Write the model's state dict, quantized weights included, into one safetensors file.
+
+    Tied weights are written once for each of their names.
+    """
     from safetensors.torch import save_file
 
-    state = {name: t if isinstance(t, IntScaleTensor) else t.detach() for name, t in model.state_dict().items()}
+    state = {_stored_name(n): t if isinstance(t, IntScaleTensor) else t.detach() for n, t in model.state_dict().items()}
     tensors, metadata = flatten_tensor_state_dict(state)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+    separate, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = (tensor.clone() if memory in seen else tensor).contiguous()
+        seen.add(memory)
+    save_file(separate, path, metadata=metadata)
+
+
+def _stored_name(name: str) -> str:
+    """torchao splits names at their last dot; parameters of the outermost module have none."""
+    return name if "." in name else f".{name}"
 
 
 def load_safetensors(path: PathLike, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -93,17 +115,41 @@ def load_safetensors(path: PathLike, device: str = "cpu") -> dict[str, torch.Ten
         with safe_open(path, framework="pt", device=device) as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        state, leftover = unflatten_tensor_state_dict(tensors, metadata)
+        names = [str(name) for name in json.loads(metadata["tensor_names"])]
     except FileNotFoundError:
         raise
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as error:
-        raise CheckpointError(f"{path}: {_innermost(error)}") from error
-    missing = set(json.loads(metadata["tensor_names"])) - set(state)
-    if missing or leftover:
-        raise CheckpointError(f"{path}: data missing for {sorted(missing)[:3]}, data without a name {sorted(leftover)[:3]}.")
+    except KeyError as error:
+        raise CheckpointError(f"{path}: no list of tensors in its header: not a file of save_safetensors.") from error
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    of_module: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        of_module.setdefault(key.rpartition(".")[0], {})[key] = tensor
+    state, unused = {}, set(tensors)
+    for name in names:
+        parts = of_module.get(name.rpartition(".")[0], {})
+        state[name.removeprefix(".")], used = _stored_tensor(name, parts, metadata, path)
+        unused -= used
+    if unused:
+        raise CheckpointError(f"{path}: data without a name in the header: {sorted(unused)[:3]}.")
     return state
 
 
+def _stored_tensor(name: str, parts: dict, metadata: dict, path: PathLike) -> tuple[torch.Tensor, set]:
+    """One tensor of a file, and the keys that it is made of."""
+    try:
+        header = {"tensor_names": json.dumps([name]), name: metadata[name]}
+        state, rest = unflatten_tensor_state_dict(parts, header)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {name.removeprefix('.')}: {_innermost(error)}") from error
+    if name not in state:
+        raise CheckpointError(f"{path}: {name.removeprefix('.')}: data missing; the file is incomplete.")
+    return state[name], set(parts) - set(rest)
+
+
 def _innermost(error: BaseException) -> str:
+    """Our own message where torchao wrapped it; header mistakes come as bare ``KeyError`` and the like."""
     cause = error.__context__
-    return str(cause) if isinstance(cause, CheckpointError) else str(error)
+    if isinstance(cause, CheckpointError):
+        return str(cause).removeprefix("weight: ")
+    return f"its header cannot be read ({type(error).__name__}: {error})"

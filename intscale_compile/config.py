@@ -1,4 +1,4 @@
-"""``IntScaleConfig``: how a weight is quantized. Works with torchao's ``quantize_``, ``FqnToConfig`` and transformers' ``TorchAoConfig``."""
+"""``IntScaleConfig``: how a weight is quantized; for torchao's ``quantize_`` and ``FqnToConfig`` and for transformers."""
 
 from __future__ import annotations
 
@@ -54,10 +54,14 @@ class IntScaleConfig(AOBaseConfig):
 
     def __post_init__(self) -> None:
         self._check("group_size", _is_int(self.group_size) and self.group_size in GROUP_SIZES, f"one of {GROUP_SIZES}")
-        self._check("weight_bits", _is_int(self.weight_bits) and self.weight_bits in WEIGHT_BITS, f"one of {WEIGHT_BITS}")
+        self._check(
+            "weight_bits", _is_int(self.weight_bits) and self.weight_bits in WEIGHT_BITS, f"one of {WEIGHT_BITS}"
+        )
         self._check("scale_bits", _is_int(self.scale_bits) and 1 <= self.scale_bits <= 8, "an integer from 1 to 8")
-        amplifier_ok = self.amplifier in ("row", "layer") if isinstance(self.amplifier, str) else (
-            _is_int(self.amplifier) and 1 <= self.amplifier <= 1 << 20
+        amplifier_ok = (
+            self.amplifier in ("row", "layer")
+            if isinstance(self.amplifier, str)
+            else (_is_int(self.amplifier) and 1 <= self.amplifier <= 1 << 20)
         )
         self._check("amplifier", amplifier_ok, '"row", "layer" or an integer from 1 to 1048576')
         self._check("scale_search", self.scale_search in SCALE_SEARCHES, f"one of {SCALE_SEARCHES}")

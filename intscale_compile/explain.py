@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from . import format as fmt
 from .backend import bind, rewrite_graph
-from .kernels.w4a8_linear import LINEAR_OP
 from .kernels.quantize_per_token import OP as QUANTIZE_OP
+from .kernels.w4a8_linear import LINEAR_OP
 from .options import parse_options
 from .passes import Candidate, GraphRewrite
 from .tensor import IntScaleTensor
@@ -119,7 +120,9 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     )
 
 
-def explain(model: nn.Module, *inputs: Any, mode: Optional[str] = None, options: Optional[dict] = None, **kwargs: Any) -> Explanation:
+def explain(
+    model: nn.Module, *inputs: Any, mode: Optional[str] = None, options: Optional[dict] = None, **kwargs: Any
+) -> Explanation:
     """Say what ``torch.compile(model, backend="intscale")`` does with ``model`` for these inputs.
 
     Runs the model once on the inputs (without Inductor, without gradients) and reports every linear product.

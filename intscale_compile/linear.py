@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .kernels import KERNEL_ABI, register_inductor
 from .kernels.quantize_per_token import OP as QUANTIZE_OP
 from .kernels.quantize_per_token import check_activation, quantize_per_token_aten
 from .kernels.w4a8_linear import LINEAR_OP
+from .ops import KERNEL_ABI, register_inductor
 from .tensor import IntScaleTensor
 
 
@@ -31,9 +31,13 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
     """
     check_activation(x)
     if weight.dim() != 2 or weight.transposed:
-        raise InputError(f"linear needs a 2-D [N, K] weight, not one of shape {tuple(weight.shape)}: select one expert first.")
+        raise InputError(
+            f"linear needs a 2-D [N, K] weight, not one of shape {tuple(weight.shape)}: select one expert first."
+        )
     if x.shape[-1] != weight.in_features:
-        raise InputError(f"the activation has {x.shape[-1]} features, the weight {weight.in_features} (shape {tuple(weight.shape)}).")
+        raise InputError(
+            f"the activation has {x.shape[-1]} features, the weight {weight.in_features} (shape {tuple(weight.shape)})."
+        )
     if bias is not None and tuple(bias.shape) != (weight.out_features,):
         raise InputError(f"the bias has shape {tuple(bias.shape)}, the weight {weight.out_features} output features.")
     if x.device != weight.device:

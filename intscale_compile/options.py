@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional
+from typing import Any, Optional
 
 from .config import IntScaleConfig
 from .errors import ConfigError
@@ -68,20 +69,22 @@ def _inductor_key(key: str) -> str:
     attribute = key.replace("-", "_")
     if attribute not in known:
         ours = [PREFIX + name for name in (*_OWN_FIELDS, *_CONFIG_FIELDS)]
-        raise ConfigError(f"option {key!r} is known neither to Inductor nor to intscale{_nearest(key, [*known, *ours])}.")
+        raise ConfigError(
+            f"option {key!r} is known neither to Inductor nor to intscale{_nearest(key, [*known, *ours])}."
+        )
     return attribute
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f": did you mean {close[0]!r}?" if close else ""
+    return f": did you mean {prefix + close[0]!r}?" if close else ""
 
 
 def _settings(own: dict[str, Any]) -> Settings:
     for name in own:
         if name not in (*_OWN_FIELDS, *_CONFIG_FIELDS):
-            known = sorted(PREFIX + n for n in (*_OWN_FIELDS, *_CONFIG_FIELDS))
-            hint = _nearest(PREFIX + name, known) or f": use one of {known}"
+            known = sorted((*_OWN_FIELDS, *_CONFIG_FIELDS))
+            hint = _nearest(name.lower(), known, PREFIX) or f": use one of {[PREFIX + n for n in known]}."
             raise ConfigError(f"option {PREFIX + name!r} is not known{hint}")
     config = own.get("config", IntScaleConfig())
     if not isinstance(config, IntScaleConfig):
@@ -96,10 +99,12 @@ def _settings(own: dict[str, Any]) -> Settings:
 
 
 def _patterns(skip: Any) -> tuple[str, ...]:
-    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    patterns = (skip,) if isinstance(skip, str) else skip
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"option 'intscale.skip' takes a regular expression or a list of them, not {skip!r}.")
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except (re.error, TypeError) as error:
+        except re.error as error:
             raise ConfigError(f"option 'intscale.skip': {pattern!r} is not a regular expression ({error}).") from error
-    return patterns
+    return tuple(patterns)

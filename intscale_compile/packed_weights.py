@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -24,9 +25,10 @@ DATA_NAMES = tuple(IntScaleTensor.tensor_data_names)
 
 def version_of(tensor: Tensor) -> Any:
     """Something that changes when the tensor's values may have changed in place."""
-    if isinstance(tensor, IntScaleTensor):
-        return tuple((id(part), version_of(part)) for part in (tensor.qdata, tensor.scale, tensor.per_tensor_scale))
-    return 0 if tensor.is_inference() else tensor._version
+    own = 0 if tensor.is_inference() else tensor._version
+    if isinstance(tensor, IntScaleTensor):  # a write through a slice moves only the versions of the parts
+        return (own, *((id(part), version_of(part)) for part in (tensor.qdata, tensor.scale, tensor.per_tensor_scale)))
+    return own
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Packed:
     config: IntScaleConfig
 
     def resolve(self, args: Sequence[Any]) -> IntScaleTensor:
-        """The packed weight for the arguments of a call."""
+        """Return the packed weight for the arguments of a call."""
         tensors = [source.tensor(args) for source in self.sources]
         if len(tensors) == 1:
             return self._quantized(tensors[0], self.transposed[0], self.sources[0].name)
@@ -119,7 +121,9 @@ class ConcatenatedBias:
         """The joined bias for the arguments of a call."""
         tensors = [source.tensor(args) for source in self.sources]
         with torch.no_grad():
-            return _remember(("bias", tuple(map(id, tensors))), tensors, lambda: torch.cat([t.detach() for t in tensors]))
+            return _remember(
+                ("bias", tuple(map(id, tensors))), tensors, lambda: torch.cat([t.detach() for t in tensors])
+            )
 
 
 class BoundGraph:
@@ -161,4 +165,5 @@ class BoundGraph:
         return values
 
     def __call__(self, *args: Any) -> Any:
+        """Run the compiled graph on the arguments of the original one."""
         return self.compiled(*self.inputs(args))

@@ -8,12 +8,14 @@ the plan in that call's frame.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import sys
 import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Callable, Iterator, Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -22,9 +24,11 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from .config import IntScaleConfig
 from .errors import IntScaleError, WeightError
+from .format import ACTIVATION_MAX, CODE_MIN, INT32_MAX
 from .reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from .tensor import IntScaleTensor, check_weight
 
+LEFT_OUT = "_intscale_left_out"  # attribute of a parameter that a quantize_ call did not select
 PLAN_KEY = "__intscale_plan__"
 _torchao_quantize_code = quant_api.quantize_.__code__
 _is_linear = quant_api._is_linear
@@ -36,7 +40,8 @@ class _Plan:
 
     names: dict[int, str]
     left_alone: dict[int, Reason]
-    undo: list[Callable[[], None]] = field(default_factory=list)
+    may_fail: bool = False  # whether a weight may still fail after others were changed: then originals are kept
+    undo: list[Callable[[], Any]] = field(default_factory=list)
 
     def restore(self) -> None:
         """Give every module of this call its original parameter back."""
@@ -45,7 +50,7 @@ class _Plan:
 
 
 def _current_plan() -> Optional[_Plan]:
-    frame = sys._getframe(1)
+    frame: Optional[types.FrameType] = sys._getframe(1)
     while frame is not None and frame.f_code is not _torchao_quantize_code:
         frame = frame.f_back
     if frame is None:
@@ -64,14 +69,26 @@ def _make_plan(model: nn.Module, config, filter_fn) -> _Plan:
     if filter_fn in (None, _is_linear) and not isinstance(config, FqnToConfig):
         plan.left_alone = left_alone_by_default(model)
     selected = set()
-    for name, module, weight in _weights_of_call(model, config, filter_fn):
+    for name, module, weight, chosen in _weights_of_call(model, config, filter_fn):
         if id(module) not in plan.left_alone and not isinstance(weight, IntScaleTensor):
-            check_weight(weight, name)
+            _check_parameter(module, weight, name)
             selected.add(id(weight))
+            plan.may_fail |= _may_fail(weight, chosen)
     for module in model.modules():  # so that the backend does not quantize what this call leaves out
-        if isinstance(module, nn.Linear) and id(module.weight) not in selected:
-            module.weight._intscale_left_out = True
+        if isinstance(module, nn.Linear) and id(module.weight) not in selected and not _is_left_out(module.weight):
+            setattr(module.weight, LEFT_OUT, True)
+            plan.undo.append(functools.partial(delattr, module.weight, LEFT_OUT))
     return plan
+
+
+def _is_left_out(weight: torch.Tensor) -> bool:
+    return getattr(weight, LEFT_OUT, False)
+
+
+def _may_fail(weight: torch.Tensor, config: IntScaleConfig) -> bool:
+    """Whether the overflow proof may fail for good: codes that are fixed, or rows so long that no scale helps."""
+    largest = 127 if config.weight_bits == 8 else -CODE_MIN
+    return config.amplifier != "row" or ACTIVATION_MAX * largest * max(weight.shape[-2:]) > INT32_MAX
 
 
 def left_alone_by_default(model: nn.Module) -> dict[int, Reason]:
@@ -81,7 +98,7 @@ def left_alone_by_default(model: nn.Module) -> dict[int, Reason]:
     output = None
     if hasattr(model, "get_output_embeddings"):
         try:
-            output = model.get_output_embeddings()
+            output = model.get_output_embeddings()  # type: ignore[operator]
         except (NotImplementedError, AttributeError):
             output = None
     for name, module in model.named_modules():
@@ -95,20 +112,36 @@ def left_alone_by_default(model: nn.Module) -> dict[int, Reason]:
     return reasons
 
 
-def _weights_of_call(model: nn.Module, config, filter_fn) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
-    """Every weight that this ``quantize_`` call will hand to us, with its name."""
+def _weights_of_call(model: nn.Module, config, filter_fn) -> Iterator[tuple[str, nn.Module, Any, IntScaleConfig]]:
+    """Every weight that this ``quantize_`` call will hand to us, with its name, module and configuration."""
     if not isinstance(config, FqnToConfig):
         for name, module in _selected_modules(model, filter_fn or _is_linear, ""):
-            if getattr(module, "weight", None) is not None:
-                yield f"{name}.weight" if name else "weight", module, module.weight
+            yield f"{name}.weight" if name else "weight", module, getattr(module, "weight", None), config
         return
-    for name, parameter in model.named_parameters():
-        module_name = name.rpartition(".")[0]
-        for pattern, chosen in config.fqn_to_config.items():
-            matches = (lambda s: re.fullmatch(pattern[3:], s)) if pattern.startswith("re:") else pattern.__eq__
-            if type(chosen) is IntScaleConfig and (matches(name) or (matches(module_name) and name.endswith(".weight"))):
-                yield name, model.get_submodule(module_name), parameter
-                break
+    for module_name, module in model.named_modules():
+        for leaf, chosen in _chosen_configs(config.fqn_to_config, module_name, module).items():
+            if type(chosen) is IntScaleConfig:
+                yield f"{module_name}.{leaf}" if module_name else leaf, module, getattr(module, leaf, None), chosen
+
+
+def _chosen_configs(table, module_name: str, module: nn.Module) -> dict:
+    """What ``FqnToConfig`` chooses for a module: its parameters before itself, exact names before patterns."""
+    prefix = f"{module_name}." if module_name else ""
+    names = {leaf: prefix + leaf for leaf, _ in module.named_parameters(recurse=False)}
+    patterns = [(re.compile(key[3:]), chosen) for key, chosen in table.items() if key.startswith("re:")]
+    chosen = {leaf: table[name] for leaf, name in names.items() if name in table}
+    if not chosen and module_name in table:
+        return {"weight": table[module_name]}
+    for leaf, name in names.items():
+        found = [config for pattern, config in patterns if pattern.fullmatch(name)]
+        if found and leaf not in chosen:
+            chosen[leaf] = next((config for config in found if config is not None), None)
+    if chosen:
+        return chosen
+    for pattern, config in patterns:
+        if pattern.fullmatch(module_name):
+            return {"weight": config}
+    return {"weight": table.get("_default")} if _is_linear(module) else {}
 
 
 def _selected_modules(module: nn.Module, filter_fn, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -137,24 +170,33 @@ def _quantize_module(module: nn.Module, config: IntScaleConfig, *, parameter_nam
     return module
 
 
-def _quantize_parameter(module: nn.Module, config: IntScaleConfig, parameter_name: str, name: str, plan: Optional[_Plan]) -> None:
-    parameter = getattr(module, parameter_name, None)
+def _quantize_parameter(
+    module: nn.Module, config: IntScaleConfig, parameter_name: str, name: str, plan: Optional[_Plan]
+) -> None:
+    parameter: Any = getattr(module, parameter_name, None)
     if isinstance(parameter, IntScaleTensor):
         log_once(logging.INFO, f"{name}: {Reason.ALREADY_QUANTIZED.value}")
         return
-    if not isinstance(parameter, torch.Tensor) or isinstance(module, nn.Embedding):
-        raise WeightError(f"{name}: {type(module).__name__} has no linear weight of that name; select other modules in filter_fn.")
+    _check_parameter(module, parameter, name)
     weight = parameter.detach()
-    check_weight(weight, name)
     if type(module).__name__ == "Conv1D":  # transformers' GPT-2 layer keeps its weight as [K, N]
         tensor = IntScaleTensor.from_hp(weight.t(), config, name=name).t()
     else:
         tensor = IntScaleTensor.from_hp(weight, config, name=name)
-    if plan is not None and config.amplifier != "row":  # only with fixed codes can a later weight still fail
-        plan.undo.append(lambda: setattr(module, parameter_name, parameter))
+    if plan is not None and plan.may_fail:
+        plan.undo.append(functools.partial(setattr, module, parameter_name, parameter))
+        plan.undo.append(functools.partial(module.__dict__.pop, "extra_repr", None))
     setattr(module, parameter_name, nn.Parameter(tensor, requires_grad=False))
     if isinstance(module, nn.Linear):
-        module.extra_repr = types.MethodType(_linear_extra_repr, module)
+        module.extra_repr = types.MethodType(_linear_extra_repr, module)  # type: ignore[method-assign]
+
+
+def _check_parameter(module: nn.Module, parameter, name: str) -> None:
+    """Raise ``WeightError`` unless ``parameter`` of ``module`` can be quantized as the weight of a product."""
+    if not isinstance(parameter, torch.Tensor) or isinstance(module, nn.Embedding):
+        kind = type(module).__name__
+        raise WeightError(f"{name}: {kind} has no linear weight of that name; select other modules in filter_fn.")
+    check_weight(parameter.detach(), name)
 
 
 def _linear_extra_repr(module: nn.Linear) -> str:

@@ -14,12 +14,16 @@ log = logging.getLogger("intscale_compile")
 class Reason(enum.Enum):
     """Reasons for leaving a candidate in its original precision; the value says it to a reader, with the mend."""
 
-    OUTPUT_EMBEDDING = "output embedding (lm_head): left in high precision; name it in filter_fn or FqnToConfig to quantize it"
+    OUTPUT_EMBEDDING = (
+        "output embedding (lm_head): left in high precision; name it in filter_fn or FqnToConfig to quantize it"
+    )
     TIED_EMBEDDING = "weight shared with an input embedding: left in high precision"
     ROUTER = "router of a mixture of experts: left in high precision"
     EXPERTS = "stack of expert weights: grouped W4A8 kernels come in a later release"
     ALREADY_QUANTIZED = "already quantized by intscale"
-    REQUIRES_GRAD = "weight requires grad in grad mode: wrap the call in torch.no_grad() or call model.requires_grad_(False)"
+    REQUIRES_GRAD = (
+        "weight requires grad in grad mode: wrap the call in torch.no_grad() or call model.requires_grad_(False)"
+    )
     NOT_CONSTANT = "weight is computed in the graph, not a parameter or buffer"
     FOREIGN_SUBCLASS = "weight is another library's tensor subclass"
     FAKE_WEIGHT = "weight has no data at compile time (fake tensor)"

@@ -87,7 +87,7 @@ def _searched(groups: Tensor, absmax: Tensor, config: IntScaleConfig, scale_max:
         steps, scales = search_integer_scales(groups, scale_max)
     else:
         steps, scales = _clipped_scales(groups, scale_max)
-    floor = SMALLEST_STEP / absmax  # rows so small that their scale would leave the normal range: codes follow the floor
+    floor = SMALLEST_STEP / absmax  # where a row's scale would leave the normal range, its codes follow the floor
     scales = torch.where(steps < floor, (scales * (steps / floor)).ceil(), scales)
     steps = torch.maximum(steps, floor)
     codes = _round_codes(groups, steps * scales)
@@ -96,7 +96,9 @@ def _searched(groups: Tensor, absmax: Tensor, config: IntScaleConfig, scale_max:
     unsafe = fmt.accumulator_bound(codes, group_scale) > fmt.INT32_MAX
     if unsafe.any():
         if scale_max == 1:
-            raise OverflowProofError(f"rows of {codes.shape[-1]} weights are too long for an int32 accumulator: split the layer.")
+            raise OverflowProofError(
+                f"rows of {codes.shape[-1]} weights are too long for an int32 accumulator: split the layer."
+            )
         again = _searched(groups[unsafe], absmax[unsafe], config, scale_max // 2)
         codes[unsafe], group_scale[unsafe], row_scale[unsafe] = again
     return codes, group_scale, row_scale

@@ -54,7 +54,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         "dtype",
     ]
 
-    def __new__(
+    def __new__(  # noqa: D102  (the class says what the arguments are)
         cls,
         qdata: Tensor,
         scale: Tensor,
@@ -119,11 +119,15 @@ class IntScaleTensor(TorchAOBaseTensor):
     def codes(self) -> Tensor:
         """Unpacked codes, int8 ``[..., N, K]``."""
         columns = fmt.code_block_columns(self.group_size, self.weight_bits)
-        plain = fmt.untile_rows(self.qdata, self.out_features, columns) if self.packing_format == "tiled" else self.qdata
+        plain = (
+            fmt.untile_rows(self.qdata, self.out_features, columns) if self.packing_format == "tiled" else self.qdata
+        )
         return (plain if self.weight_bits == 8 else fmt.unpack_int4(plain, self.group_size))[..., : self.in_features]
 
     @classmethod
-    def from_hp(cls, weight: Tensor, config: Optional[IntScaleConfig] = None, *, name: str = "weight") -> "IntScaleTensor":
+    def from_hp(
+        cls, weight: Tensor, config: Optional[IntScaleConfig] = None, *, name: str = "weight"
+    ) -> IntScaleTensor:
         """Quantize a high-precision weight.
 
         Args:
@@ -153,7 +157,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         )
         return tensor.to_packing(resolve_packing(config.packing_format, weight.device))
 
-    def to_packing(self, packing_format: str) -> "IntScaleTensor":
+    def to_packing(self, packing_format: str) -> IntScaleTensor:
         """The same weight in ``"plain"`` or ``"tiled"`` packing; lossless, and a no-op where it is so packed already."""
         if packing_format not in ("plain", "tiled"):
             raise ConfigError(f"packing_format={packing_format!r} is not supported: use 'plain' or 'tiled'.")
@@ -168,7 +172,7 @@ class IntScaleTensor(TorchAOBaseTensor):
             scale = fmt.untile_rows(self.scale, self.out_features, 1)
         return self.replaced(qdata=qdata, scale=scale, packing_format=packing_format)
 
-    def replaced(self, **parts) -> "IntScaleTensor":
+    def replaced(self, **parts) -> IntScaleTensor:
         """A tensor like this one with some of its data or attributes exchanged."""
         names = (*self.tensor_data_names, *self.tensor_attribute_names)
         return type(self)(*(parts[name] if name in parts else getattr(self, name) for name in names))
@@ -196,7 +200,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         """Bytes that codes and scales take together."""
         return sum(getattr(self, name).nbytes for name in self.tensor_data_names)
 
-    def validate(self, name: str = "weight") -> "IntScaleTensor":
+    def validate(self, name: str = "weight") -> IntScaleTensor:
         """Check stored data as far as it can be checked: shapes, dtypes, ranges, the overflow proof. Reads all of it.
 
         Raises:
@@ -211,7 +215,8 @@ class IntScaleTensor(TorchAOBaseTensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         """Run ``func`` as ``tensor_ops`` defines it; what is not there has no exact meaning on packed data."""
         if func not in cls._ATEN_OP_TABLE[cls]:
-            raise UnsupportedOpError(f"IntScaleTensor: {func} is not defined on packed data; use weight.dequantize() first.")
+            mend = "use weight.dequantize() first"
+            raise UnsupportedOpError(f"IntScaleTensor: {func} is not defined on packed data; {mend}.")
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
     def _stable_hash_for_caching(self) -> str:
@@ -227,14 +232,19 @@ class IntScaleTensor(TorchAOBaseTensor):
             f"{self.packing_format}{flag}, dtype={self.dtype}, device={self.device})"
         )
 
-    def __setstate__(self, state) -> None:
+    def _set_checked_state(self, state) -> None:
+        """Unpickling, also by ``torch.load``: the stored parts are checked."""
         torch._utils._set_obj_state(self, state)
         missing = [n for n in (*self.tensor_data_names, *self.tensor_attribute_names) if not hasattr(self, n)]
         if missing:
-            raise CheckpointError(f"stored IntScaleTensor lacks {missing}: the file is truncated or of another version.")
+            raise CheckpointError(
+                f"stored IntScaleTensor lacks {missing}: the file is truncated or of another version."
+            )
         self.validate()
 
 
+# torchao's base class installs its own, unchecked one on every subclass, over what the class body says.
+IntScaleTensor.__setstate__ = IntScaleTensor._set_checked_state  # type: ignore[method-assign]
 # torch pickles classes by module and name: the public path keeps files readable when modules move.
 IntScaleTensor.__module__ = "intscale_compile"
 
@@ -254,4 +264,6 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise WeightError(f"{name} is on the meta device and has no data: load the checkpoint (or to_empty) first.")
     # float64 is quantized in float32, where 1e300 is Inf.
     if not torch.isfinite(weight.float() if weight.dtype == torch.float64 else weight).all():
-        raise WeightError(f"{name} has NaN or Inf entries: repair the checkpoint, or leave this layer out with filter_fn.")
+        raise WeightError(
+            f"{name} has NaN or Inf entries: repair the checkpoint, or leave this layer out with filter_fn."
+        )

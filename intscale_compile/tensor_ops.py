@@ -11,6 +11,7 @@ from torchao.utils import fill_defaults
 
 from . import format as fmt
 from .errors import UnsupportedOpError
+from .kernels.cpu_gemm import forget
 from .linear import linear
 from .tensor import IntScaleTensor
 
@@ -35,7 +36,11 @@ def _view(func, args, kwargs, tensor: IntScaleTensor):
 @implements(aten.linear.default)
 @implements_torch_function(torch.nn.functional.linear)
 def _(func, types, args, kwargs):
-    x, weight, bias = (*args, *(kwargs[name] for name in ("input", "weight", "bias")[len(args) :] if name in kwargs), None)[:3]
+    x, weight, bias = (
+        *args,
+        *(kwargs[name] for name in ("input", "weight", "bias")[len(args) :] if name in kwargs),
+        None,
+    )[:3]
     if not isinstance(weight, IntScaleTensor) or isinstance(x, IntScaleTensor):
         raise _refuse("linear takes a quantized weight and a plain activation", "dequantize the other operand")
     return linear(x, weight, bias)
@@ -93,7 +98,9 @@ def _slice(func, args, kwargs):
         return _slice_features(func, args, kwargs, tensor, start, end, step)
     columns = {name: getattr(tensor, name) for name in tensor.tensor_data_names}
     if stored == tensor.dim() - 2:
-        if tensor.packing_format == "tiled" and (step != 1 or start % fmt.TILE_N or (end % fmt.TILE_N and end != length)):
+        if tensor.packing_format == "tiled" and (
+            step != 1 or start % fmt.TILE_N or (end % fmt.TILE_N and end != length)
+        ):
             raise _refuse(f"rows {start}:{end}:{step} of tiled packing are not whole tiles of {fmt.TILE_N}")
         rows = len(range(start, end, step))
         ends = {name: part.shape[stored] if end == length else end for name, part in columns.items()}
@@ -106,7 +113,9 @@ def _slice(func, args, kwargs):
 def _slice_features(func, args, kwargs, tensor: IntScaleTensor, start: int, end: int, step: int):
     align = fmt.k_alignment(tensor.group_size)
     if tensor.packing_format == "tiled" or step != 1 or start % align or (end % align and end != tensor.in_features):
-        raise _refuse(f"input features {start}:{end}:{step} of {tensor.packing_format} packing are not multiples of {align}")
+        raise _refuse(
+            f"input features {start}:{end}:{step} of {tensor.packing_format} packing are not multiples of {align}"
+        )
     last = tensor.dim() - 1
     padded_end = start + fmt.padded_in_features(end - start, tensor.group_size)
     per_column = 1 if tensor.weight_bits == 8 else 2
@@ -124,18 +133,19 @@ def _(func, types, args, kwargs):
 
 @implements_torch_function([torch.narrow, torch.Tensor.narrow])
 def _(func, types, args, kwargs):
-    tensor, dim, start, length = (*args, *(kwargs[name] for name in ("input", "dim", "start", "length") if name in kwargs))
+    named = [kwargs[name] for name in ("input", "dim", "start", "length") if name in kwargs]
+    tensor, dim, start, length = tuple(args) + tuple(named)
     size = tensor.shape[dim]
     first = start + size if start < 0 else start
     if not 0 <= first <= first + length <= size:
-        raise IndexError(f"narrow: {length} entries from {start} on are out of range for dimension {dim} of size {size}")
+        raise IndexError(f"narrow: {length} entries from {start} on are outside dimension {dim} of size {size}")
     return aten.slice.Tensor(tensor, dim, first, first + length, 1)
 
 
 def _require_stack(tensor: IntScaleTensor, dim: int, what: str) -> None:
     if tensor.dim() != 3 or dim % 3 != 0:
         shape = tuple(tensor.shape)
-        raise _refuse(f"{what} works along dimension 0 of a stack of weights, not dimension {dim} of {shape}", DENSE_MEND)
+        raise _refuse(f"{what} works along dimension 0 of a stack, not dimension {dim} of {shape}", DENSE_MEND)
 
 
 def _select(tensor: IntScaleTensor, dim: int, index: int) -> IntScaleTensor:
@@ -259,8 +269,9 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     tensor, sizes, dim = fill_defaults(args, 3, [0])
     dim, start, parts = kwargs.get("dim", dim), 0, []
-    if sum(sizes) != tensor.shape[dim]:
-        raise _refuse(f"split into {list(sizes)} of dimension {dim} of size {tensor.shape[dim]}", "give sizes that sum to it")
+    length = tensor.shape[dim]
+    if sum(sizes) != length:
+        raise _refuse(f"split of dimension {dim} of size {length} into {list(sizes)}", "give sizes that sum to it")
     for size in sizes:
         parts.append(aten.slice.Tensor(tensor, dim, start, start + size, 1))
         start += size
@@ -277,9 +288,12 @@ def _(func, types, args, kwargs):
     if tuple(size) == tuple(tensor.shape):
         return _view(func, args, kwargs, tensor.replaced())
     merges = size[-1] == tensor.in_features and len(size) in (2, 3) and not tensor.transposed
-    whole_tiles = tensor.packing_format == "plain" or not merges or tensor.out_features % fmt.TILE_N == size[-2] % fmt.TILE_N == 0
+    plain = tensor.packing_format == "plain"
+    whole_tiles = plain or not merges or tensor.out_features % fmt.TILE_N == size[-2] % fmt.TILE_N == 0
     if not merges or torch.Size(size).numel() != tensor.numel() or not whole_tiles:
-        raise _refuse(f"view of {tuple(tensor.shape)} as {tuple(size)}: only experts and output rows can be merged or split")
+        raise _refuse(
+            f"view of {tuple(tensor.shape)} as {tuple(size)}: only experts and output rows can be merged or split"
+        )
     parts = {n: getattr(tensor, n).view(*size[:-1], getattr(tensor, n).shape[-1]) for n in tensor.tensor_data_names}
     block_size = [1] * (len(size) - 1) + [tensor.group_size]
     return _view(func, args, kwargs, tensor.replaced(**parts, out_features=size[-2], block_size=block_size))
@@ -307,7 +321,11 @@ def _(func, types, args, kwargs):
     if source.scale_bits > target.scale_bits or source.scale.dtype != target.scale.dtype:
         raise _refuse(f"copy_ of {source.scale_bits}-bit scales into {target.scale_bits} bits", "make them alike")
     for name in target.tensor_data_names:
-        getattr(target, name).copy_(getattr(source, name))
+        part = getattr(target, name)
+        part.copy_(getattr(source, name))
+        if type(part) is torch.Tensor and not part.is_inference():
+            torch.autograd.graph.increment_version(part)  # autograd does not see what happens in here
+    forget(target.qdata)
     return target
 
 

@@ -29,11 +29,15 @@ def validate_tensor(tensor: IntScaleTensor, name: str) -> None:
 def _check_attributes(tensor: IntScaleTensor, name: str) -> None:
     block_size = tensor.block_size
     _require(isinstance(block_size, (list, tuple)) and len(block_size) > 0, name, f"block_size is {block_size!r}")
+    dims = tensor.qdata.dim()
+    _require(len(block_size) == dims, name, f"block_size is {block_size!r} where codes have {dims} dimensions")
     _require(tensor.group_size in GROUP_SIZES, name, f"group size {tensor.group_size!r} is not one of {GROUP_SIZES}")
     _require(tensor.packing_format in ("plain", "tiled"), name, f"packing format {tensor.packing_format!r} is unknown")
     for field in ("in_features", "out_features", "scale_bits"):
         value = getattr(tensor, field)
         _require(isinstance(value, int) and value > 0, name, f"{field} is {value!r}")
+    _require(isinstance(tensor.transposed, bool), name, f"transposed is {tensor.transposed!r}")
+    _require(tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1, name, f"it claims the dtype {tensor.dtype}")
     _require(tensor.scale_bits <= 16, name, f"scale_bits is {tensor.scale_bits}")
     _require(tensor.qdata.dtype in QDATA_DTYPES, name, f"codes are {tensor.qdata.dtype}")
     _require(tensor.scale.dtype in SCALE_DTYPES, name, f"group scales are {tensor.scale.dtype}")
@@ -54,14 +58,18 @@ def _check_shapes(tensor: IntScaleTensor, name: str) -> None:
     }
     for part, shape in wanted.items():
         found = tuple(getattr(tensor, part).shape)
-        _require(found == shape, name, f"{part} has shape {found} where {n} x {k} weights in groups of {g} need {shape}")
+        _require(
+            found == shape, name, f"{part} has shape {found} where {n} x {k} weights in groups of {g} need {shape}"
+        )
 
 
 def _check_values(tensor: IntScaleTensor, name: str) -> None:
     scale = tensor.scale
     least, most = int(scale.min()), int(scale.max())
     _require(least >= 1, name, f"a group scale is {least}; they start at 1")
-    _require(most < 1 << tensor.scale_bits, name, f"a group scale is {most}, over the {tensor.scale_bits} bits declared")
+    _require(
+        most < 1 << tensor.scale_bits, name, f"a group scale is {most}, over the {tensor.scale_bits} bits declared"
+    )
     rows = tensor.per_tensor_scale
     _require(bool(torch.isfinite(rows).all() and (rows > 0).all()), name, "a row scale is not a positive finite number")
     bound = int(tensor.accumulator_bound().max())

@@ -23,4 +23,6 @@ def check_versions() -> None:
         found = importlib.metadata.version(package)
         if _parse(found) < low or (high is not None and _parse(found) >= high):
             wanted = f">={'.'.join(map(str, low))}" + (f",<{'.'.join(map(str, high))}" if high else "")
-            raise VersionError(f"intscale_compile needs {package}{wanted}, found {found}: pip install '{package}{wanted}'")
+            raise VersionError(
+                f"intscale_compile needs {package}{wanted}, found {found}: pip install '{package}{wanted}'"
+            )

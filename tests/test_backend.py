@@ -19,6 +19,7 @@ from intscale_compile.backend import bind, rewrite_graph
 from intscale_compile.errors import ConfigError
 from intscale_compile.linear import linear
 from intscale_compile.options import parse_options
+from intscale_compile.packed_weights import _kept
 from intscale_compile.passes import PASSES
 
 
@@ -206,6 +207,12 @@ def test_updates_of_a_quantized_weight_are_seen_also_when_merged():
     changed = run(x)
     torch._dynamo.reset()
     assert torch.equal(changed, rewritten(model)(x))
+    run(x)
+    model.q.weight[:32].copy_(IntScaleTensor.from_hp(torch.randn(32, 64)))
+    changed_again = run(x)
+    _kept.clear()
+    torch._dynamo.reset()
+    assert torch.equal(changed_again, rewritten(model)(x)) and not torch.equal(changed, changed_again)
 
 
 def test_layers_that_share_a_graph_keep_their_own_weights():
@@ -223,7 +230,9 @@ def test_layers_that_share_a_graph_keep_their_own_weights():
 def test_repeated_compilation_does_not_quantize_again(monkeypatch):
     calls = []
     original = IntScaleTensor.from_hp.__func__
-    monkeypatch.setattr(IntScaleTensor, "from_hp", classmethod(lambda cls, *a, **k: calls.append(1) or original(cls, *a, **k)))
+    monkeypatch.setattr(
+        IntScaleTensor, "from_hp", classmethod(lambda cls, *a, **k: calls.append(1) or original(cls, *a, **k))
+    )
     model, x = Block().eval().requires_grad_(False), torch.randn(4, 64)
     rewritten(model)(x)
     first = len(calls)
@@ -234,8 +243,6 @@ def test_repeated_compilation_does_not_quantize_again(monkeypatch):
 
 
 def test_kept_weights_die_with_their_parameters():
-    from intscale_compile.packed_weights import _kept
-
     model = Block().eval().requires_grad_(False)
     mine = {id(p) for p in model.parameters()}
     rewritten(model)(torch.randn(4, 64))

@@ -55,7 +55,13 @@ def test_every_byte_survives():
 
 
 @quick
-@given(group_size=GROUP, rows=st.integers(1, 5), in_features=st.integers(1, 600), experts=st.integers(0, 2), seed=st.integers(0, 99))
+@given(
+    group_size=GROUP,
+    rows=st.integers(1, 5),
+    in_features=st.integers(1, 600),
+    experts=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
 def test_pad_and_pack_round_trip(group_size, rows, in_features, experts, seed):
     shape = (*((experts,) if experts else ()), rows, in_features)
     codes = random_codes(shape, seed)
@@ -72,9 +78,13 @@ def test_pad_and_pack_round_trip(group_size, rows, in_features, experts, seed):
 
 @quick
 @given(
-    rows=st.integers(1, 200), columns=st.integers(1, 6), block=st.sampled_from([1, 32, 64, 128]), fill=st.sampled_from([0, 1, 0x88]),
-    experts=st.integers(0, 2), seed=st.integers(0, 99),
-)  # fmt: skip
+    rows=st.integers(1, 200),
+    columns=st.integers(1, 6),
+    block=st.sampled_from([1, 32, 64, 128]),
+    fill=st.sampled_from([0, 1, 0x88]),
+    experts=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
 def test_tile_round_trip(rows, columns, block, fill, experts, seed):
     lead = (experts,) if experts else ()
     plain = random_codes((*lead, rows, columns * block), seed, 0, 127).to(torch.uint8)
@@ -94,11 +104,19 @@ def test_tile_round_trip(rows, columns, block, fill, experts, seed):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    group_size=GROUP, weight_bits=st.sampled_from([4, 8]), rows=st.integers(1, 130), in_features=st.integers(1, 300), seed=st.integers(0, 9)
-)  # fmt: skip
+    group_size=GROUP,
+    weight_bits=st.sampled_from([4, 8]),
+    rows=st.integers(1, 130),
+    in_features=st.integers(1, 300),
+    seed=st.integers(0, 9),
+)
 def test_tensor_padding_is_zeros_with_scale_one(group_size, weight_bits, rows, in_features, seed):
-    """Also through the quantizer and both packings: what pads is code 0 and scale 1, so that no kernel needs a mask for it."""
-    config = IntScaleConfig(group_size=-1 if weight_bits == 8 else group_size, weight_bits=weight_bits, scale_search="absmax")
+    """Also through the quantizer and both packings: what pads is code 0 and scale 1, so that no kernel needs a mask
+    for it.
+    """
+    config = IntScaleConfig(
+        group_size=-1 if weight_bits == 8 else group_size, weight_bits=weight_bits, scale_search="absmax"
+    )
     weight = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(seed))
     plain = IntScaleTensor.from_hp(weight, config)
     group_size = config.effective_group_size
@@ -122,9 +140,13 @@ def test_tensor_padding_is_zeros_with_scale_one(group_size, weight_bits, rows, i
 
 @quick
 @given(
-    groups=st.integers(1, 6), group_size=st.sampled_from([32, 64, 128]), rows=st.integers(1, 4), top=st.sampled_from([1, 15, 255, 32767]),
-    low=st.sampled_from([-8, -128]), seed=st.integers(0, 999),
-)  # fmt: skip
+    groups=st.integers(1, 6),
+    group_size=st.sampled_from([32, 64, 128]),
+    rows=st.integers(1, 4),
+    top=st.sampled_from([1, 15, 255, 32767]),
+    low=st.sampled_from([-8, -128]),
+    seed=st.integers(0, 999),
+)
 def test_bound_is_attained_and_never_exceeded(groups, group_size, rows, top, low, seed):
     """The proof is exact: sign-matched activations reach the bound, any others (and any partial sum) stay within it."""
     generator = torch.Generator().manual_seed(seed)
@@ -146,7 +168,9 @@ def test_bound_is_attained_and_never_exceeded(groups, group_size, rows, top, low
 
 @pytest.mark.parametrize("over", [False, True])
 def test_bound_on_both_sides_of_int32(over):
-    """127 * 8 * 255 * K passes 2**31 between K = 8289 and 8320: the largest magnitude code, -8, must not wrap to int8."""
+    """127 * 8 * 255 * K passes 2**31 between K = 8289 and 8320: the largest magnitude code, -8, must not wrap to
+    int8.
+    """
     in_features = 8320 if over else 8256
     codes = torch.full((1, in_features), -8, dtype=torch.int8)
     scale = torch.full((1, in_features // 32), 255, dtype=torch.uint8)
@@ -164,7 +188,7 @@ def test_bound_counts_int8_code_minus_128():
 
 def test_default_scale_bits_need_no_proof_up_to_140000_features():
     """DESIGN section 3: 4-bit scales cannot overflow for any K <= 140 000."""
-    assert 127 * 8 * 15 * 140_000 <= fmt.INT32_MAX
+    assert fmt.INT32_MAX >= 127 * 8 * 15 * 140_000
     codes = torch.full((1, 140_032), -8, dtype=torch.int8)
     scale = torch.full((1, 140_032 // 32), 15, dtype=torch.uint8)
     assert int(fmt.accumulator_bound(codes, scale)) <= fmt.INT32_MAX

@@ -16,7 +16,9 @@ from intscale_compile.scale_search import ROW_FRACTIONS, quantize_weight, search
 def dense(quantized, in_features):
     """fp64 value of a quantized weight, straight from the definition of the format."""
     codes = quantized.codes.double()
-    return (quantized.row_scale.double() * fmt.expand_group_scale(quantized.group_scale.double(), codes.shape[-1]) * codes)[..., :in_features]
+    return (
+        quantized.row_scale.double() * fmt.expand_group_scale(quantized.group_scale.double(), codes.shape[-1]) * codes
+    )[..., :in_features]
 
 
 def snr(weight, approximation):
@@ -29,7 +31,9 @@ def snr_of(weight, **fields):
 
 
 def float_scale(weight, fractions, group_size=128):
-    """Float group scales: for every group the best of ``fractions`` of absmax / 7.5, codes in [-8, 7]. The peer to beat."""
+    """Float group scales: for every group the best of ``fractions`` of absmax / 7.5, codes in [-8, 7]. The peer to
+    beat.
+    """
     groups = weight.float().unflatten(-1, (-1, group_size))
     plain = groups.abs().amax(-1, keepdim=True) / 7.5
     best, least = torch.zeros_like(groups), torch.full_like(plain, float("inf"))
@@ -51,12 +55,14 @@ def matrix(distribution, rows=48, in_features=1024):
     return student.clamp(-40, 40)
 
 
-# --- the exhaustive search ---------------------------------------------------------------------------------------------
+# --- the exhaustive search ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale_max", [1, 3, 7, 15])
 def test_search_is_as_good_as_brute_force_over_the_same_grid(scale_max):
-    """Every (row step, integer of group 1, integer of group 2) by itertools in fp64: none is better than what the search kept."""
+    """Every (row step, integer of group 1, integer of group 2) by itertools in fp64: none is better than what the
+    search kept.
+    """
     groups = torch.randn(6, 2, 16) * torch.tensor([1.0, 0.15])[:, None]
     groups /= groups.abs().amax((-1, -2), keepdim=True)
     steps, scales = search_integer_scales(groups, scale_max)
@@ -70,7 +76,11 @@ def test_search_is_as_good_as_brute_force_over_the_same_grid(scale_max):
 
     for row in range(6):
         kept = error(row, float(steps[row]), scales[row].tolist())
-        grid = ((f / (7.5 * scale_max), pair) for f in ROW_FRACTIONS for pair in itertools.product(range(1, scale_max + 1), repeat=2))
+        grid = (
+            (f / (7.5 * scale_max), pair)
+            for f in ROW_FRACTIONS
+            for pair in itertools.product(range(1, scale_max + 1), repeat=2)
+        )
         least = min(error(row, step, pair) for step, pair in grid)
         assert kept <= least * (1 + 1e-5)
 
@@ -114,13 +124,15 @@ def test_trained_weights_are_within_a_tenth_of_a_decibel_of_float_clipping(model
 
 
 def test_paper_scheme_costs_what_the_design_says(models_dir):
-    """alpha = 1024 on untouched codes loses 0.1 to 0.3 dB against its own float scales: no less, or it was not the paper's."""
+    """alpha = 1024 on untouched codes loses 0.1 to 0.3 dB against its own float scales: no less, or it was not the
+    paper's.
+    """
     _, weight = next(iter(tiny_llama_weights(models_dir)))
     lost = snr(weight, float_scale(weight, [1.0])) - snr_of(weight, amplifier=1024, scale_search="absmax")
     assert 0.0 < lost < 0.4
 
 
-# --- ranges ------------------------------------------------------------------------------------------------------------
+# --- ranges ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("search", ["mse", "absmax"])
@@ -138,21 +150,25 @@ def test_scale_bits_are_respected_and_used(scale_bits, search):
 
 @pytest.mark.parametrize("scale_bits", [5, 8])
 def test_wide_scales_are_no_worse_than_narrow_ones(scale_bits):
-    """More bits of scale must not lose accuracy on weights whose groups differ little (the narrow grid is exhaustive)."""
+    """More bits of scale must not lose accuracy on weights whose groups differ little (the narrow grid is
+    exhaustive).
+    """
     weight = torch.randn(16, 1024)
     assert snr_of(weight, scale_bits=scale_bits) > snr_of(weight) - 0.05
 
 
 @pytest.mark.parametrize("search", ["mse", "absmax"])
 def test_long_rows_get_a_smaller_range_until_they_are_proved(search):
-    """K = 32768 of +-1 at 8-bit scales reaches 127 * 7 * 255 * 32768 > 2**31; a sparse row of the same weight stays wide."""
+    """K = 32768 of +-1 at 8-bit scales reaches 127 * 7 * 255 * 32768 > 2**31; a sparse row of the same weight stays
+    wide.
+    """
     signs = torch.randint(0, 2, (2, 32768)).float() * 2 - 1
     signs[1, 256:] = 0
     quantized = quantize_weight(signs, IntScaleConfig(scale_bits=8, scale_search=search))
     bound = fmt.accumulator_bound(quantized.codes, quantized.group_scale)
     assert (bound <= fmt.INT32_MAX).all()
     assert quantized.group_scale[0].max() <= 127 and quantized.group_scale[1].max() > 127
-    assert int(bound[0]) > fmt.INT32_MAX // 8, "the range shrank more than it had to"
+    assert quantized.group_scale[0].max() > 31, "halving once more than needed would be 31"
     assert snr(signs[0], dense(quantized, 32768)[0]) > 15
     IntScaleTensor.from_hp(signs, IntScaleConfig(scale_bits=8, scale_search=search)).validate()
 
@@ -173,12 +189,16 @@ def test_eight_bit_row_too_long_is_refused():
         quantize_weight(weight, IntScaleConfig(weight_bits=8, scale_search="absmax"))
 
 
-# --- the paper's amplifier ----------------------------------------------------------------------------------------------
+# --- the paper's amplifier ------------------------------------------------------------------------------------------
 
 
 def power_of_two_rows(rows=12, in_features=384):
-    """Rows whose largest magnitude is a power of two: normalising them is exact, so codes must agree to the last one."""
-    weight = torch.randn(rows, in_features).clamp(-3.9, 3.9) * torch.logspace(0, -1, in_features // 128).repeat_interleave(128)
+    """Rows whose largest magnitude is a power of two: normalising them is exact, so codes must agree to the last
+    one.
+    """
+    weight = torch.randn(rows, in_features).clamp(-3.9, 3.9) * torch.logspace(
+        0, -1, in_features // 128
+    ).repeat_interleave(128)
     weight[:, 5] = 4.0
     return weight * 0.03125
 
@@ -194,7 +214,10 @@ def test_amplifier_leaves_codes_alone_and_rounds_scales(amplifier, search):
     step = groups.abs().amax(-1) / 7.5
     if search == "mse":
         fractions = [1.0, *(0.50 + 0.025 * i for i in range(24))]
-        errors = [(groups - (groups / (step * f)[..., None]).round().clamp(-8, 7) * (step * f)[..., None]).square().sum(-1) for f in fractions]
+        errors = [
+            (groups - (groups / (step * f)[..., None]).round().clamp(-8, 7) * (step * f)[..., None]).square().sum(-1)
+            for f in fractions
+        ]
         step = step * torch.tensor(fractions)[torch.stack(errors).argmin(0)]
     assert torch.equal(quantized.codes, (groups / step[..., None]).round().clamp(-8, 7).flatten(-2).to(torch.int8))
     alpha = round(1 / float(quantized.row_scale[0]))
@@ -210,7 +233,9 @@ def test_amplifier_clamps_scales_at_one():
     weight = torch.randn(4, 256) * torch.tensor([1.0, 1e-5]).repeat_interleave(128)
     quantized = quantize_weight(weight, IntScaleConfig(amplifier=1024, scale_search="absmax"))
     assert (quantized.group_scale[:, 1] == 1).all() and (quantized.group_scale[:, 0] > 1).all()
-    assert quantized.codes[:, 128:].abs().amax() == 7 or quantized.codes[:, 128:].amin() == -8, "codes must stay as they were"
+    assert quantized.codes[:, 128:].abs().amax() == 7 or quantized.codes[:, 128:].amin() == -8, (
+        "codes must stay as they were"
+    )
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.37, 2.0**-9])
@@ -227,7 +252,7 @@ def test_layer_amplifier_is_the_smallest_power_of_two(factor):
     assert quantized.group_scale[2, 1] == 1 and not quantized.codes[2, 128:256].any()
 
 
-# --- special rows and dtypes --------------------------------------------------------------------------------------------
+# --- special rows and dtypes ----------------------------------------------------------------------------------------
 
 CONFIGS = [
     IntScaleConfig(),
@@ -259,7 +284,9 @@ def test_zero_rows_and_zero_groups(config):
 @pytest.mark.parametrize("config", CONFIGS[:5], ids=str)
 @pytest.mark.parametrize("magnitude", [3e38, 1e30, 1e-20, 1e-36, 1e-37, 1e-40, 1.5e-45])
 def test_extreme_magnitudes(config, magnitude):
-    """No overflow of squared errors, no row scale of 0 or Inf; where the row scale hits its floor the codes follow it."""
+    """No overflow of squared errors, no row scale of 0 or Inf; where the row scale hits its floor the codes follow
+    it.
+    """
     weight = (torch.rand(4, 256, dtype=torch.float64) * 2 - 1).float() * magnitude
     weight[:, 0] = magnitude
     quantized = quantize_weight(weight, config)
@@ -317,17 +344,20 @@ def test_eight_bit_error_is_below_half_a_step(search):
     assert snr(weight, dense(quantized, 500)) > 38
 
 
-@pytest.mark.parametrize("bad, message", [
-    (torch.ones(4, 8, dtype=torch.int32), "only floating point"),
-    (torch.ones(4, 8).to(torch.float8_e4m3fn), "only floating point"),
-    (torch.ones(8), "non-empty"),
-    (torch.ones(2, 2, 4, 8), "non-empty"),
-    (torch.ones(0, 8), "non-empty"),
-    (torch.ones(4, 8, device="meta"), "meta device"),
-    (torch.tensor([[1.0, float("nan")]]), "NaN or Inf"),
-    (torch.tensor([[1.0, float("-inf")]]), "NaN or Inf"),
-    (torch.tensor([[1.0, 1e300]], dtype=torch.float64), "NaN or Inf"),  # Inf in the fp32 that it is quantized in
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (torch.ones(4, 8, dtype=torch.int32), "only floating point"),
+        (torch.ones(4, 8).to(torch.float8_e4m3fn), "only floating point"),
+        (torch.ones(8), "non-empty"),
+        (torch.ones(2, 2, 4, 8), "non-empty"),
+        (torch.ones(0, 8), "non-empty"),
+        (torch.ones(4, 8, device="meta"), "meta device"),
+        (torch.tensor([[1.0, float("nan")]]), "NaN or Inf"),
+        (torch.tensor([[1.0, float("-inf")]]), "NaN or Inf"),
+        (torch.tensor([[1.0, 1e300]], dtype=torch.float64), "NaN or Inf"),  # Inf in the fp32 that it is quantized in
+    ],
+)
 def test_weights_that_cannot_be_quantized_are_named(bad, message):
     with pytest.raises(WeightError, match=f"blocks.3.weight.*{message}"):
         IntScaleTensor.from_hp(bad, name="blocks.3.weight")

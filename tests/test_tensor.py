@@ -1,4 +1,5 @@
-"""``IntScaleTensor``: structural operators are exact, views alias, what has no meaning is refused, products run quantized.
+"""``IntScaleTensor``: structural operators are exact, views alias, what has no meaning is refused, products run
+quantized.
 
 "Exact" throughout: an operator followed by ``dequantize()`` is bit-equal to ``dequantize()`` followed by the operator.
 """
@@ -24,7 +25,9 @@ def make(*shape, packing="plain", dtype=torch.float32, **fields):
     """A quantized random weight; scales differ from group to group and row to row."""
     weight = torch.randn(*shape) * torch.rand(*shape[:-1], 1).add(0.1)
     weight = weight * torch.rand(shape[-1] // 32 + 1).add(0.2).repeat_interleave(32)[: shape[-1]]
-    return IntScaleTensor.from_hp(weight.to(dtype), IntScaleConfig(packing_format=packing, scale_search="absmax", **fields))
+    return IntScaleTensor.from_hp(
+        weight.to(dtype), IntScaleConfig(packing_format=packing, scale_search="absmax", **fields)
+    )
 
 
 def assert_same(found, wanted):
@@ -41,7 +44,7 @@ def assert_same(found, wanted):
     assert torch.equal(found.dequantize(), wanted)
 
 
-# --- structural operators ----------------------------------------------------------------------------------------------
+# --- structural operators -------------------------------------------------------------------------------------------
 
 # 200 = 3 tiles and 8 rows; 400 = 3 groups of 128 and 16 columns.
 ROWS_2D = {
@@ -85,7 +88,7 @@ ROWS_2D = {
     "half": lambda w: w.half(),
     "to_both": lambda w: w.to("cpu", torch.bfloat16),
     "t_half": lambda w: w.t().half(),
-}  # fmt: skip
+}
 PLAIN_2D = {
     "single_rows": lambda w: w[3:5],
     "strided_rows": lambda w: w[1:100:3],
@@ -105,7 +108,7 @@ PLAIN_2D = {
     "t_index_select": lambda w: w.t().index_select(1, torch.tensor([5, 0])),
     "view_as_stack": lambda w: w.view(4, 50, 400),
     "unflatten": lambda w: w.unflatten(0, (2, 100)),
-}  # fmt: skip
+}
 STACK = {
     "select": lambda w: w[1],
     "select_last": lambda w: w.select(0, -1),
@@ -136,7 +139,7 @@ STACK = {
     "clone": lambda w: w.clone(),
     "deepcopy": lambda w: copy.deepcopy(w),
     "to_bf16": lambda w: w.to(torch.bfloat16),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -165,9 +168,19 @@ def test_stack_operator(name, packing):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("fields", [
-    {"group_size": 32}, {"group_size": 64}, {"group_size": 256}, {"group_size": -1}, {"weight_bits": 8}, {"scale_bits": 8}, {"amplifier": 1024},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"group_size": 32},
+        {"group_size": 64},
+        {"group_size": 256},
+        {"group_size": -1},
+        {"weight_bits": 8},
+        {"scale_bits": 8},
+        {"amplifier": 1024},
+    ],
+    ids=str,
+)
 def test_operators_on_every_kind_of_weight(fields, packing):
     """One round of slicing and joining per layout: group scales and codes must be cut at the same places."""
     weight = make(130, 600, packing=packing, **fields)
@@ -195,7 +208,9 @@ def test_cat_of_different_scale_dtypes_and_bits():
     for parts in ([narrow, wide], [wide, narrow]):
         joined = torch.cat(parts)
         assert_same(joined, torch.cat([p.dequantize() for p in parts]))
-        assert joined.scale_bits == wide.scale_bits, "too small a bound would let a kernel fold a scale that does not fit"
+        assert joined.scale_bits == wide.scale_bits, (
+            "too small a bound would let a kernel fold a scale that does not fit"
+        )
 
 
 def test_cat_of_different_packings_is_plain():
@@ -205,7 +220,7 @@ def test_cat_of_different_packings_is_plain():
     assert_same(joined, torch.cat([weight.dequantize()] * 2))
 
 
-# --- views alias -------------------------------------------------------------------------------------------------------
+# --- views alias ----------------------------------------------------------------------------------------------------
 
 VIEWS = {
     "narrow": lambda w: w.narrow(0, 64, 64),
@@ -256,7 +271,7 @@ def test_copy_between_packings():
     assert weight.packing_format == "plain" and torch.equal(weight.dequantize(), other.dequantize())
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "add": lambda w: w + 1,
@@ -299,7 +314,7 @@ REFUSED = {
     "scaled_addmm": lambda w: torch.addmm(torch.zeros(128), torch.zeros(2, 256), w.t(), alpha=2),
     "mm_out": lambda w: torch.mm(torch.zeros(2, 256), w.t(), out=torch.zeros(2, 128)),
     "einsum": lambda w: torch.einsum("mk,nk->mn", torch.zeros(2, 256), w),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -313,13 +328,16 @@ def test_refused_operator_names_the_mend(name, packing):
     assert torch.equal(weight.dequantize(), before)
 
 
-@pytest.mark.parametrize("name, refused", {
-    "swap_experts": lambda w: w.transpose(0, 1),
-    "permute": lambda w: w.permute(1, 0, 2),
-    "select_row": lambda w: w[:, 3],
-    "unbind_rows": lambda w: w.unbind(1),
-    "bmm": lambda w: torch.bmm(torch.zeros(3, 1, 256), w.mT),
-}.items())  # fmt: skip
+@pytest.mark.parametrize(
+    "name, refused",
+    {
+        "swap_experts": lambda w: w.transpose(0, 1),
+        "permute": lambda w: w.permute(1, 0, 2),
+        "select_row": lambda w: w[:, 3],
+        "unbind_rows": lambda w: w.unbind(1),
+        "bmm": lambda w: torch.bmm(torch.zeros(3, 1, 256), w.mT),
+    }.items(),
+)
 def test_refused_operator_on_a_stack(name, refused):
     with pytest.raises(UnsupportedOpError, match="; "):
         refused(make(3, 128, 256))
@@ -339,13 +357,14 @@ def test_narrow_out_of_range(start, length):
         make(128, 128).narrow(0, start, length)
 
 
-# --- modules, files ----------------------------------------------------------------------------------------------------
+# --- modules, files -------------------------------------------------------------------------------------------------
 
 
 def test_repr_fits_a_line_and_says_everything():
     text = repr(make(3, 128, 200, packing="tiled", group_size=64, scale_bits=5, dtype=torch.bfloat16).mT)
     assert text == (
-        "IntScaleTensor(shape=(3, 200, 128), int4, group_size=64, scale_bits=5, tiled, transposed, dtype=torch.bfloat16, device=cpu)"
+        "IntScaleTensor(shape=(3, 200, 128), int4, group_size=64, scale_bits=5, "
+        "tiled, transposed, dtype=torch.bfloat16, device=cpu)"
     )
     assert "int8, per channel" in repr(make(64, 128, weight_bits=8))
     assert repr(nn.Parameter(make(64, 128), requires_grad=False)).count("\n") <= 1
@@ -391,7 +410,14 @@ def test_state_dict_assigned_to_a_plain_module_and_refused_without_assign():
     assert torch.equal(empty(x), source(x))
 
 
-KINDS = [{}, {"packing": "tiled"}, {"weight_bits": 8}, {"amplifier": 1024}, {"dtype": torch.bfloat16}, {"group_size": -1}]
+KINDS = [
+    {},
+    {"packing": "tiled"},
+    {"weight_bits": 8},
+    {"amplifier": 1024},
+    {"dtype": torch.bfloat16},
+    {"group_size": -1},
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -419,7 +445,9 @@ def test_saved_file_names_the_public_class():
     """Files must stay readable when modules move inside the package."""
     buffer = io.BytesIO()
     torch.save(make(64, 128), buffer)
-    assert b"intscale_compile\nIntScaleTensor" in buffer.getvalue() and b"intscale_compile.tensor" not in buffer.getvalue()
+    assert (
+        b"intscale_compile\nIntScaleTensor" in buffer.getvalue() and b"intscale_compile.tensor" not in buffer.getvalue()
+    )
 
 
 def test_share_memory():
@@ -428,7 +456,7 @@ def test_share_memory():
     assert all(getattr(layer.weight, name).is_shared() for name in layer.weight.tensor_data_names)
 
 
-# --- products ----------------------------------------------------------------------------------------------------------
+# --- products -------------------------------------------------------------------------------------------------------
 
 
 def expected(x, weight, bias=None):
@@ -456,15 +484,30 @@ def test_every_spelling_of_a_product_is_the_same():
     weight, bias, x = make(70, 300), torch.randn(70), torch.randn(5, 300)
     y = F.linear(x, weight)
     spellings = [
-        x @ weight.t(), x @ weight.T, x @ weight.mT, torch.matmul(x, weight.t()), torch.mm(x, weight.t()), x.mm(weight.t()),
-        x.matmul(weight.transpose(0, 1)), torch.matmul(x, other=weight.t()), x.mm(mat2=weight.t()), F.linear(x, weight, None),
-        F.linear(input=x, weight=weight), torch.ops.aten.mm.default(x, weight.t()), torch.ops.aten.linear.default(x, weight),
-    ]  # fmt: skip
+        x @ weight.t(),
+        x @ weight.T,
+        x @ weight.mT,
+        torch.matmul(x, weight.t()),
+        torch.mm(x, weight.t()),
+        x.mm(weight.t()),
+        x.matmul(weight.transpose(0, 1)),
+        torch.matmul(x, other=weight.t()),
+        x.mm(mat2=weight.t()),
+        F.linear(x, weight, None),
+        F.linear(input=x, weight=weight),
+        torch.ops.aten.mm.default(x, weight.t()),
+        torch.ops.aten.linear.default(x, weight),
+    ]
     for i, other in enumerate(spellings):
         assert torch.equal(other, y), i
     z = F.linear(x, weight, bias)
-    for other in (torch.addmm(bias, x, weight.t()), bias.addmm(x, weight.t()), torch.addmm(input=bias, mat1=x, mat2=weight.t()),
-                  F.linear(x, weight, bias=bias), torch.ops.aten.addmm.default(bias, x, weight.t())):  # fmt: skip
+    for other in (
+        torch.addmm(bias, x, weight.t()),
+        bias.addmm(x, weight.t()),
+        torch.addmm(input=bias, mat1=x, mat2=weight.t()),
+        F.linear(x, weight, bias=bias),
+        torch.ops.aten.addmm.default(bias, x, weight.t()),
+    ):
         assert torch.equal(other, z)
     assert torch.equal(torch.addmm(torch.ones(5, 70), x, weight.t()), y + 1)
 
@@ -484,14 +527,17 @@ def test_shapes_of_activations():
     assert torch.equal(F.linear(x[:, 1:2].expand(2, 5, 4, 300), weight)[:, 3], F.linear(x[:, 1], weight))
 
 
-@pytest.mark.parametrize("make_input, message", [
-    (lambda: torch.zeros(2, 299), "299 features, the weight 300"),
-    (lambda: torch.zeros(2, 384), "384 features, the weight 300"),  # as wide as the padded rows, still wrong
-    (lambda: torch.zeros(2, 300, dtype=torch.int64), "int64.*cast it first"),
-    (lambda: torch.zeros(2, 300, dtype=torch.float64), "float64.*cast it first"),
-    (lambda: torch.zeros(2, 300, device="meta"), "on meta, the weight on cpu"),
-    (lambda: torch.tensor(1.0), "scalar"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make_input, message",
+    [
+        (lambda: torch.zeros(2, 299), "299 features, the weight 300"),
+        (lambda: torch.zeros(2, 384), "384 features, the weight 300"),  # as wide as the padded rows, still wrong
+        (lambda: torch.zeros(2, 300, dtype=torch.int64), "int64.*cast it first"),
+        (lambda: torch.zeros(2, 300, dtype=torch.float64), "float64.*cast it first"),
+        (lambda: torch.zeros(2, 300, device="meta"), "on meta, the weight on cpu"),
+        (lambda: torch.tensor(1.0), "scalar"),
+    ],
+)
 def test_bad_activations(make_input, message):
     for product in (lambda x, w: F.linear(x, w), lambda x, w: x @ w.t()):
         with pytest.raises(InputError, match=message):
@@ -512,7 +558,7 @@ def test_stack_and_transposed_weights_are_refused_by_linear():
         F.linear(torch.zeros(2, 64), make(64, 256).t())
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

@@ -1,6 +1,6 @@
 """The int32 accumulator on a CPU: oneDNN's int8 product over weights that are unpacked once and kept as int8.
 
-A weight costs one more byte per code while it is in use on a CPU. `benchmarks/cpu_linear.py` compares with fp32.
+A weight costs one more byte per code while it is in use on a CPU. `benchmarks/cpu.py` compares with fp32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ _unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _version(tensor: Tensor) -> int:
+    """Changes when ``tensor`` is written to; inference tensors do not count, for them only ``forget`` helps."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def forget(qdata: Tensor) -> None:
+    """Drop what was unpacked from the memory of ``qdata``: views of one weight have version counters of their own."""
+    if type(qdata) is Tensor and qdata.device.type == "cpu":
+        memory = qdata.untyped_storage().data_ptr()
+        for kept in [key for key in _unpacked if key.untyped_storage().data_ptr() == memory]:
+            del _unpacked[kept]
 
 
 @functools.lru_cache(maxsize=1)
@@ -26,7 +35,9 @@ def int8_product_is_exact() -> bool:
     """Whether this CPU's ``torch._int_mm`` is exact at the extremes (older int8 instructions saturate at 16 bits)."""
     x = torch.full((2, 256), -127, dtype=torch.int8)
     w = torch.full((64, 256), -120, dtype=torch.int8)
-    return bool((torch._int_mm(x, w.t()) == 127 * 120 * 256).all()) and bool((torch._int_mm(x, -w.t()) == -127 * 120 * 256).all())
+    return bool((torch._int_mm(x, w.t()) == 127 * 120 * 256).all()) and bool(
+        (torch._int_mm(x, -w.t()) == -127 * 120 * 256).all()
+    )
 
 
 def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -41,7 +52,9 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
     return acc
 
 
-def _int8_weight(qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str, fold: bool) -> tuple[Tensor, Tensor]:
+def _int8_weight(
+    qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str, fold: bool
+) -> tuple[Tensor, Tensor]:
     """Codes (times scales where they fold) as int8 ``[N, Kp]``, and plain group scales; unpacked at the first call."""
     versions = (_version(qdata), _version(scale))
     kept = _unpacked.get(qdata)

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from .. import format as fmt
 
-torch.library.define(
-    "intscale::dequantize_per_token", "(Tensor xq, Tensor token_scale, ScalarType dtype) -> Tensor"
-)
+torch.library.define("intscale::dequantize_per_token", "(Tensor xq, Tensor token_scale, ScalarType dtype) -> Tensor")
 torch.library.define(
     "intscale::dequantize_weight",
     "(Tensor qdata, Tensor scale, Tensor row_scale, int out_features, int in_features, int group_size, str packing, "
@@ -27,7 +25,9 @@ def dequantize_per_token_aten(xq: Tensor, token_scale: Tensor, dtype: torch.dtyp
     return (xq.to(torch.float32) * token_scale).to(dtype)
 
 
-def unpack_weight(qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str) -> tuple[Tensor, Tensor]:
+def unpack_weight(
+    qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str
+) -> tuple[Tensor, Tensor]:
     """Plain int8 codes ``[..., N, Kp]`` and group scales ``[..., N, G]`` of a stored weight in either packing."""
     if packing == "tiled":
         bits = 8 if qdata.dtype == torch.int8 else 4

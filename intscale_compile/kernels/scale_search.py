@@ -59,7 +59,9 @@ def _search_kernel(w_ptr, fractions_ptr, step_ptr, scale_ptr, base_step, G, FRAC
         tl.store(scale_ptr + row * G + g, scales.to(tl.float32), mask=g < G)
 
 
-def search_integer_scales_gpu(groups: Tensor, scale_max: int, fractions: tuple[float, ...], plain_step: float) -> tuple[Tensor, Tensor]:
+def search_integer_scales_gpu(
+    groups: Tensor, scale_max: int, fractions: tuple[float, ...], plain_step: float
+) -> tuple[Tensor, Tensor]:
     """Row steps fp32 ``[R, 1]`` and integer scales fp32 ``[R, G]`` for normalised groups fp32 ``[R, G, g]``."""
     rows, count, group = groups.shape
     steps = groups.new_empty(rows, 1)
@@ -72,4 +74,3 @@ def search_integer_scales_gpu(groups: Tensor, scale_max: int, fractions: tuple[f
             FRACTIONS=len(fractions), SCALE_MAX=scale_max, GROUP=group, BLOCK_G=block, num_warps=4,
         )  # fmt: skip
     return steps, scales
-

@@ -80,6 +80,13 @@ def _is_empty(size: Any) -> bool:
     return V.graph.sizevars.statically_known_equals(size, 0)
 
 
+def _static(size: Any) -> int:
+    """A size as a number; a symbolic one (``dynamic=True`` with weights as plain inputs) is guarded on."""
+    sizevars = V.graph.sizevars
+    guard = getattr(sizevars, "guard_int", None) or sizevars.evaluate_static_shape  # type: ignore[attr-defined]
+    return int(guard(size))
+
+
 def _contiguous(x: ir.TensorBox) -> ir.IRNode:
     return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
 
@@ -97,17 +104,17 @@ def _gemm(
     dtype: torch.dtype,
 ) -> ir.TensorBox:
     """Template call for ``xq`` ``[..., K]``; ``scales`` (token, row) is None for the bare accumulator."""
-    lead, device = xq.get_size()[:-1], xq.get_device()
+    lead, device = xq.get_size()[:-1], xq.get_device_or_error()
     rows = _as_rows(xq)
     m, k = rows.get_size()
     if _is_empty(m):
         return empty([*lead, out_features], dtype=dtype, device=device)
-    in_features = int(k)
+    in_features = _static(k)
     weight_bits = 8 if qdata.get_dtype() is torch.int8 else 4
     tokens = V.graph.sizevars.optimization_hint(m, fallback=UNKNOWN_TOKENS)
     tile = choose_tile(tokens, out_features, in_features, group_size, scale_bits, weight_bits, capability(device))
-    rows = ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(rows))
-    inputs = [rows, _contiguous(qdata), _contiguous(scale)]
+    activation = ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(rows))
+    inputs = [activation, _contiguous(qdata), _contiguous(scale)]
     if scales is not None:
         token_scale, row_scale = scales
         inputs += [ir.ExternKernel.realize_input(_as_rows(token_scale)), _contiguous(row_scale)]

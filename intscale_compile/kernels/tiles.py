@@ -1,8 +1,8 @@
 """Tile shapes of the Triton GEMM, chosen from the problem size.
 
 The shapes come from a sweep of about 60 configurations of a probe kernel with the same inner loop on one H100 (torch
-2.11, triton 3.6): 16x128 was best at M = 1, 64x128 at M = 64 and 256, 128x128 from M = 1024, all with 4 warps and 3 or 4
-stages. What that sweep does not cover is marked below as reasoned.
+2.11, triton 3.6): 16x128 was best at M = 1, 64x128 at M = 64 and 256, 128x128 from M = 1024, all with 4 warps and 3 or
+4 stages. What that sweep does not cover is marked below as reasoned.
 """
 
 from __future__ import annotations

@@ -92,6 +92,7 @@ def fold_codes(packed, scales, TWO_SCALES: tl.constexpr, PTX: tl.constexpr):
 
     ``scales`` is int32 ``[BLOCK_N]``, 1 to 15: one scale per row, or with TWO_SCALES ``low | high << 16``, one for each
     half. They travel in one tensor because each costs a trip through shared memory to the layout of the weights.
+    A thread must hold codes of a row in runs of four or more: so it does in tiles of at least 4 bytes per thread.
     """
     # Four bytes at once: u * s + (128 - 8 s) lies in [8, 233] for u and s up to 15, so nothing carries between bytes;
     # flipping bit 7 then takes 128 off. The offset is written for each word; the assembler computes it once per row.

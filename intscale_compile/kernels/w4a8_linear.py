@@ -22,7 +22,9 @@ from .cpu_gemm import accumulate_cpu
 from .dequantize import WEIGHT_OP, unpack_weight
 
 WEIGHT_ARGS = "int out_features, int group_size, int scale_bits, str packing"
-torch.library.define("intscale::w4a8_accumulate", f"(Tensor xq, Tensor qdata, Tensor scale, {WEIGHT_ARGS}, int abi) -> Tensor")
+torch.library.define(
+    "intscale::w4a8_accumulate", f"(Tensor xq, Tensor qdata, Tensor scale, {WEIGHT_ARGS}, int abi) -> Tensor"
+)
 torch.library.define(
     "intscale::w4a8_linear",
     f"(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, {WEIGHT_ARGS}, "
@@ -52,17 +54,23 @@ def check_operands(xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, 
             f"of {groups} groups in {packing} packing."
         )
     if not xq.device == qdata.device == scale.device:
-        raise InputError(f"w4a8: activation on {xq.device}, weight on {qdata.device}, scale on {scale.device}: move them together.")
+        raise InputError(
+            f"w4a8: activation on {xq.device}, weight on {qdata.device}, scale on {scale.device}: move them together."
+        )
 
 
-def reference_accumulate(xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str) -> Tensor:
+def reference_accumulate(
+    xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str
+) -> Tensor:
     """The accumulator in plain PyTorch, any device, exact: float64 holds every integer below 2**53. Slow; the oracle."""
     codes, scale = unpack_weight(qdata, scale, out_features, group_size, packing)
     weight = codes.double() * fmt.expand_group_scale(scale, codes.shape[-1]).double()
     return (xq.double() @ weight[:, : xq.shape[-1]].t()).to(torch.int32)
 
 
-def apply_scales(acc: Tensor, token_scale: Tensor, row_scale: Tensor, bias: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+def apply_scales(
+    acc: Tensor, token_scale: Tensor, row_scale: Tensor, bias: Optional[Tensor], dtype: torch.dtype
+) -> Tensor:
     """The float epilogue: ``float(acc) * token_scale * row_scale + bias`` in fp32, rounded once to ``dtype``."""
     y = acc.to(torch.float32) * token_scale * row_scale.view(-1)
     return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
@@ -90,7 +98,19 @@ def _accumulate_fake(xq, qdata, scale, out_features, group_size, scale_bits, pac
 
 @torch.library.impl("intscale::w4a8_linear", "CPU")
 def _linear_cpu(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+    xq,
+    token_scale,
+    qdata,
+    scale,
+    row_scale,
+    bias,
+    out_features,
+    group_size,
+    scale_bits,
+    packing,
+    dtype,
+    abi,
+    ste_input=None,
 ):
     check_operands(xq, qdata, scale, out_features, group_size, packing)
     acc = accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing)
@@ -99,7 +119,19 @@ def _linear_cpu(
 
 @torch.library.impl("intscale::w4a8_linear", "CUDA")
 def _linear_cuda(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+    xq,
+    token_scale,
+    qdata,
+    scale,
+    row_scale,
+    bias,
+    out_features,
+    group_size,
+    scale_bits,
+    packing,
+    dtype,
+    abi,
+    ste_input=None,
 ):
     from .triton_gemm import linear_cuda
 
@@ -111,7 +143,19 @@ def _linear_cuda(
 
 @torch.library.register_fake("intscale::w4a8_linear")
 def _linear_fake(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+    xq,
+    token_scale,
+    qdata,
+    scale,
+    row_scale,
+    bias,
+    out_features,
+    group_size,
+    scale_bits,
+    packing,
+    dtype,
+    abi,
+    ste_input=None,
 ):
     check_operands(xq, qdata, scale, out_features, group_size, packing)
     return xq.new_empty((*xq.shape[:-1], out_features), dtype=dtype)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, fx
@@ -99,7 +100,9 @@ class GraphRewrite:
         self.packed_inputs[node] = (recipe, part)
         return node
 
-    def call(self, target: Callable, args: tuple, kwargs: Optional[dict] = None, like: Optional[fx.Node] = None) -> fx.Node:
+    def call(
+        self, target: Callable, args: tuple, kwargs: Optional[dict] = None, like: Optional[fx.Node] = None
+    ) -> fx.Node:
         """Emit ``target(*args)`` at the insertion point with a true ``example_value`` and the origin of ``like``."""
         node = self.graph.call_function(target, args, kwargs or {})
         if like is not None:
@@ -116,7 +119,7 @@ class GraphRewrite:
         args, kwargs = fx.map_arg((node.args, node.kwargs), example)
         with self.fake_mode, torch.no_grad():
             if node.op == "call_method":
-                node.meta[EXAMPLE] = getattr(args[0], node.target)(*args[1:], **kwargs)
+                node.meta[EXAMPLE] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 node.meta[EXAMPLE] = node.target(*args, **kwargs)  # type: ignore[operator]
 

@@ -14,8 +14,8 @@ from typing import Optional
 import torch
 from torch import fx
 
-from ..kernels import KERNEL_ABI, dequantize
 from ..kernels.w4a8_linear import LINEAR_OP
+from ..ops import KERNEL_ABI, dequantize
 from .base import GraphRewrite, Pass, example
 from .match import LINEAR
 

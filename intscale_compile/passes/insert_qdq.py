@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from ..errors import OverflowProofError, WeightError
-from ..kernels import dequantize, quantize_per_token
+from ..ops import dequantize, quantize_per_token
 from ..packed_weights import DATA_NAMES, Packed
 from ..reasons import Reason, log_once
 from ..tensor import IntScaleTensor

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..packed_weights import WeightSource
+from ..quantize import LEFT_OUT
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from ..tensor import IntScaleTensor
 from .base import Candidate, GraphRewrite, Pass, example
@@ -171,7 +172,9 @@ def _candidate(node: fx.Node, weights: _WeightFinder) -> Optional[Candidate]:
     if node.target is torch.addmm or (node.op == "call_method" and name == "addmm"):
         return _addmm(node, weights)
     if node.target in OTHER_PRODUCTS or name in OTHER_NAMES or "grouped_mm" in name:
-        found = next((n for n in node.all_input_nodes if weights.resolve(n, through_selection=True)[0] is not None), None)
+        found = next(
+            (n for n in node.all_input_nodes if weights.resolve(n, through_selection=True)[0] is not None), None
+        )
         return _left_alone(node, weights, found, Reason.UNKNOWN_FORM)
     return None
 
@@ -193,7 +196,9 @@ def _make(node: fx.Node, weights: _WeightFinder, x: Any, weight: Any, bias: Any,
     source, transposed = weights.resolve(weight)
     if source is None:
         expert = _left_alone(node, weights, weight, Reason.NOT_CONSTANT)
-        return expert or Candidate(node, node.name, x, weight, bias, None, False, None, Reason.NOT_CONSTANT, tokens=_tokens(x))
+        return expert or Candidate(
+            node, node.name, x, weight, bias, None, False, None, Reason.NOT_CONSTANT, tokens=_tokens(x)
+        )
     tensor = weights.tensor(source)
     kept_kn = transposed if weight_is_nk else not transposed
     if tensor.dim() != 2:
@@ -268,7 +273,7 @@ def _plain_reason(candidate: Candidate, tensor: Tensor, weights: _WeightFinder, 
 
 def is_left_out(tensor: Tensor) -> bool:
     """Whether ``quantize_`` ran over the model of this weight and did not select it."""
-    return getattr(tensor, "_intscale_left_out", False)
+    return getattr(tensor, LEFT_OUT, False)
 
 
 def _module_class(node: fx.Node) -> str:

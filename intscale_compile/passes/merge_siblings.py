@@ -11,18 +11,30 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, fx
 
-from ..kernels import dequantize
+from ..ops import dequantize
 from ..packed_weights import ConcatenatedBias, Packed, WeightSource, merged
 from .base import EXAMPLE, GraphRewrite, Pass, example, weight_recipe
 from .insert_qdq import dequantized_weight
 from .match import LINEAR
 
-VIEWS = {"view", "transpose", "permute", "unsqueeze", "squeeze", "t", "getitem", "view_as", "chunk", "split", "unflatten"}
+VIEWS = {
+    "view",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "t",
+    "getitem",
+    "view_as",
+    "chunk",
+    "split",
+    "unflatten",
+}
 
 
 def merge_siblings(rewrite: GraphRewrite) -> int:
@@ -75,7 +87,9 @@ def _bias_source(rewrite: GraphRewrite, bias: object, node: fx.Node) -> Optional
         return None
     index = inputs.index(bias)
     value = rewrite.example_inputs[index]
-    constant = isinstance(value, torch.nn.Parameter) or (bias.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+    constant = isinstance(value, torch.nn.Parameter) or (bias.meta.get("tensor_dict") or {}).get(
+        "_dynamo_static_input_type"
+    )
     trains = isinstance(value, Tensor) and value.requires_grad and node.meta["intscale_grad"]
     return WeightSource(bias.name, index) if constant and not trains else None
 
@@ -89,7 +103,8 @@ def _merge(rewrite: GraphRewrite, group: list[fx.Node]) -> None:
     with rewrite.graph.inserting_before(first):
         bias = None
         if first_bias is not None:
-            joined = ConcatenatedBias(tuple(_bias_source(rewrite, node.args[2], node) for node in group))  # type: ignore[arg-type]
+            sources = [_bias_source(rewrite, node.args[2], node) for node in group]
+            joined = ConcatenatedBias(tuple(s for s in sources if s is not None))  # none is None: _sibling_key saw to it
             bias = rewrite.add_packed_input(joined, None, joined.resolve(rewrite.example_inputs))
         weight = dequantized_weight(rewrite, recipe, packed, first_weight.args[-1], first)  # type: ignore[union-attr, arg-type]
         y = rewrite.call(torch.nn.functional.linear, (x, weight, bias), like=first)
@@ -126,7 +141,8 @@ def _views_allowed(rewrite: GraphRewrite, node: fx.Node, value: object, values: 
         args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: values.get(n, example(n)))
         try:
             with rewrite.fake_mode, torch.no_grad():
-                result = getattr(args[0], name)(*args[1:], **kwargs) if user.op == "call_method" else user.target(*args, **kwargs)  # type: ignore[operator]
+                function: Any = getattr(type(args[0]), name) if user.op == "call_method" else user.target
+                result = function(*args, **kwargs)
         except (RuntimeError, ValueError):  # a view that these strides do not allow
             return False
         if update:

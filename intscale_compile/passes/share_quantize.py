@@ -10,7 +10,7 @@ import operator
 
 from torch import Tensor, fx
 
-from ..kernels import dequantize, quantize_per_token
+from ..ops import dequantize, quantize_per_token
 from .base import GraphRewrite, Pass, example
 
 
@@ -63,7 +63,11 @@ def _written_between(first: fx.Node, last: fx.Node) -> bool:
 def _is_in_place(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     name = name.split(".")[0]
-    inplace_operator = getattr(operator, name, None) is node.target and name.startswith("i") and name not in ("is_", "inv", "invert", "index", "indexOf", "itemgetter", "is_not")
+    inplace_operator = (
+        getattr(operator, name, None) is node.target
+        and name.startswith("i")
+        and name not in ("is_", "inv", "invert", "index", "indexOf", "itemgetter", "is_not")
+    )
     return (
         (name.endswith("_") and not name.endswith("__"))
         or name in ("setitem", "__setitem__", "copy_")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-import intscale_compile.kernels as kernels
 from intscale_compile import format as fmt
-from tests.support import fake_cuda, sass
+from intscale_compile import ops
+from tests.support import fake_cuda, interpreter_works, sass
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, INTERMEDIATE = 4096, 11008  # deep enough that ptxas keeps the K loop
@@ -25,7 +25,7 @@ accumulate = torch.ops.intscale.w4a8_accumulate
 
 @pytest.fixture(autouse=True, scope="module")
 def lowerings():
-    kernels.register_inductor()
+    ops.register_inductor()
 
 
 def weight_shapes(n: int, k: int, group_size: int = 128, packing: str = "tiled"):
@@ -36,8 +36,8 @@ def weight_shapes(n: int, k: int, group_size: int = 128, packing: str = "tiled")
 
 
 def llama_mlp(x, norm, gate_up_q, gate_up_s, gate_up_r, down_q, down_s, down_r):
-    """RMSNorm, merged gate and up projections, SiLU * mul, down projection, residual: as the passes quantize it."""
-    arguments = (128, 4, "tiled", x.dtype, kernels.KERNEL_ABI)
+    """RMSNorm, merged gate and up projections, SiLU * mul, down projection, residual."""
+    arguments = (128, 4, "tiled", x.dtype, ops.KERNEL_ABI)
     wide = x.float()
     h = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * norm
     gate, up = linear(*quantize(h), gate_up_q, gate_up_s, gate_up_r, None, 2 * INTERMEDIATE, *arguments, h).chunk(2, -1)
@@ -53,7 +53,8 @@ def generate_mlp(lead: tuple[int, ...], dynamic: bool) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "lead, dynamic", [((1,), False), ((64,), False), ((2048,), False), ((300,), True), ((2, 32), False), ((3, 64), True)]
+    "lead, dynamic",
+    [((1,), False), ((64,), False), ((2048,), False), ((300,), True), ((2, 32), False), ((3, 64), True)],
 )
 def test_llama_mlp_is_four_kernels(lead, dynamic, tmp_path):
     sources = generate_mlp(lead, dynamic)
@@ -71,7 +72,7 @@ def test_llama_mlp_is_four_kernels(lead, dynamic, tmp_path):
 
 def test_bias_is_added_before_the_only_rounding():
     def run(xq, token_scale, *weight):
-        return linear(xq, token_scale, *weight, 128, 128, 4, "tiled", torch.bfloat16, kernels.KERNEL_ABI)
+        return linear(xq, token_scale, *weight, 128, 128, 4, "tiled", torch.bfloat16, ops.KERNEL_ABI)
 
     shapes = [((8, 256), torch.int8), ((8, 1), torch.float32), *weight_shapes(128, 256), ((128,), torch.bfloat16)]
     (source,) = fake_cuda.triton_sources(fake_cuda.generate(run, *fake_cuda.fake_inputs(shapes))).values()
@@ -82,7 +83,7 @@ def test_bias_is_added_before_the_only_rounding():
 def test_straight_through_input_is_not_computed():
     def run(x, *weight):
         source = torch.relu(x) * 3
-        return linear(*quantize(x), *weight, None, 128, 128, 4, "tiled", torch.bfloat16, kernels.KERNEL_ABI, source)
+        return linear(*quantize(x), *weight, None, 128, 128, 4, "tiled", torch.bfloat16, ops.KERNEL_ABI, source)
 
     shapes = [((8, 256), torch.bfloat16), *weight_shapes(128, 256)]
     code = fake_cuda.generate(run, *fake_cuda.fake_inputs(shapes))
@@ -106,14 +107,14 @@ def test_generated_source_is_self_contained():
 
 def _accumulate_only(n, group_size, scale_bits, packing):
     def run(xq, qdata, scale):
-        return accumulate(xq, qdata, scale, n, group_size, scale_bits, packing, kernels.KERNEL_ABI) + 1
+        return accumulate(xq, qdata, scale, n, group_size, scale_bits, packing, ops.KERNEL_ABI) + 1
 
     return run
 
 
 def _linear_with_epilogue(n, group_size, scale_bits, packing):
     def run(xq, token_scale, qdata, scale, row_scale, bias, residual):
-        arguments = (n, group_size, scale_bits, packing, torch.float32, kernels.KERNEL_ABI)
+        arguments = (n, group_size, scale_bits, packing, torch.float32, ops.KERNEL_ABI)
         return residual + linear(xq, token_scale, qdata, scale, row_scale, bias, *arguments)
 
     return run
@@ -157,6 +158,7 @@ def interpreted(lowerings) -> list[str | None]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@interpreter_works
 @pytest.mark.parametrize("index", range(len(INTERPRETED)), ids=[str(case) for case in INTERPRETED])
 def test_generated_kernel_computes_the_reference(interpreted, index):
     """The generated kernel, epilogue included, in Triton's interpreter."""

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig, IntScaleTensor
-from intscale_compile.kernels import dequantize, quantize_per_token
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP
 from intscale_compile.linear import linear
+from intscale_compile.ops import dequantize, quantize_per_token
 from intscale_compile.passes import PASSES, GraphRewrite, apply_passes
 from intscale_compile.passes.match import LINEAR
 from intscale_compile.reasons import Reason
@@ -198,17 +198,24 @@ LEFT_ALONE = {
     Reason.LEFT_OPERAND: lambda: Holder(lambda x, w: w @ x.t(), torch.randn(32, 64)),
     Reason.EXPERTS: lambda: Holder(lambda x, w: torch.bmm(x.expand(4, -1, -1), w), torch.randn(4, 64, 32)),
     Reason.UNKNOWN_FORM: lambda: Holder(lambda x, w: torch.einsum("mk,nk->mn", x, w), torch.randn(32, 64)),
-    Reason.SCALED_ADDMM: lambda: Holder(lambda x, w, b: torch.addmm(b, x, w, alpha=2), torch.randn(64, 32), torch.randn(32)),
+    Reason.SCALED_ADDMM: lambda: Holder(
+        lambda x, w, b: torch.addmm(b, x, w, alpha=2), torch.randn(64, 32), torch.randn(32)
+    ),
     Reason.BIAS_SHAPE: lambda: Holder(lambda x, w, b: torch.addmm(b, x, w), torch.randn(64, 32), torch.randn(1, 32)),
     Reason.NOT_CONSTANT: lambda: Holder(lambda x, w: F.linear(x, w * 2), torch.randn(32, 64)),
     Reason.TOO_SMALL: lambda: Holder(lambda x, w: F.linear(x, w), torch.randn(8, 64)),
     Reason.ROUTER: lambda: nn.Sequential(TopKRouter()),
     Reason.TIED_EMBEDDING: lambda: Head(True),
     Reason.OUTPUT_EMBEDDING: lambda: Head(False),
-    Reason.ACTIVATION_DTYPE: lambda: Holder(lambda x, w: F.linear(x.double(), w), torch.randn(32, 64, dtype=torch.float64)),
+    Reason.ACTIVATION_DTYPE: lambda: Holder(
+        lambda x, w: F.linear(x.double(), w), torch.randn(32, 64, dtype=torch.float64)
+    ),
     Reason.NON_FINITE: lambda: Holder(lambda x, w: F.linear(x, w), torch.full((32, 64), float("inf"))),
     Reason.OVERFLOW_PROOF: overflowing,
-    Reason.EXCLUDED: lambda: (Holder(lambda x, w: F.linear(x, w), torch.randn(32, 64)), {"intscale.skip": r"weights\.0"}),
+    Reason.EXCLUDED: lambda: (
+        Holder(lambda x, w: F.linear(x, w), torch.randn(32, 64)),
+        {"intscale.skip": r"weights\.0"},
+    ),
     Reason.NOT_SELECTED: lambda: (
         Holder(lambda x, w: F.linear(x, w), torch.randn(32, 64)),
         {"intscale.quantize_plain": False},

@@ -2,7 +2,7 @@
 
 import torch
 
-from intscale_compile.backend import _copied
+from intscale_compile.backend import copied
 from intscale_compile.options import parse_options
 from intscale_compile.passes import GraphRewrite
 
@@ -13,7 +13,7 @@ def capture(model, *inputs, dynamic=None, **options) -> GraphRewrite:
     rewrites = []
 
     def backend(gm, example_inputs):
-        rewrites.append(GraphRewrite(_copied(gm), example_inputs, settings))
+        rewrites.append(GraphRewrite(copied(gm), example_inputs, settings))
         return gm.forward
 
     torch._dynamo.reset()

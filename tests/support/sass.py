@@ -72,12 +72,12 @@ class Sass:
 
 
 def assemble(function, signature: dict, constants: dict, target: GPUTarget, **options):
-    """Compile a ``JITFunction`` for ``target``; pointer and stride arguments named in ``aligned`` are multiples of 16.
+    """Compile a ``JITFunction`` for ``target``.
 
     Args:
         signature: type of each run-time argument, such as ``{"x_ptr": "*i8", "M": "i32"}``.
         constants: values of the ``constexpr`` arguments.
-        options: ``num_warps``, ``num_stages`` and ``aligned``, a collection of argument names.
+        options: ``num_warps``, ``num_stages``, and ``aligned``: names of arguments that are multiples of 16.
     """
     aligned = options.pop("aligned", ())
     names = function.arg_names

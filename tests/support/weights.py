@@ -38,7 +38,7 @@ def make_problem(
     m: int, n: int, k: int, group_size: int, scale_bits: int = 4, packing: str = "plain", weight_bits: int = 4,
     values: str = "random", scale_dtype: torch.dtype = torch.uint8, seed: int = 0,
 ) -> Problem:  # fmt: skip
-    """Build a problem whose ``values`` are ``"random"``, or ``"extreme"``: codes -8 or 7, activations +-127, top scales.
+    """Build a problem of ``"random"`` values, or ``"extreme"`` ones: codes -8 or 7, activations +-127, top scales.
 
     The extreme sum is as large as the format can make it, which is below 2**31 for the sizes tests use.
     """

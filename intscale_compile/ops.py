@@ -1,0 +1,27 @@
+"""The ops of intscale. Importing this module registers them with ``torch.library``.
+
+It stands here and not in ``kernels/__init__.py`` because that folder is linked at the top of the repository: with an
+``__init__`` it would be a package named ``kernels`` there and hide Hugging Face's, which transformers looks for.
+"""
+
+from .kernels import dequantize, quantize_per_token, w4a8_linear
+from .kernels.abi import KERNEL_ABI
+
+__all__ = ["KERNEL_ABI", "dequantize", "quantize_per_token", "register_inductor", "w4a8_linear"]
+
+_registered = False
+
+
+def register_inductor() -> None:
+    """Teach Inductor our decompositions and lowerings. Imports Inductor, so it is called when something compiles, not before."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    from torch._inductor.decomposition import register_decomposition
+
+    from .kernels.template import register_lowerings
+
+    register_decomposition([quantize_per_token.OP])(quantize_per_token.quantize_per_token_aten)
+    register_decomposition([dequantize.TOKEN_OP])(dequantize.dequantize_per_token_aten)
+    register_lowerings()
