@@ -104,7 +104,9 @@ def _merge(rewrite: GraphRewrite, group: list[fx.Node]) -> None:
         bias = None
         if first_bias is not None:
             sources = [_bias_source(rewrite, node.args[2], node) for node in group]
-            joined = ConcatenatedBias(tuple(s for s in sources if s is not None))  # none is None: _sibling_key saw to it
+            joined = ConcatenatedBias(
+                tuple(s for s in sources if s is not None)
+            )  # none is None: _sibling_key saw to it
             bias = rewrite.add_packed_input(joined, None, joined.resolve(rewrite.example_inputs))
         weight = dequantized_weight(rewrite, recipe, packed, first_weight.args[-1], first)  # type: ignore[union-attr, arg-type]
         y = rewrite.call(torch.nn.functional.linear, (x, weight, bias), like=first)
