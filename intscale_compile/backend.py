@@ -20,6 +20,7 @@ from .ops import register_inductor
 from .packed_weights import BoundGraph
 from .passes import PASSES, GraphRewrite, apply_passes
 from .reasons import log_once
+from .versions import version_of
 
 log = logging.getLogger("intscale_compile")
 
@@ -50,11 +51,20 @@ def intscale(
     from torch._inductor.compile_fx import compile_fx
 
     settings, patches = _options.parse_options(mode, options)
-    # SiLU * mul and the activation quantization after it are one kernel only if the reduction is not split.
-    patches.setdefault("split_reductions", False)
+    patches = {**inductor_defaults(), **patches}
     register_inductor()
     rewrite = rewrite_graph(gm, example_inputs, settings)
     return bind(rewrite, functools.partial(compile_fx, config_patches=patches))  # type: ignore[arg-type]
+
+
+def inductor_defaults() -> dict[str, Any]:
+    """Inductor settings that our kernels fuse best with; options of the user go before them."""
+    # SiLU * mul and the activation quantization after it are one kernel only if the reduction is not split.
+    defaults: dict[str, Any] = {"split_reductions": False}
+    if version_of("torch") < (2, 13):
+        # There, a residual of three dimensions does not fuse into a template whose output is a view of two.
+        defaults["loop_ordering_after_fusion"] = False
+    return defaults
 
 
 def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: _options.Settings) -> GraphRewrite:

@@ -73,8 +73,7 @@ def make_savable(model: nn.Module, config: IntScaleConfig | None = None) -> nn.M
     if weight is None:
         raise ConfigError("make_savable: no parameter of the model is quantized; call quantize_ first.")
     if config is None:
-        bits = {"weight_bits": weight.weight_bits, "scale_bits": min(8, weight.scale_bits)}
-        config = IntScaleConfig(group_size=weight.group_size, **bits)
+        config = IntScaleConfig(weight.group_size, weight.weight_bits, min(8, weight.scale_bits))
     model.config.quantization_config = TorchAoConfig(config)
     quantizer = AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=True)
     model.hf_quantizer = quantizer

@@ -17,6 +17,11 @@ def _parse(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def version_of(package: str) -> tuple[int, ...]:
+    """Major and minor version of an installed package."""
+    return _parse(importlib.metadata.version(package))
+
+
 def check_versions() -> None:
     """Raise ``VersionError`` where an installed package is outside the supported range."""
     for package, (low, high) in SUPPORTED.items():

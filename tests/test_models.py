@@ -1,6 +1,7 @@
 """The two trained models: what is matched, perplexity, and that both doors agree to the bit."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -53,9 +54,11 @@ def test_doors_agree_to_the_bit_and_perplexity_is_kept(tiny_llama, sequences):
     plain_door = torch.compile(tiny_llama, backend="intscale", fullgraph=True)
     tensor_door = torch.compile(quantized, backend="intscale", fullgraph=True)
     assert torch.equal(plain_door(sequences[:1]).logits, tensor_door(sequences[:1]).logits)
-    value = perplexity(tensor_door, sequences)
-    print(f"tiny-llama perplexity: fp32 {FP32}, float scale {FLOAT_SCALE}, integer scale {value:.3f}")
-    assert FP32 < value <= 15.65
+    before, value = perplexity(tiny_llama, sequences), perplexity(tensor_door, sequences)
+    print(f"tiny-llama perplexity: fp32 {before:.3f}, integer scale {value:.3f}")
+    assert before < value < 1.079 * before
+    if sys.version_info[:2] == (3, 11):  # the text is the running Python's own library
+        assert before == pytest.approx(FP32, abs=0.002) and value <= 15.65 < FLOAT_SCALE
     eager = perplexity(quantized, sequences[:4])
     assert eager == pytest.approx(perplexity(tensor_door, sequences[:4]), rel=0.005)
 

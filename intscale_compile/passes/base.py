@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..options import Settings
@@ -117,7 +118,8 @@ class GraphRewrite:
         if self.fake_mode is None or any(example(n) is None for n in node.all_input_nodes):
             return
         args, kwargs = fx.map_arg((node.args, node.kwargs), example)
-        with self.fake_mode, torch.no_grad():
+        # Composite ops such as linear need the Python dispatcher to see symbolic sizes (torch 2.11).
+        with self.fake_mode, torch.no_grad(), enable_python_dispatcher():
             if node.op == "call_method":
                 node.meta[EXAMPLE] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:

@@ -15,6 +15,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from ..ops import dequantize
 from ..packed_weights import ConcatenatedBias, Packed, WeightSource, merged
@@ -142,7 +143,7 @@ def _views_allowed(rewrite: GraphRewrite, node: fx.Node, value: object, values: 
             continue
         args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: values.get(n, example(n)))
         try:
-            with rewrite.fake_mode, torch.no_grad():
+            with rewrite.fake_mode, torch.no_grad(), enable_python_dispatcher():
                 function: Any = getattr(type(args[0]), name) if user.op == "call_method" else user.target
                 result = function(*args, **kwargs)
         except (RuntimeError, ValueError):  # a view that these strides do not allow

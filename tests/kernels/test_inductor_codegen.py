@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 from intscale_compile import format as fmt
 from intscale_compile import ops
+from intscale_compile.backend import inductor_defaults
 from tests.support import fake_cuda, interpreter_works, sass
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +49,7 @@ def llama_mlp(x, norm, gate_up_q, gate_up_s, gate_up_r, down_q, down_s, down_r):
 def generate_mlp(lead: tuple[int, ...], dynamic: bool) -> dict[str, str]:
     shapes = [((*lead, HIDDEN), torch.bfloat16), ((HIDDEN,), torch.bfloat16)]
     shapes += weight_shapes(2 * INTERMEDIATE, HIDDEN) + weight_shapes(HIDDEN, INTERMEDIATE)
-    code = fake_cuda.generate(llama_mlp, *fake_cuda.fake_inputs(shapes, dynamic), split_reductions=False)
+    code = fake_cuda.generate(llama_mlp, *fake_cuda.fake_inputs(shapes, dynamic), **inductor_defaults())
     return fake_cuda.triton_sources(code)
 
 

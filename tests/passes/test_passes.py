@@ -165,7 +165,8 @@ class Holder(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(w, requires_grad=False) for w in weights)
 
     def forward(self, x):
-        return self.function(x, *self.weights)
+        # torch 2.11 cannot trace the unpacking of a ParameterList
+        return self.function(x, *[self.weights[i] for i in range(len(self.weights))])
 
 
 class TopKRouter(nn.Module):
