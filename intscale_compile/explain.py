@@ -216,7 +216,16 @@ def _kernel(packed: IntScaleTensor, tokens: str) -> str:
     if packed.device.type != "cuda":
         return f"oneDNN {schedule}"
     from .kernels.tiles import choose_tile
+    from .kernels.triton_gemm import capability
 
     rows = int(tokens) if tokens.isdigit() else 1024
-    tile = choose_tile(rows, packed.out_features, packed.in_features, packed.group_size)
+    tile = choose_tile(
+        rows,
+        packed.out_features,
+        packed.in_features,
+        packed.group_size,
+        packed.scale_bits,
+        packed.weight_bits,
+        capability(packed.device),
+    )
     return f"triton {schedule} {tile.block_n}x{tile.block_m}"

@@ -52,12 +52,14 @@ def test_doors_agree_and_eager_is_near(dtype):
         assert sqnr(quantized(x), tensor_door) > 35
 
 
-def test_generated_mlp_has_four_kernels():
+@pytest.mark.parametrize("lead", [(64,), (2, 32)])
+def test_generated_mlp_has_four_kernels(lead):
     from torch._inductor.utils import run_and_get_triton_code
 
     model = make()[0]
     run = torch.compile(model, backend="intscale", fullgraph=True)
-    code = run_and_get_triton_code(run, torch.randn(64, 512, device="cuda", dtype=torch.bfloat16))
+    torch._dynamo.reset()
+    code = run_and_get_triton_code(run, torch.randn(*lead, 512, device="cuda", dtype=torch.bfloat16))
     assert code.count("async_compile.triton(") == 4
     assert code.count(".run(") == 4
 
