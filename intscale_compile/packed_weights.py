@@ -15,6 +15,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass
 
 from .config import IntScaleConfig
 from .tensor import IntScaleTensor
@@ -23,12 +24,23 @@ from .tensor_ops import concatenate
 DATA_NAMES = tuple(IntScaleTensor.tensor_data_names)
 
 
-def version_of(tensor: Tensor) -> Any:
-    """Something that changes when the tensor's values may have changed in place."""
-    own = 0 if tensor.is_inference() else tensor._version
-    if isinstance(tensor, IntScaleTensor):  # a write through a slice moves only the versions of the parts
-        return (own, *((id(part), version_of(part)) for part in (tensor.qdata, tensor.scale, tensor.per_tensor_scale)))
-    return own
+def version_of(tensor: Tensor) -> tuple:
+    """Something that changes when the tensor's values may have changed.
+
+    Runs for every weight at every call of a compiled graph. Ask inside ``DisableTorchFunctionSubclass``: otherwise each
+    attribute of a tensor subclass costs some microseconds.
+    """
+    if isinstance(tensor, IntScaleTensor):  # a write through a slice moves only the wrapper's version
+        qdata, scale, rows = tensor.qdata, tensor.scale, tensor.per_tensor_scale
+        return (_version(tensor), id(qdata), _version(qdata), id(scale), _version(scale), id(rows), _version(rows))
+    return (_version(tensor),)
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # inference tensors do not count
+        return 0
 
 
 @dataclass
@@ -43,7 +55,8 @@ _kept: dict[tuple, _Kept] = {}
 
 def _remember(key: tuple, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
     """``make()``, kept until one of ``tensors`` changes or dies."""
-    versions = tuple(version_of(t) for t in tensors)
+    with DisableTorchFunctionSubclass():
+        versions = tuple(version_of(t) for t in tensors)
     kept = _kept.get(key)
     if kept is not None and kept.versions == versions and all(r() is t for r, t in zip(kept.sources, tensors)):
         return kept.value
@@ -79,6 +92,11 @@ class Packed:
     sources: tuple[WeightSource, ...]
     transposed: tuple[bool, ...]
     config: IntScaleConfig
+
+    @property
+    def key(self) -> tuple:
+        """Tells this recipe from the others of one graph, which share one configuration."""
+        return "weight", self.sources, self.transposed
 
     def resolve(self, args: Sequence[Any]) -> IntScaleTensor:
         """Return the packed weight for the arguments of a call."""
@@ -117,6 +135,11 @@ class ConcatenatedBias:
 
     sources: tuple[WeightSource, ...]
 
+    @property
+    def key(self) -> tuple:
+        """Tells this recipe from the others of one graph."""
+        return "bias", self.sources
+
     def resolve(self, args: Sequence[Any]) -> Tensor:
         """The joined bias for the arguments of a call."""
         tensors = [source.tensor(args) for source in self.sources]
@@ -141,20 +164,15 @@ class BoundGraph:
         self._kept = tuple(kept)
         self._packed = tuple(packed)
         self._watched = sorted({s.index for recipe, _ in packed for s in recipe.sources if s.index is not None})
-        self._seen: tuple[weakref.ref, ...] = ()
-        self._versions: tuple = ()
+        self._seen: list[tuple[int, weakref.ref, tuple]] = []
         self._values: list[Tensor] = []
 
     def inputs(self, args: Sequence[Any], convert: Callable[[Tensor], Tensor] = lambda value: value) -> list[Any]:
         """The arguments of the compiled graph for those of the original one; ``convert`` sees the packed ones."""
-        fresh = self._seen and all(
-            ref() is args[i] and version == version_of(args[i])
-            for i, ref, version in zip(self._watched, self._seen, self._versions)
-        )
-        if not fresh:
-            self._values = self._resolve(args)
-            self._seen = tuple(weakref.ref(args[i]) for i in self._watched)
-            self._versions = tuple(version_of(args[i]) for i in self._watched)
+        with DisableTorchFunctionSubclass():
+            if not self._values or any(r() is not args[i] or version_of(args[i]) != v for i, r, v in self._seen):
+                self._values = self._resolve(args)
+                self._seen = [(i, weakref.ref(args[i]), version_of(args[i])) for i in self._watched]
         return [*(args[i] for i in self._kept), *map(convert, self._values)]
 
     def _resolve(self, args: Sequence[Any]) -> list[Tensor]:

@@ -70,8 +70,12 @@ class GraphRewrite:
     packed_inputs: dict[fx.Node, tuple[Any, Optional[str]]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     fake_mode: Any = None
+    _packed_nodes: dict[tuple, fx.Node] = field(default_factory=dict)
+    _last_input: Optional[fx.Node] = None
 
     def __post_init__(self) -> None:
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        self._last_input = inputs[-1] if inputs else None
         # The mode that the nodes' tensors belong to; by now Dynamo has put a fresh one into its tracing context.
         values = (example(n) for n in self.graph.nodes)
         self.fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
@@ -87,19 +91,28 @@ class GraphRewrite:
 
     def add_packed_input(self, recipe: Any, part: Optional[str], value: Tensor) -> fx.Node:
         """A new graph input for one tensor of a packed weight (or a joined bias); the same node for the same recipe and part."""
-        for node, known in self.packed_inputs.items():
-            if known == (recipe, part):
-                return node
-        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
-        anchor = inputs[-1] if inputs else next(iter(self.graph.nodes))
-        insert = self.graph.inserting_after(anchor) if inputs else self.graph.inserting_before(anchor)
-        with insert:
+        key = (recipe.key, part)
+        if key in self._packed_nodes:
+            return self._packed_nodes[key]
+        first = next(iter(self.graph.nodes))
+        anchor = self._last_input
+        with self.graph.inserting_before(first) if anchor is None else self.graph.inserting_after(anchor):
             node = self.graph.placeholder(f"intscale_{part or 'bias'}_{len(self.packed_inputs)}")
+        self._last_input = self._packed_nodes[key] = node
         mark_static_input(node)
         mode = self.fake_mode
         node.meta[EXAMPLE] = value if mode is None else mode.from_tensor(value.detach(), static_shapes=True)
         self.packed_inputs[node] = (recipe, part)
         return node
+
+    def drop_unused_packed_inputs(self) -> None:
+        """Erase the inputs that passes added and later passes left without a reader."""
+        for key, node in list(self._packed_nodes.items()):
+            if not node.users:
+                del self._packed_nodes[key], self.packed_inputs[node]
+                self.graph.erase_node(node)
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        self._last_input = inputs[-1] if inputs else None
 
     def call(
         self, target: Callable, args: tuple, kwargs: Optional[dict] = None, like: Optional[fx.Node] = None
@@ -173,9 +186,7 @@ def remove_dead(rewrite: GraphRewrite) -> None:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if is_ours(node) or name in harmless or name == "getitem" or node.op == "get_attr":
             rewrite.graph.erase_node(node)
-    for node in [n for n in rewrite.packed_inputs if not n.users]:
-        del rewrite.packed_inputs[node]
-        rewrite.graph.erase_node(node)
+    rewrite.drop_unused_packed_inputs()
 
 
 def weight_recipe(node: fx.Node) -> Packed:
