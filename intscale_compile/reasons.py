@@ -30,7 +30,7 @@ class Reason(enum.Enum):
     NON_FINITE = "weight has NaN or Inf entries: repair the checkpoint"
     WEIGHT_DTYPE = "weight dtype is not float32, bfloat16 or float16"
     ACTIVATION_DTYPE = "activation dtype is not float32, bfloat16 or float16"
-    DEVICE = "no kernel for this device"
+    DEVICE = "no kernel for this device, or the weight is moved between devices inside the graph"
     LEFT_OPERAND = "weight is the left operand of the product: write x @ weight.t()"
     WEIGHT_RANK = "weight is not a matrix"
     SCALED_ADDMM = "addmm with beta or alpha other than 1"
@@ -39,6 +39,7 @@ class Reason(enum.Enum):
     OVERFLOW_PROOF = "the int32 accumulator cannot be proved free of overflow with this configuration"
     NOT_SELECTED = "left out when the model was quantized; set the option intscale.quantize_plain to include it"
     EXCLUDED = "excluded by the option intscale.skip"
+    SUBGRAPH = "inside a higher-order operator (checkpoint, cond, nested_compile_region), which passes do not enter"
     UNKNOWN_FORM = "a product with this weight in a form that no pass knows"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import operator
 import re
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
@@ -51,6 +52,9 @@ def match(rewrite: GraphRewrite) -> int:
             rewrite.candidates.append(candidate)
             if candidate.reason is not None:
                 _report(candidate)
+    for candidate in _in_subgraphs(rewrite):
+        rewrite.candidates.append(candidate)
+        _report(candidate)
     return sum(c.reason is None for c in rewrite.candidates)
 
 
@@ -61,6 +65,16 @@ def _report(candidate: Candidate) -> None:
     level = logging.WARNING if candidate.reason in (Reason.REQUIRES_GRAD, Reason.NON_FINITE) else logging.INFO
     where = "at least one weight" if candidate.reason is Reason.REQUIRES_GRAD else candidate.name
     log_once(level, f"{where}: {candidate.reason.value}")  # type: ignore[union-attr]
+
+
+def _in_subgraphs(rewrite: GraphRewrite) -> Iterator[Candidate]:
+    """Linears in the bodies of higher-order operators, which take their weights as arguments."""
+    for name, module in rewrite.gm.named_modules():
+        if name and isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if node.target in LINEAR:
+                    x, weight = _arg(node, 0, "input"), _arg(node, 1, "weight")
+                    yield Candidate(node, f"{name}.{node.name}", x, weight, None, None, False, None, Reason.SUBGRAPH)
 
 
 class _WeightFinder:
@@ -236,13 +250,16 @@ def _reason(candidate: Candidate, weights: _WeightFinder, grad_enabled: bool) ->
     """Why a product that could be quantized is not, or None."""
     assert candidate.source is not None and candidate.shape is not None
     tensor, settings = weights.tensor(candidate.source), weights.rewrite.settings
-    x = example(candidate.x)
+    x, used = example(candidate.x), example(candidate.weight)
     if isinstance(x, Tensor) and x.dtype not in FLOATS:
         return Reason.ACTIVATION_DTYPE
+    if isinstance(used, Tensor) and used.device != tensor.device:  # moved inside the graph, as offloading does
+        return Reason.DEVICE
     if any(re.fullmatch(pattern, candidate.name) for pattern in settings.skip):
         return Reason.EXCLUDED
     if isinstance(tensor, IntScaleTensor):
-        return None if tensor.transposed != (not candidate.transposed) or tensor.dim() == 2 else Reason.WEIGHT_RANK
+        # The product must reduce over the dimension that was quantized.
+        return None if tensor.transposed == candidate.transposed else Reason.UNKNOWN_FORM
     return _plain_reason(candidate, tensor, weights, grad_enabled)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 from torchao.quantization import quantize_
@@ -195,7 +196,17 @@ def overflowing():
     return Holder(lambda x, w: F.linear(x, w), torch.ones(32, 64) * 1e4), {"intscale.amplifier": 1 << 20}
 
 
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 32).requires_grad_(False)
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
+
+
 LEFT_ALONE = {
+    Reason.SUBGRAPH: Checkpointed,
     Reason.LEFT_OPERAND: lambda: Holder(lambda x, w: w @ x.t(), torch.randn(32, 64)),
     Reason.EXPERTS: lambda: Holder(lambda x, w: torch.bmm(x.expand(4, -1, -1), w), torch.randn(4, 64, 32)),
     Reason.UNKNOWN_FORM: lambda: Holder(lambda x, w: torch.einsum("mk,nk->mn", x, w), torch.randn(32, 64)),
