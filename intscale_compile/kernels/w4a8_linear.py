@@ -98,20 +98,8 @@ def _accumulate_fake(xq, qdata, scale, out_features, group_size, scale_bits, pac
 
 @torch.library.impl("intscale::w4a8_linear", "CPU")
 def _linear_cpu(
-    xq,
-    token_scale,
-    qdata,
-    scale,
-    row_scale,
-    bias,
-    out_features,
-    group_size,
-    scale_bits,
-    packing,
-    dtype,
-    abi,
-    ste_input=None,
-):
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+):  # fmt: skip
     check_operands(xq, qdata, scale, out_features, group_size, packing)
     acc = accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing)
     return apply_scales(acc, token_scale, row_scale, bias, dtype)
@@ -119,20 +107,8 @@ def _linear_cpu(
 
 @torch.library.impl("intscale::w4a8_linear", "CUDA")
 def _linear_cuda(
-    xq,
-    token_scale,
-    qdata,
-    scale,
-    row_scale,
-    bias,
-    out_features,
-    group_size,
-    scale_bits,
-    packing,
-    dtype,
-    abi,
-    ste_input=None,
-):
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+):  # fmt: skip
     from .triton_gemm import linear_cuda
 
     check_operands(xq, qdata, scale, out_features, group_size, packing)
@@ -143,20 +119,8 @@ def _linear_cuda(
 
 @torch.library.register_fake("intscale::w4a8_linear")
 def _linear_fake(
-    xq,
-    token_scale,
-    qdata,
-    scale,
-    row_scale,
-    bias,
-    out_features,
-    group_size,
-    scale_bits,
-    packing,
-    dtype,
-    abi,
-    ste_input=None,
-):
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+):  # fmt: skip
     check_operands(xq, qdata, scale, out_features, group_size, packing)
     return xq.new_empty((*xq.shape[:-1], out_features), dtype=dtype)
 

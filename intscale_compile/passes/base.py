@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -167,6 +168,45 @@ def apply_passes(rewrite: GraphRewrite, passes: Sequence[Pass]) -> None:
     remove_dead(rewrite)
     rewrite.graph.lint()
     rewrite.gm.recompile()
+
+
+_ARITHMETIC = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+)
+IN_PLACE_OPERATORS = {operator.setitem, *(getattr(operator, f"i{name}") for name in _ARITHMETIC)}
+IN_PLACE_METHODS = {"__setitem__", *(f"__i{name}__" for name in _ARITHMETIC)}
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a node may write into one of its inputs: by name, by ``out=`` or ``inplace=``, by schema, or unknowable."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    flagged = bool(node.kwargs.get("inplace")) or (
+        getattr(target, "__module__", "") == "torch.nn.functional" and any(a is True for a in node.args)
+    )
+    return (
+        flagged
+        or "out" in node.kwargs
+        or target in IN_PLACE_OPERATORS
+        or name in IN_PLACE_METHODS
+        or (name.endswith("_") and not name.endswith("__"))
+    )
 
 
 QUANTIZATION_NAMESPACE = "intscale"

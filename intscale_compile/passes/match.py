@@ -22,7 +22,7 @@ from ..packed_weights import WeightSource
 from ..quantize import LEFT_OUT
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from ..tensor import IntScaleTensor
-from .base import Candidate, GraphRewrite, Pass, example
+from .base import Candidate, GraphRewrite, Pass, example, writes_in_place
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}
@@ -102,6 +102,8 @@ class _WeightFinder:
         """
         transposed = False
         while isinstance(node, fx.Node):
+            if any(writes_in_place(user) for user in node.users):
+                return None, False  # no longer what the caller passed
             source = self._source(node)
             if source is not None:
                 return source, transposed
@@ -275,14 +277,14 @@ def _plain_reason(candidate: Candidate, tensor: Tensor, weights: _WeightFinder, 
         return Reason.OUTPUT_EMBEDDING
     if "Router" in _module_class(candidate.node):
         return Reason.ROUTER
-    if quantize_plain is False or (quantize_plain is None and (weights.any_quantized or is_left_out(tensor))):
-        return Reason.NOT_SELECTED
     if tensor.dtype not in FLOATS:
         return Reason.WEIGHT_DTYPE
     if tensor.device.type not in ("cpu", "cuda"):
         return Reason.DEVICE
     if min(candidate.shape) < SMALLEST_FEATURES:  # type: ignore[type-var, arg-type]
         return Reason.TOO_SMALL
+    if quantize_plain is False or (quantize_plain is None and (weights.any_quantized or is_left_out(tensor))):
+        return Reason.NOT_SELECTED
     if tensor.requires_grad and grad_enabled:
         return Reason.REQUIRES_GRAD
     return None

@@ -11,7 +11,7 @@ import operator
 from torch import Tensor, fx
 
 from ..ops import dequantize, quantize_per_token
-from .base import GraphRewrite, Pass, example
+from .base import GraphRewrite, Pass, example, writes_in_place
 
 
 def share_quantize(rewrite: GraphRewrite) -> int:
@@ -52,25 +52,9 @@ def _written_between(first: fx.Node, last: fx.Node) -> bool:
     """Whether a node between the two may write in place into what both quantize."""
     storage, node = _storage(first.args[0]), first.next
     while node is not last:
-        if _is_in_place(node):
+        if writes_in_place(node):
             targets = [_storage(n) for n in node.all_input_nodes]
             if storage is None or None in targets or storage in targets:
                 return True
         node = node.next
     return False
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    name = name.split(".")[0]
-    inplace_operator = (
-        getattr(operator, name, None) is node.target
-        and name.startswith("i")
-        and name not in ("is_", "inv", "invert", "index", "indexOf", "itemgetter", "is_not")
-    )
-    return (
-        (name.endswith("_") and not name.endswith("__"))
-        or name in ("setitem", "__setitem__", "copy_")
-        or inplace_operator
-        or "out" in node.kwargs
-    )

@@ -66,9 +66,10 @@ def test_share_quantize_keeps_one_per_activation():
     assert_true_metadata(rewrite)
 
 
-@pytest.mark.parametrize("write", ["add_", "iadd", "setitem", "out"])
+@pytest.mark.parametrize("write", ["add_", "iadd", "setitem", "out", "module", "functional"])
 def test_share_quantize_respects_writes(write):
     a, b = (nn.Linear(64, 32, bias=False).requires_grad_(False) for _ in range(2))
+    relu = nn.ReLU(inplace=True)
 
     def model(x):
         x = x * 1.0
@@ -79,6 +80,10 @@ def test_share_quantize_respects_writes(write):
             x += 1.0
         elif write == "setitem":
             x[0] = 2.0
+        elif write == "module":
+            relu(x)
+        elif write == "functional":
+            F.silu(x, True)
         else:
             torch.add(x, 1.0, out=x)
         return first, b(x)
@@ -233,6 +238,15 @@ LEFT_ALONE = {
         {"intscale.quantize_plain": False},
     ),
 }
+
+
+def test_weight_written_in_the_graph_is_not_constant():
+    model = Holder(lambda x, w: F.linear(x, w.clone().mul_(2.0)), torch.randn(32, 64))
+    second = Holder(lambda x, w: (w.add_(1.0), F.linear(x, w))[1], torch.randn(32, 64))
+    for one in (model, second):
+        rewrite = capture(one, torch.randn(4, 64))
+        apply_passes(rewrite, PASSES)
+        assert [c.reason for c in rewrite.candidates] == [Reason.NOT_CONSTANT]
 
 
 @pytest.mark.parametrize("reason", LEFT_ALONE, ids=lambda r: r.name)
