@@ -25,6 +25,7 @@ from .errors import (  # noqa: E402
 )
 from .explain import Explanation, explain  # noqa: E402
 from .tensor import IntScaleTensor  # noqa: E402
+from .tune import tune  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "load_safetensors",
     "make_savable",
     "save_safetensors",
+    "tune",
 ]
 
 register()

@@ -68,6 +68,7 @@ class Explanation:
     parameters: int
     quantized_parameters: int
     pass_counts: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized_fraction(self) -> float:
@@ -84,8 +85,8 @@ class Explanation:
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        notes = sorted({f"{layer.reason}: {layer.explanation}" for layer in self.fallbacks})
-        return "\n".join([*lines, "", *notes, self._totals()])
+        reasons = sorted({f"{layer.reason}: {layer.explanation}" for layer in self.fallbacks})
+        return "\n".join([*lines, "", *reasons, *self.notes, self._totals()])
 
     def _totals(self) -> str:
         done = len(self.layers) - len(self.fallbacks)
@@ -136,7 +137,7 @@ def explain(
     Raises:
         ConfigError: an option is unknown.
     """
-    settings, _ = parse_options(mode, options)
+    settings, patches = parse_options(mode, options)
     module = getattr(model, "_orig_mod", model)
     rewrites: list[GraphRewrite] = []
 
@@ -147,7 +148,7 @@ def explain(
 
     with torch.no_grad():
         torch.compile(_fresh_call(), backend=collect)(module, inputs, kwargs)
-    return _explanation(module, rewrites)
+    return _explanation(module, rewrites, bool(patches.get("triton.cudagraphs")))
 
 
 def _fresh_call() -> Callable:
@@ -160,8 +161,9 @@ def _fresh_call() -> Callable:
     return types.FunctionType(call.__code__.replace(co_name=f"explain_{next(_calls)}"), globals())
 
 
-def _explanation(model: nn.Module, rewrites: list[GraphRewrite]) -> Explanation:
+def _explanation(model: nn.Module, rewrites: list[GraphRewrite], cuda_graphs: bool) -> Explanation:
     layers: list[LayerReport] = []
+    notes: set[str] = set()
     weights: dict[int, int] = {}
     gemms = quantizations = 0
     for rewrite in rewrites:
@@ -170,8 +172,10 @@ def _explanation(model: nn.Module, rewrites: list[GraphRewrite]) -> Explanation:
             quantizations += node.target is QUANTIZE_OP
             if node.target is LINEAR_OP:
                 gemms += 1
+                packed = node.meta["intscale_tensor"]
                 for candidate in node.meta["intscale_candidates"]:
-                    number[id(candidate)] = (gemms, _kernel(node.meta["intscale_tensor"], candidate.tokens))
+                    number[id(candidate)] = (gemms, _kernel(packed, candidate.tokens, cuda_graphs))
+                notes |= _kernel_notes(packed)
         for candidate in rewrite.candidates:
             layers.append(_layer(candidate, *number.get(id(candidate), (None, ""))))
             if candidate.packed is not None and candidate.source is not None:
@@ -181,7 +185,10 @@ def _explanation(model: nn.Module, rewrites: list[GraphRewrite]) -> Explanation:
         for name, count in rewrite.counts.items():
             counts[name] = counts.get(name, 0) + count
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    return Explanation(tuple(layers), len(rewrites), gemms, quantizations, total, sum(weights.values()), counts)
+    quantized = sum(weights.values())
+    return Explanation(
+        tuple(layers), len(rewrites), gemms, quantizations, total, quantized, counts, tuple(sorted(notes))
+    )
 
 
 def _layer(candidate: Candidate, gemm: Optional[int], kernel: str) -> LayerReport:
@@ -211,21 +218,35 @@ def _layer(candidate: Candidate, gemm: Optional[int], kernel: str) -> LayerRepor
     )
 
 
-def _kernel(packed: IntScaleTensor, tokens: str) -> str:
+def _kernel(packed: IntScaleTensor, tokens: str, cuda_graphs: bool) -> str:
     schedule = "int8" if packed.weight_bits == 8 else "fold" if packed.scale_bits <= 4 else "accumulate"
     if packed.device.type != "cuda":
         return f"oneDNN {schedule}"
-    from .kernels.tiles import choose_tile
-    from .kernels.triton_gemm import capability
+    from .kernels.template import GLUON_TOKENS
+    from .kernels.triton_gemm import pick_tile
 
     rows = int(tokens) if tokens.isdigit() else 1024
-    tile = choose_tile(
-        rows,
-        packed.out_features,
+    gluon = _gluon_obstacle(packed) is None and (cuda_graphs or rows >= GLUON_TOKENS)
+    shape = (packed.out_features, packed.in_features)
+    tile = pick_tile(rows, *shape, packed.group_size, packed.scale_bits, packed.weight_bits, packed.device, gluon)
+    name = "triton" if tile.kernel == "triton" else f"gluon {tile.kernel}"
+    return f"{name} {schedule} {tile.block_n}x{tile.block_m}"
+
+
+def _gluon_obstacle(packed: IntScaleTensor) -> Optional[str]:
+    from .kernels.triton_gemm import gluon_obstacle
+
+    return gluon_obstacle(
         packed.in_features,
         packed.group_size,
         packed.scale_bits,
         packed.weight_bits,
-        capability(packed.device),
+        packed.packing_format,
+        packed.device,
     )
-    return f"triton {schedule} {tile.block_n}x{tile.block_m}"
+
+
+def _kernel_notes(packed: IntScaleTensor) -> set[str]:
+    """Why a weight on a GPU runs in plain Triton although Gluon kernels exist."""
+    obstacle = _gluon_obstacle(packed) if packed.device.type == "cuda" else None
+    return {f"plain Triton instead of Gluon: {obstacle}."} if obstacle else set()

@@ -18,6 +18,7 @@ def register_inductor() -> None:
     if _registered:
         return
     _registered = True
+    from torch._inductor import decomposition
     from torch._inductor.decomposition import register_decomposition
 
     from .kernels.template import register_lowerings
@@ -25,3 +26,8 @@ def register_inductor() -> None:
     register_decomposition([quantize_per_token.OP])(quantize_per_token.quantize_per_token_aten)
     register_decomposition([dequantize.TOKEN_OP])(dequantize.dequantize_per_token_aten)
     register_lowerings()
+    # Inductor copies its table at first use, which an import may be (torch.distributed.tensor.debug): a copy made before
+    # this moment would leave our ops whole.
+    clear = getattr(getattr(decomposition, "fast_random_decomps", None), "cache_clear", None)
+    if clear is not None:
+        clear()

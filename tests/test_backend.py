@@ -420,3 +420,10 @@ def test_caches_hit_across_processes_and_never_with_other_sources(tmp_path):
     cold, warm, changed = _run(tmp_path), _run(tmp_path), _run(tmp_path, source_change=7)
     assert cold[0] == 0 and warm[0] >= 1 and changed[0] == 0
     assert cold[1] == warm[1] == changed[1]
+
+
+def test_tables_that_inductor_copied_before_us_do_not_matter(tmp_path):
+    """transformers may import torch.distributed.tensor.debug, which reads Inductor's decompositions at its import."""
+    script = "from torch._inductor.decomposition import select_decomp_table as t; t()\n" + SCRIPT
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import torch
+from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.kernel.mm_common import mm_grid
 from torch._inductor.lowering import empty, fallback_handler, lowerings, register_lowering
@@ -21,9 +22,13 @@ from torch._inductor.virtualized import V
 
 from ..errors import CompileError
 from .tiles import choose_tile
-from .triton_gemm import capability, schedule_flags, use_ptx
+from .triton_gemm import capability, gluon_obstacle, schedule_flags, use_ptx
 from .triton_tile import device_source
 from .w4a8_linear import ACCUMULATE_OP, LINEAR_OP
+
+# From this many tokens on a call of the op pays without CUDA graphs too: its launch costs the host some 50 us where the
+# template's costs 5, and the GEMM takes longer than that.
+GLUON_TOKENS = 512
 
 # Assumed number of tokens where the graph gives no hint: tiles for it are correct for every other number too.
 UNKNOWN_TOKENS = 256
@@ -139,6 +144,22 @@ def _gemm(
     return out if len(lead) == 1 else lowerings[torch.ops.aten.view.default](out, [*lead, out_features])
 
 
+def prefers_gluon(
+    xq: ir.TensorBox, qdata: ir.TensorBox, scale: ir.TensorBox, group_size: int, scale_bits: int, packing: str
+) -> bool:
+    """Whether a linear is better left to the op, which calls the Gluon kernels and picks a tile at each call.
+
+    They are faster than the template, but nothing is fused behind them; what follows a linear of a language model (the
+    next norm, an activation function and a quantization) becomes a kernel of its own either way.
+    """
+    tokens = V.graph.sizevars.optimization_hint(_as_rows(xq).get_size()[0], fallback=UNKNOWN_TOKENS)
+    if not (inductor_config.triton.cudagraphs or tokens >= GLUON_TOKENS) or scale.get_dtype() is torch.int16:
+        return False
+    weight_bits = 8 if qdata.get_dtype() is torch.int8 else 4
+    features, device = _static(xq.get_size()[-1]), xq.get_device_or_error()
+    return gluon_obstacle(features, group_size, scale_bits, weight_bits, packing, device) is None
+
+
 def lower_w4a8_accumulate(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi) -> ir.TensorBox:
     """CUDA lowering of ``intscale::w4a8_accumulate``: int32 ``[..., N]``."""
     return _gemm(xq, None, qdata, scale, None, out_features, group_size, scale_bits, packing, torch.int32)
@@ -146,7 +167,7 @@ def lower_w4a8_accumulate(xq, qdata, scale, out_features, group_size, scale_bits
 
 def lower_w4a8_linear(
     xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi,
-    ste_input=None,
+    ste_input=None, overlap=False,
 ) -> ir.TensorBox:  # fmt: skip
     """CUDA lowering of ``intscale::w4a8_linear``; ``ste_input`` only carries gradients, and left unread it vanishes."""
     scales = (token_scale, row_scale)
@@ -155,7 +176,7 @@ def lower_w4a8_linear(
 
 def decompose_w4a8_linear(
     xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi,
-    ste_input=None,
+    ste_input=None, overlap=False,
 ) -> ir.TensorBox:  # fmt: skip
     """CPU lowering of ``intscale::w4a8_linear``: the accumulator is opaque, its scales join the surrounding C++."""
     aten, to_dtype = torch.ops.aten, torch.ops.prims.convert_element_type.default
@@ -170,6 +191,7 @@ def decompose_w4a8_linear(
 def register_lowerings() -> None:
     """Register both ops with Inductor: the template for CUDA (and ROCm) tensors, the CPU path for all others."""
     accumulate_extern = fallback_handler(ACCUMULATE_OP, add_to_fallback_set=False)
+    linear_extern = fallback_handler(LINEAR_OP, add_to_fallback_set=False)
 
     @register_lowering(ACCUMULATE_OP, type_promotion_kind=None)
     def accumulate(xq, *args, **kwargs):
@@ -177,6 +199,13 @@ def register_lowerings() -> None:
         return lower(xq, *args, **kwargs)
 
     @register_lowering(LINEAR_OP, type_promotion_kind=None)
-    def linear(xq, *args, **kwargs):
-        lower = lower_w4a8_linear if xq.get_device().type == "cuda" else decompose_w4a8_linear
-        return lower(xq, *args, **kwargs)
+    def linear(xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, *args):
+        weight = (row_scale, bias, out_features, group_size, scale_bits, packing)
+        if xq.get_device().type != "cuda":
+            lower = decompose_w4a8_linear
+        elif prefers_gluon(xq, qdata, scale, group_size, scale_bits, packing):
+            dtype, abi, _, overlap = (*args, None, False)[:4] if len(args) < 4 else args[:4]
+            return linear_extern(xq, token_scale, qdata, scale, *weight, dtype, abi, None, overlap)
+        else:
+            lower = lower_w4a8_linear
+        return lower(xq, token_scale, qdata, scale, *weight, *args)

@@ -1,8 +1,9 @@
-"""Tile shapes of the Triton GEMM, chosen from the problem size.
+"""Tile shapes of the GEMM kernels, chosen from the problem size: from a table where one was measured, else from rules.
 
-The shapes come from a sweep of 79 tiles of this kernel on one H100 (torch 2.11, triton 3.6, fold, group 128) at M = 1 to
-256, in benchmarks/results/2026-11-22-h100.md, and from one of about 60 tiles of a probe kernel above that. Tiles within 5 %
-of the best are taken where one rule then covers more shapes. On other GPUs nothing was timed.
+The rules here are those of the plain-Triton kernel; those of the Gluon kernels are in ``gluon_tiles``, the tables in
+``tile_tables``. They come from a sweep of 79 tiles of this kernel on one H100 (torch 2.11, triton 3.6, fold, group 128) at
+M = 1 to 256, in benchmarks/results/2026-11-22-h100.md, and from one of about 60 tiles of a probe kernel above that. Tiles
+within 5 % of the best are taken where one rule then covers more shapes. On other GPUs nothing was timed.
 """
 
 from __future__ import annotations
@@ -15,34 +16,50 @@ SM_COUNT = 132
 
 @dataclass(frozen=True)
 class Tile:
-    """Meta-parameters of a launch: output tile ``block_m x block_n``, ``group_n`` tile columns visited together."""
+    """Kernel and meta-parameters of a launch.
+
+    Attributes:
+        block_m, block_n: output tile, tokens by output features.
+        num_warps: warps that compute.
+        num_stages: stages of the ring in shared memory.
+        group_n: tile columns that are visited together.
+        kernel: ``"triton"``, or a Gluon kernel (Hopper): ``"decode"``, ``"specialized"``, ``"pipelined"``.
+        split_k: parts of K that different programs sum (specialized, pipelined).
+        steps: depth of a stage, in units of 4 blocks of 128 features (decode).
+        programs_per_sm: persistent programs on an SM, which sets their register budget (decode, specialized).
+    """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 3
     group_n: int = 8
+    kernel: str = "triton"
+    split_k: int = 1
+    steps: int = 4
+    programs_per_sm: int = 1
 
 
-def _tiles(size: int, block: int) -> int:
+def tile_count(size: int, block: int) -> int:
+    """Tiles of ``block`` that cover ``size``."""
     return -(-size // block)
 
 
 def choose_tile(
     m: int, n: int, k: int, group_size: int, scale_bits: int = 4, weight_bits: int = 4, capability: int = 90
 ) -> Tile:
-    """Tile for ``m`` tokens, ``n`` output and ``k`` input features.
+    """Tile of the plain-Triton kernel for ``m`` tokens, ``n`` output and ``k`` input features.
 
     ``capability`` is 10 * major + minor of an NVIDIA GPU, 0 for others. ``block_n`` never falls below 64, the rows of
     one wgmma: below it Hopper would drop to the older mma instruction.
     """
     del k
     if m <= 64:
-        if _tiles(n, 128) < SM_COUNT:
+        if tile_count(n, 128) < SM_COUNT:
             # More blocks beat larger ones until all SMs have work, also at M = 64: 53.7 us against 57 at 4096 x 14336.
             return Tile(16, 64, num_stages=5)
         return Tile(16 if m <= 16 else 32 if m <= 32 else 64, 128)
-    if _tiles(m, 128) * _tiles(n, 128) < SM_COUNT:
+    if tile_count(m, 128) * tile_count(n, 128) < SM_COUNT:
         return Tile(64, 128)
     if capability != 90:
         # Only wgmma reads its right operand from shared memory; elsewhere 4 warps spill (288 bytes and more per thread
@@ -52,3 +69,55 @@ def choose_tile(
         # Accumulator and partial sum alone fill a thread's 255 registers at 128x128 with 4 warps: 336 bytes spilled.
         return Tile(64, 128)
     return Tile(128, 128)
+
+
+def schedule_name(group_size: int, scale_bits: int, weight_bits: int) -> str:
+    """How group scales enter: ``fold``, ``accumulate``, ``none`` (per channel) or ``int8`` (8-bit weights)."""
+    if weight_bits == 8:
+        return "int8"
+    if group_size == -1:
+        return "none"
+    return "fold" if scale_bits <= 4 else "accumulate"
+
+
+def table_schedule(group_size: int, scale_bits: int, weight_bits: int) -> str:
+    """Schedule as the tables key it: groups other than 128 are named, ``fold/64``, since their tiles differ."""
+    name = schedule_name(group_size, scale_bits, weight_bits)
+    return name if name in ("none", "int8") or group_size == 128 else f"{name}/{group_size}"
+
+
+def choose(
+    m: int,
+    n: int,
+    k: int,
+    group_size: int,
+    scale_bits: int,
+    weight_bits: int,
+    capability: int,
+    device_name: str,
+    gluon: bool,
+    sm_count: int = SM_COUNT,
+) -> Tile:
+    """Tile for one problem on one GPU: the user's table, the shipped table, then the rules.
+
+    Args:
+        m, n, k: tokens, output features, input features; ``m`` is a hint where it is dynamic.
+        group_size, scale_bits, weight_bits: of the weight.
+        capability: 10 * major + minor of an NVIDIA GPU, 0 for others.
+        device_name: as ``torch.cuda.get_device_name`` says it; ``""`` finds no table.
+        gluon: whether the Gluon kernels can run this problem here. Without them, their table entries are passed over.
+        sm_count: streaming multiprocessors, for the rules.
+
+    Raises:
+        ConfigError: the user's table is malformed.
+    """
+    from .gluon_tiles import choose_gluon_tile
+    from .tile_tables import lookup
+
+    tile = lookup(device_name, table_schedule(group_size, scale_bits, weight_bits), n, k, m) if device_name else None
+    if tile is not None and (gluon or tile.kernel == "triton"):
+        return tile
+    if gluon:
+        schedule = schedule_name(group_size, scale_bits, weight_bits)
+        return choose_gluon_tile(m, n, k, schedule, sm_count, decode=group_size in (128, -1))
+    return choose_tile(m, n, k, group_size, scale_bits, weight_bits, capability)

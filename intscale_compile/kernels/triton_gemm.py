@@ -6,6 +6,7 @@ The launchers also run CPU tensors under ``TRITON_INTERPRET=1``, which is how th
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Optional
 
 import torch
@@ -14,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..format import k_alignment, pack_block
-from .tiles import Tile, choose_tile
+from . import gluon_launch
+from .tiles import Tile, choose
 from .triton_tile import accumulate_tile, add_bias, dequantize_tile, tile_position
 
 FOLD_SCALE_BITS = 4  # 8 * 15 = 120 is the largest product of code and scale that an int8 holds with room for the offset
@@ -86,6 +88,37 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def gluon_obstacle(
+    in_features: int, group_size: int, scale_bits: int, weight_bits: int, packing: str, device: torch.device
+) -> Optional[str]:
+    """Why the Gluon kernels cannot serve a weight on this machine, or None."""
+    if triton.knobs.runtime.interpret:
+        return "Triton's interpreter does not run Gluon"
+    return gluon_launch.missing_feature(capability(device)) or gluon_launch.unsupported_format(
+        in_features, group_size, weight_bits, scale_bits, packing
+    )
+
+
+@functools.lru_cache(None)
+def device_name(device: torch.device) -> str:
+    """Name under which tuned tiles are looked up; empty without a GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+@functools.lru_cache(None)
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units) of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def pick_tile(
+    m: int, n: int, k: int, group_size: int, scale_bits: int, weight_bits: int, device: torch.device, gluon: bool
+) -> Tile:
+    """Kernel and tile for a problem on a device, from the tables or the rules."""
+    limits = (sm_count(device),) if device.type == "cuda" else ()
+    return choose(m, n, k, group_size, scale_bits, weight_bits, capability(device), device_name(device), gluon, *limits)
+
+
 def _launch(
     out: Tensor,
     xq: Tensor,
@@ -98,15 +131,27 @@ def _launch(
     scale_bits: int,
     packing: str,
     tile: Optional[Tile],
+    overlap: bool,
 ) -> None:
     """Fill ``out`` ``[M, N]`` from 2-D activations ``[M, K]`` with contiguous rows."""
     (m, k), n = xq.shape, out.shape[1]
     if m == 0 or n == 0:
         return
     weight_bits = 8 if qdata.dtype is torch.int8 else 4
-    tile = tile or choose_tile(m, n, k, group_size, scale_bits, weight_bits, capability(xq.device))
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
+    if tile is None:
+        gluon = (
+            gluon_obstacle(k, group_size, scale_bits, weight_bits, packing, xq.device) is None
+            and scale.dtype is not torch.int16
+            and gluon_launch.addressable(xq)
+        )
+        tile = pick_tile(m, n, k, group_size, scale_bits, weight_bits, xq.device, gluon)
     with torch.cuda.device(xq.device) if xq.is_cuda else contextlib.nullcontext():
+        if tile.kernel != "triton":
+            gluon_launch.launch_gluon(
+                out, xq, token_scale, qdata, scale, row_scale, bias, group_size, scale_bits, tile, overlap
+            )
+            return
+        grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
         w4a8_kernel[grid](
             xq, token_scale, qdata, scale, row_scale, bias, out, m, n, k, xq.stride(0),
             DEQUANTIZE=token_scale is not None,
@@ -132,15 +177,16 @@ def accumulate_cuda(
     scale_bits: int,
     packing: str,
     tile: Optional[Tile] = None,
+    overlap: bool = False,
 ) -> Tensor:
     """Integer accumulator ``[..., N]`` int32 of int8 activations ``[..., K]`` and a packed weight.
 
-    ``tile`` overrides the choice of :func:`choose_tile`; the result does not depend on it.
+    ``tile`` overrides the choice of :func:`pick_tile`; the result does not depend on it. ``overlap`` is that of
+    :func:`~intscale_compile.kernels.gluon_launch.launch_gluon`.
     """
     out = xq.new_empty((xq.shape[:-1].numel(), out_features), dtype=torch.int32)
-    _launch(
-        out, _rows(xq), None, qdata.contiguous(), scale.contiguous(), None, None, group_size, scale_bits, packing, tile
-    )
+    operands = (_rows(xq), None, qdata.contiguous(), scale.contiguous(), None, None)
+    _launch(out, *operands, group_size, scale_bits, packing, tile, overlap)
     return out.view(*xq.shape[:-1], out_features)
 
 
@@ -157,6 +203,7 @@ def linear_cuda(
     packing: str,
     dtype: torch.dtype,
     tile: Optional[Tile] = None,
+    overlap: bool = False,
 ) -> Tensor:
     """``acc * token_scale * row_scale (+ bias)``, computed in fp32 and rounded once to ``dtype``; ``[..., N]``."""
     out = xq.new_empty((xq.shape[:-1].numel(), out_features), dtype=dtype)
@@ -172,5 +219,6 @@ def linear_cuda(
         scale_bits,
         packing,
         tile,
+        overlap,
     )
     return out.view(*xq.shape[:-1], out_features)

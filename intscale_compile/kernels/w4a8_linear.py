@@ -7,6 +7,8 @@ The accumulator is the same to the bit on every device, tile and batch. Weights 
 or int8 (8-bit weights). See ``format`` for both packings. ``scale_bits`` bounds the group scales: up to 4 they are folded
 into the int8 weight. ``abi`` is :data:`~intscale_compile.kernels.abi.KERNEL_ABI`; it only separates cache entries.
 ``ste_input`` is the activation before quantization: unused in the forward pass, it receives the straight-through gradient.
+``overlap`` lets a GPU kernel begin to read the weight before the kernels launched before it have ended. The passes set it:
+in a compiled graph the activation is quantized by a kernel of that graph, so whoever wrote the weight has long ended.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ torch.library.define(
 torch.library.define(
     "intscale::w4a8_linear",
     f"(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, {WEIGHT_ARGS}, "
-    "ScalarType dtype, int abi, Tensor? ste_input=None) -> Tensor",
+    "ScalarType dtype, int abi, Tensor? ste_input=None, bool overlap=False) -> Tensor",
 )
 ACCUMULATE_OP = torch.ops.intscale.w4a8_accumulate.default
 LINEAR_OP = torch.ops.intscale.w4a8_linear.default
@@ -98,7 +100,8 @@ def _accumulate_fake(xq, qdata, scale, out_features, group_size, scale_bits, pac
 
 @torch.library.impl("intscale::w4a8_linear", "CPU")
 def _linear_cpu(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None,
+    overlap=False,
 ):  # fmt: skip
     check_operands(xq, qdata, scale, out_features, group_size, packing)
     acc = accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing)
@@ -107,26 +110,29 @@ def _linear_cpu(
 
 @torch.library.impl("intscale::w4a8_linear", "CUDA")
 def _linear_cuda(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None,
+    overlap=False,
 ):  # fmt: skip
     from .triton_gemm import linear_cuda
 
     check_operands(xq, qdata, scale, out_features, group_size, packing)
     return linear_cuda(
-        xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype
-    )
+        xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype,
+        overlap=overlap,
+    )  # fmt: skip
 
 
 @torch.library.register_fake("intscale::w4a8_linear")
 def _linear_fake(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None,
+    overlap=False,
 ):  # fmt: skip
     check_operands(xq, qdata, scale, out_features, group_size, packing)
     return xq.new_empty((*xq.shape[:-1], out_features), dtype=dtype)
 
 
 def _save_weight(ctx, inputs, output):
-    xq, _, qdata, scale, row_scale, bias, out_features, group_size, _, packing, _, _, ste_input = inputs
+    xq, _, qdata, scale, row_scale, bias, out_features, group_size, _, packing, _, _, ste_input, _ = inputs
     ctx.save_for_backward(qdata, scale, row_scale)
     ctx.weight_args = (out_features, xq.shape[-1], group_size, packing)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -141,7 +147,7 @@ def _straight_through(ctx, grad):
         grad_input = (grad @ weight).to(ctx.input_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return None, None, None, None, None, grad_bias, None, None, None, None, None, None, grad_input
+    return None, None, None, None, None, grad_bias, None, None, None, None, None, None, grad_input, None
 
 
 torch.library.register_autograd("intscale::w4a8_linear", _straight_through, setup_context=_save_weight)

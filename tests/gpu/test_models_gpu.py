@@ -81,8 +81,10 @@ def test_modes_and_cuda_graphs(mode):
 
 
 def test_dynamic_tokens_on_one_graph():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     model = make()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("intscale")
+    counter = CompileCounterWithBackend("intscale")
     run = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
     for tokens in (3, 64, 1000):
         x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)

@@ -1,0 +1,116 @@
+"""Gluon device functions that the Hopper kernels share: unpacking, programmatic launch, tile order, epilogue.
+
+Gluon (``triton.experimental.gluon``) is Triton with explicit layouts and asynchronous copies. Its interface moves between
+releases: :mod:`gluon_launch` says which ones these kernels are written for. Their plain-Triton twins are in
+``triton_tile.py``; both give the same int32 accumulator.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def allow_next_kernel():
+    """Let a kernel launched behind this one with programmatic dependent launch begin before this one ends."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.b32 $0, 0;",
+        "=r,~{memory}",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def wait_for_previous_kernel():
+    """Wait until all that was launched before is complete and visible; only weights may be read before."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; mov.b32 $0, 0;", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def unpack_times16(packed):
+    """Codes of both nibbles of uint8 ``packed``, int8, 16 times too large: ``(u ^ 8) << 4`` is ``16 * (u - 8)``."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 t;
+        shl.b32 t, $2, 4;
+        lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A;
+        lop3.b32 $1, $2, 0xF0F0F0F0, 0x80808080, 0x6A;
+        }""",
+        "=&r,=r,r",
+        [packed],
+        dtype=(gl.int8, gl.int8),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def fold_codes(packed, scales):
+    """``code * scale`` of both nibbles of uint8 ``packed`` ``[N, P/2]``, int8; ``scales`` int32 ``[N]`` in 1 to 15."""
+    # As triton_tile.fold_codes: u * s + (128 - 8 s) stays within a byte, and flipping bit 7 takes the 128 off.
+    offset = -2139062144 - scales * 0x08080808
+    scale, _ = gl.broadcast(gl.expand_dims(scales, 1), packed)
+    offset, _ = gl.broadcast(gl.expand_dims(offset, 1), packed)
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 t, u;
+        and.b32 t, $2, 0x0F0F0F0F;
+        shr.b32 u, $2, 4;
+        and.b32 u, u, 0x0F0F0F0F;
+        mad.lo.u32 t, t, $3, $7;
+        mad.lo.u32 u, u, $3, $7;
+        xor.b32 $0, t, 0x80808080;
+        xor.b32 $1, u, 0x80808080;
+        }""",
+        "=&r,=&r,r,r,r,r,r,r,r,r,r",
+        [packed, scale, offset],
+        dtype=(gl.int8, gl.int8),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def tile_position(pid, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_N: gl.constexpr):
+    """``(tile_m, tile_n)`` of a tile number: GROUP_N columns of tiles share their weights in L2 over all of M."""
+    tiles_m = gl.cdiv(M, BLOCK_M)
+    width = GROUP_N * tiles_m
+    first = (pid // width) * GROUP_N
+    span = gl.minimum(gl.cdiv(N, BLOCK_N) - first, GROUP_N)
+    return (pid % width) // span, first + (pid % width) % span
+
+
+@gluon.jit
+def store_tile(
+    acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, m0, n0, M, N,
+    CHANNEL_SCALE: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Epilogue of one tile: ``acc`` ``[BLOCK_N, BLOCK_M]`` (int32, or fp32 with float scales) to ``out`` ``[M, N]``."""
+    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT))
+    if CHANNEL_SCALE:
+        acc = acc * gl.load(scale_ptr + n, mask=n < N, other=0).to(gl.int32)[:, None]
+    if DEQUANTIZE:
+        row_scale = gl.load(row_scale_ptr + n, mask=n < N, other=0.0)
+        token_scale = gl.load(token_scale_ptr + m, mask=m < M, other=0.0)
+        y = acc.to(gl.float32) * token_scale[None, :] * row_scale[:, None]
+        if HAS_BIAS:
+            y = y + gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+    else:
+        y = acc
+    y = y.to(out_ptr.dtype.element_ty)
+    # Rows of the output run along n: eight of them a thread, so that a warp writes whole 128-byte lines.
+    RUN: gl.constexpr = 8 if BLOCK_N >= 64 else BLOCK_N // 8
+    ACROSS: gl.constexpr = BLOCK_N // RUN if BLOCK_N // RUN < 32 else 32
+    ROWS: gl.constexpr = gl.BlockedLayout([RUN, 1], [ACROSS, 32 // ACROSS], [1, WARPS], [0, 1])
+    y = gl.convert_layout(y, ROWS)
+    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ROWS))
+    m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ROWS))
+    gl.store(out_ptr + m[None, :].to(gl.int64) * N + n[:, None], y, mask=(m < M)[None, :] & (n < N)[:, None])

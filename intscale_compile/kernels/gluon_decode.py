@@ -1,0 +1,191 @@
+"""Gluon kernel of the W4A8 linear layer for up to 16 tokens: a stream of weights, limited by memory alone.
+
+One producer warp keeps a deep ring of stages full through the tensor memory accelerator (TMA); a stage is ``4 * STEPS``
+packing blocks of BLOCK_N rows. Four warps share the blocks of a stage among them, so that K is split *inside* a block of
+threads: narrow layers fill the GPU without partial sums in global memory. Weights go from shared memory to the tensor
+cores (``mma.sync``, the weight as left operand) in 16-byte loads, for which the features of a block are taken in another
+order, the same for weight and activation: a dot product does not mind.
+
+RESIDENT keeps the activations of all of K in shared memory, for programs that compute many tiles; otherwise they travel
+through the ring beside the weights.
+
+The four partial sums meet in shared memory after the last stage. Group scales are applied to the int32 sum of each group
+(any uint8 scale), which at this size costs less than folding them into the weight; all of it is exact.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from .gluon_common import allow_next_kernel, store_tile, unpack_times16, wait_for_previous_kernel
+
+SPLIT = gl.constexpr(4)  # warps that share K
+
+
+@gluon.jit
+def load_weight_stage(
+    w_desc, s_desc, ws, ss, full, item, items,
+    BLOCKS: gl.constexpr, ROUNDS: gl.constexpr, SCALES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, STEPS: gl.constexpr, RESIDENT: gl.constexpr,
+):  # fmt: skip
+    """Announce all bytes of a stage and start the copies of its codes and group scales, unless ``item >= items``.
+
+    Behind the last block of a row the copy runs on into other rows: there the activation is filled with zeros.
+    """
+    DEPTH: gl.constexpr = STEPS * SPLIT
+    SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else 4 if SCALES == "float" else 1
+    n0 = (gl.program_id(0) + item // ROUNDS * gl.num_programs(0)) * BLOCK_N
+    first = (n0 // 64) * BLOCKS + item % ROUNDS * DEPTH
+    slot = item % STAGES
+    bar = full.index(slot)
+    more = item < items
+    ACTIVATION_BYTES: gl.constexpr = 0 if RESIDENT else BLOCK_M * 128
+    mbarrier.expect(bar, DEPTH * (BLOCK_N * (64 + SCALE_BYTES) + ACTIVATION_BYTES), pred=more)
+    tma.async_copy_global_to_shared(w_desc, [first, n0 % 64, 0], bar, ws.index(slot), pred=more)
+    if SCALES != "none":
+        tma.async_copy_global_to_shared(s_desc, [first, n0 % 64], bar, ss.index(slot), pred=more)
+
+
+@gluon.jit
+def load_activation_stage(x_desc, xs, bar, slot, round, m0, pred, STEPS: gl.constexpr):
+    """Start the copies of both halves of one round's activations."""
+    for half in gl.static_range(2):
+        where = [round * (STEPS * SPLIT), m0, half * 64]
+        tma.async_copy_global_to_shared(x_desc, where, bar, xs.index(slot * 2 + half), pred=pred)
+
+
+@gluon.jit
+def produce(
+    x_desc, w_desc, s_desc, xs, ws, ss, full, empty, N,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    STEPS: gl.constexpr, OVERLAP: gl.constexpr, RESIDENT: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: weights of the first stages before all else, then the ring for every tile of this program."""
+    ROUNDS: gl.constexpr = (BLOCKS + STEPS * SPLIT - 1) // (STEPS * SPLIT)
+    m0 = gl.program_id(1) * BLOCK_M
+    items = gl.cdiv(gl.cdiv(N, BLOCK_N) - gl.program_id(0), gl.num_programs(0)) * ROUNDS
+    for i in gl.static_range(STAGES):
+        load_weight_stage(
+            w_desc, s_desc, ws, ss, full, i, items, BLOCKS, ROUNDS, SCALES, BLOCK_M, BLOCK_N, STAGES, STEPS, RESIDENT
+        )
+    if OVERLAP:
+        wait_for_previous_kernel()
+    if RESIDENT:
+        mbarrier.expect(full.index(STAGES), ROUNDS * STEPS * SPLIT * BLOCK_M * 128)
+        for i in gl.static_range(ROUNDS):
+            load_activation_stage(x_desc, xs, full.index(STAGES), i, i, m0, True, STEPS)
+    else:
+        for i in gl.static_range(STAGES):
+            load_activation_stage(x_desc, xs, full.index(i), i, i % ROUNDS, m0, i < items, STEPS)
+    for item in range(STAGES, items):
+        slot = item % STAGES
+        mbarrier.wait(empty.index(slot), ((item // STAGES) & 1) ^ 1)
+        load_weight_stage(
+            w_desc, s_desc, ws, ss, full, item, items, BLOCKS, ROUNDS, SCALES, BLOCK_M, BLOCK_N, STAGES, STEPS, RESIDENT
+        )
+        if not RESIDENT:
+            load_activation_stage(x_desc, xs, full.index(slot), slot, item % ROUNDS, m0, True, STEPS)
+
+
+@gluon.jit
+def consume(
+    xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, M, N,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, ROW_WARPS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, OVERLAP: gl.constexpr,
+    RESIDENT: gl.constexpr,
+):  # fmt: skip
+    """The computing warps: ``SPLIT`` along K times ``ROW_WARPS`` along N."""
+    ROUNDS: gl.constexpr = (BLOCKS + STEPS * SPLIT - 1) // (STEPS * SPLIT)
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[2, 0], warps_per_cta=[SPLIT, ROW_WARPS, 1], instr_shape=[1, 16, 8]
+    )
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=16)
+    B: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=LAYOUT, k_width=16)
+    m0 = gl.program_id(1) * BLOCK_M
+    tiles = gl.cdiv(gl.cdiv(N, BLOCK_N) - gl.program_id(0), gl.num_programs(0))
+    if OVERLAP:
+        wait_for_previous_kernel()
+    zero = gl.zeros([SPLIT, BLOCK_N, BLOCK_M], gl.int32, LAYOUT)
+    if RESIDENT:
+        mbarrier.wait(full.index(STAGES), 0)
+    item = 0
+    for tile in range(tiles):
+        n0 = (gl.program_id(0) + tile * gl.num_programs(0)) * BLOCK_N
+        acc = gl.zeros([SPLIT, BLOCK_N, BLOCK_M], gl.float32 if SCALES == "float" else gl.int32, LAYOUT)
+        for round in range(ROUNDS):
+            slot = item % STAGES
+            if RESIDENT:
+                x_slot = round * 2
+            else:
+                x_slot = slot * 2
+            mbarrier.wait(full.index(slot), (item // STAGES) & 1)
+            for step in gl.static_range(STEPS):
+                packed = ws.index(slot).slice(step * SPLIT, SPLIT, 0).load(A)
+                x_low = xs.index(x_slot).permute((0, 2, 1)).slice(step * SPLIT, SPLIT, 0).load(B)
+                x_high = xs.index(x_slot + 1).permute((0, 2, 1)).slice(step * SPLIT, SPLIT, 0).load(B)
+                low, high = unpack_times16(packed)
+                part = mma_v2(low, x_low, zero)
+                part = mma_v2(high, x_high, part) >> 4
+                if SCALES == "none":
+                    acc = acc + part
+                elif SCALES == "float":
+                    scales = ss.index(slot).slice(step * SPLIT, SPLIT, 0).load(gl.SliceLayout(2, LAYOUT))
+                    acc = acc + part.to(gl.float32) * gl.expand_dims(scales, 2)
+                else:
+                    scales = ss.index(slot).slice(step * SPLIT, SPLIT, 0).load(gl.SliceLayout(2, LAYOUT))
+                    acc = acc + part * gl.expand_dims(scales.to(gl.int32), 2)
+            mbarrier.arrive(empty.index(slot), count=1)
+            item += 1
+        ROWS: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [ROW_WARPS, SPLIT], [0, 1])
+        store_tile(
+            gl.convert_layout(gl.sum(acc, axis=0), ROWS), out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr,
+            m0, n0, M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, ROWS, BLOCK_M, BLOCK_N, SPLIT * ROW_WARPS,
+        )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["M"])
+def gemm_decode(
+    x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, M, N,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, OVERLAP: gl.constexpr,
+    RESIDENT: gl.constexpr,
+):  # fmt: skip
+    """``out[m, n]``, ``[M, N]``; persistent along N, one row of programs per BLOCK_M tokens; see the module."""
+    ws = gl.allocate_shared_memory(gl.int8, [STAGES, STEPS * SPLIT, BLOCK_N, 64], w_desc.layout)
+    ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, STEPS * SPLIT, BLOCK_N], s_desc.layout)
+    ROUNDS: gl.constexpr = (BLOCKS + STEPS * SPLIT - 1) // (STEPS * SPLIT)
+    X_SLOTS: gl.constexpr = ROUNDS if RESIDENT else STAGES
+    xs = gl.allocate_shared_memory(gl.int8, [X_SLOTS * 2, STEPS * SPLIT, BLOCK_M, 64], x_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())  # the last: resident ones
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(full.index(STAGES), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    if OVERLAP:
+        allow_next_kernel()
+    ROW_WARPS: gl.constexpr = gl.num_warps() // SPLIT
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, M, N,
+                    BLOCKS, SCALES, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, ROW_WARPS, STAGES, STEPS, OVERLAP,
+                    RESIDENT,
+                ),
+            ),
+            (
+                produce,
+                (
+                    x_desc, w_desc, s_desc, xs, ws, ss, full, empty, N,
+                    BLOCKS, SCALES, BLOCK_M, BLOCK_N, STAGES, STEPS, OVERLAP, RESIDENT,
+                ),
+            ),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip

@@ -1,0 +1,327 @@
+"""Gluon kernels of the W4A8 linear layer for more than 16 tokens: asynchronous wgmma with the weight in registers.
+
+A ring of stages in shared memory is filled by the tensor memory accelerator (TMA), one stage per packing block of 128
+input features: activations ``[BLOCK_M, 128]``, codes ``[BLOCK_N, 64]`` and their group scales ``[BLOCK_N]``. While the
+tensor cores work on one block, the next one's codes are expanded in registers, where plain Triton would wait.
+
+Two kernels over the same steps:
+
+- ``gemm_specialized``: one producer warp fills the ring, the others compute; persistent. Fastest up to a few hundred
+  tokens, where each block is short and barriers would cost more than the work.
+- ``gemm_pipelined``: every block of threads fills its own ring, two of them per SM. Fastest above, where the epilogue of
+  one block overlaps the loop of the other.
+
+``SCALES`` says how group scales enter, all exact but the last: ``fold`` (into the int8 weight; scales up to 15),
+``none`` (per channel, applied in the epilogue), ``accumulate`` (int32 partial sums per group, any uint8 scale) and
+``float`` (fp32 scales, what other W4A8 kernels do; for comparison only).
+
+With SPLIT_K > 1 the partial sums of a tile meet in ``partial_ptr``: the last one to arrive, by a counter that it resets,
+adds the others to its own. Integer addition makes the order irrelevant and no buffer needs to be cleared.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from .gluon_common import (
+    allow_next_kernel,
+    fold_codes,
+    store_tile,
+    tile_position,
+    unpack_times16,
+    wait_for_previous_kernel,
+)
+
+
+@gluon.jit
+def split_range(part, BLOCKS: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.constexpr):
+    """First and last block of one of SPLIT_K parts of K, in whole multiples of UNROLL."""
+    STEPS: gl.constexpr = BLOCKS // UNROLL
+    return (part * STEPS) // SPLIT_K * UNROLL, ((part + 1) * STEPS) // SPLIT_K * UNROLL
+
+
+@gluon.jit
+def load_weight_stage(
+    w_desc, s_desc, ws, ss, bar, slot, tile_n, block, pred,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Announce all bytes of a stage and start the copies of its codes and group scales."""
+    TILES: gl.constexpr = BLOCK_N // 64
+    SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else BLOCK_N * 4 if SCALES == "float" else BLOCK_N
+    CODE_BYTES: gl.constexpr = w_desc.block_shape[1]
+    mbarrier.expect(bar, BLOCK_M * 128 + BLOCK_N * CODE_BYTES + SCALE_BYTES, pred=pred)
+    for r in gl.static_range(TILES):
+        rows = ws.index(slot).slice(r * 64, 64, 0)
+        row = ((tile_n * TILES + r) * BLOCKS + block) * 64
+        tma.async_copy_global_to_shared(w_desc, [row, 0], bar, rows, pred=pred)
+    if SCALES != "none":
+        scales = ss.index(slot).slice(0, TILES, 0)
+        tma.async_copy_global_to_shared(s_desc, [tile_n * TILES, block // BLOCKS_PER_GROUP, 0], bar, scales, pred=pred)
+
+
+@gluon.jit
+def load_activation_stage(x_desc, xs, bar, slot, m0, block, pred):
+    """Start the copy of a stage's activations, whose bytes :func:`load_weight_stage` announced."""
+    tma.async_copy_global_to_shared(x_desc, [m0, block * 128], bar, xs.index(slot), pred=pred)
+
+
+@gluon.jit
+def stage_scales(ss, slot, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Group scales of a stage, ``[BLOCK_N]``, as int32 (or fp32)."""
+    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    scales = ss.index(slot)._reinterpret(ss.dtype, [BLOCK_N], LINEAR).load(LAYOUT)
+    return scales if ss.dtype == gl.float32 else scales.to(gl.int32)
+
+
+@gluon.jit
+def multiply_stage(
+    acc, stage, xs, ws, ss, full,
+    SCALES: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
+    INT8: gl.constexpr, UNROLL: gl.constexpr,
+):  # fmt: skip
+    """Add one stage to ``acc``; on return all stages before it, and nothing else, are sure to have been read."""
+    # The tensor cores read the expanded weight from registers while the next stage is expanded. Those are other registers
+    # only if the loop is unrolled: without, sums were wrong on an H100.
+    IN_FLIGHT: gl.constexpr = 2 if UNROLL > 1 else 0
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=4)
+    slot = stage % STAGES
+    mbarrier.wait(full.index(slot), (stage // STAGES) & 1)
+    x = xs.index(slot)
+    if INT8:
+        acc = warpgroup_mma(ws.index(slot), x.permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+    else:
+        x_low = x.slice(0, 64, 1).permute((1, 0))
+        x_high = x.slice(64, 64, 1).permute((1, 0))
+        packed = ws.index(slot).load(A)
+        if SCALES == "fold":
+            low, high = fold_codes(packed, stage_scales(ss, slot, gl.SliceLayout(1, A), BLOCK_N))
+        else:
+            low, high = unpack_times16(packed)
+        if SCALES == "fold" or SCALES == "none":
+            acc = warpgroup_mma(low, x_low, acc, is_async=True)
+            acc = warpgroup_mma(high, x_high, acc, is_async=True)
+            acc = warpgroup_mma_wait(IN_FLIGHT, deps=(acc,))
+        else:
+            part = gl.zeros([BLOCK_N, BLOCK_M], gl.int32, LAYOUT)
+            part = warpgroup_mma(low, x_low, part, use_acc=False, is_async=True)
+            part = warpgroup_mma(high, x_high, part, is_async=True)
+            scales = stage_scales(ss, slot, gl.SliceLayout(1, LAYOUT), BLOCK_N)
+            part = warpgroup_mma_wait(0, deps=(part,)) >> 4
+            if SCALES == "float":
+                part = part.to(gl.float32)
+            acc = acc + part * gl.expand_dims(scales, 1)
+    return acc
+
+
+@gluon.jit
+def finish_tile(
+    acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr,
+    tile, part, tile_m, tile_n, M, N,
+    SCALES: gl.constexpr, SPLIT_K: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr, INT8: gl.constexpr,
+):  # fmt: skip
+    """Reduce over the parts of K, then the epilogue."""
+    if SCALES == "none" and not INT8:
+        acc = acc >> 4
+    last = True
+    if SPLIT_K > 1:
+        n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+        m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT))
+        ptrs = partial_ptr + n[:, None] * BLOCK_M + m[None, :]
+        first = tile.to(gl.int64) * SPLIT_K
+        gl.store(ptrs + (first + part) * (BLOCK_N * BLOCK_M), acc)
+        gl.thread_barrier()
+        arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
+        last = arrived == SPLIT_K - 1
+        if last:
+            gl.store(counter_ptr + tile, 0)
+            for other in gl.static_range(1, SPLIT_K):
+                index = first + (part + other) % SPLIT_K
+                acc += gl.load(ptrs + index * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+            store_tile(
+                acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N,
+                M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT, BLOCK_M, BLOCK_N, WARPS,
+            )  # fmt: skip
+    else:
+        store_tile(
+            acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N,
+            M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT, BLOCK_M, BLOCK_N, WARPS,
+        )  # fmt: skip
+
+
+@gluon.jit
+def produce(
+    x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: fill the ring for every tile of this program, weights of the first stages before all else."""
+    items = gl.cdiv(N, BLOCK_N) * gl.cdiv(M, BLOCK_M) * SPLIT_K
+    first_item = gl.program_id(0)
+    tile_m, tile_n = tile_position(first_item // SPLIT_K, M, N, BLOCK_M, BLOCK_N, GROUP_N)
+    begin, end = split_range(first_item % SPLIT_K, BLOCKS, SPLIT_K, UNROLL)
+    ahead = gl.minimum(end - begin, STAGES)
+    for i in gl.static_range(STAGES):
+        load_weight_stage(
+            w_desc, s_desc, ws, ss, full.index(i), i, tile_n, begin + i, i < ahead,
+            BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    if OVERLAP:
+        wait_for_previous_kernel()
+    for i in gl.static_range(STAGES):
+        load_activation_stage(x_desc, xs, full.index(i), i, tile_m * BLOCK_M, begin + i, i < ahead)
+    stage = ahead
+    for item in range(first_item, items, gl.num_programs(0)):
+        tile_m, tile_n = tile_position(item // SPLIT_K, M, N, BLOCK_M, BLOCK_N, GROUP_N)
+        begin, end = split_range(item % SPLIT_K, BLOCKS, SPLIT_K, UNROLL)
+        done = gl.where(item == first_item, ahead, 0)
+        for block in range(begin + done, end):
+            slot = stage % STAGES
+            mbarrier.wait(empty.index(slot), ((stage // STAGES) & 1) ^ 1)
+            load_weight_stage(
+                w_desc, s_desc, ws, ss, full.index(slot), slot, tile_n, block, True,
+                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            load_activation_stage(x_desc, xs, full.index(slot), slot, tile_m * BLOCK_M, block, True)
+            stage += 1
+
+
+@gluon.jit
+def consume(
+    xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr, M, N,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr,
+    UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr,
+):  # fmt: skip
+    """The computing warps: multiply the stages of every tile of this program and store it."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 32]
+    )
+    items = gl.cdiv(N, BLOCK_N) * gl.cdiv(M, BLOCK_M) * SPLIT_K
+    if OVERLAP:
+        wait_for_previous_kernel()
+    stage = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile_m, tile_n = tile_position(item // SPLIT_K, M, N, BLOCK_M, BLOCK_N, GROUP_N)
+        begin, end = split_range(item % SPLIT_K, BLOCKS, SPLIT_K, UNROLL)
+        acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32 if SCALES == "float" else gl.int32, LAYOUT)
+        for step in range(begin // UNROLL, end // UNROLL):
+            for u in gl.static_range(UNROLL):
+                acc = multiply_stage(
+                    acc, stage + u, xs, ws, ss, full, SCALES, STAGES, BLOCK_M, BLOCK_N, LAYOUT, INT8, UNROLL
+                )
+                # The stage before this one has been read: its slot is free, unless it belongs to the tile before.
+                free = (step * UNROLL + u) != begin
+                mbarrier.arrive(empty.index((stage + u + STAGES - 1) % STAGES), count=1, pred=free)
+            stage += UNROLL
+        if SCALES == "fold" or SCALES == "none":
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
+        finish_tile(
+            acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr,
+            item // SPLIT_K, item % SPLIT_K, tile_m, tile_n, M, N,
+            SCALES, SPLIT_K, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, LAYOUT, INT8,
+        )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["M"])
+def gemm_specialized(
+    x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr, M, N,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, DEQUANTIZE: gl.constexpr,
+    HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr,
+    SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr,
+):  # fmt: skip
+    """``out[m, n]``, ``[M, N]``, with a producer warp and ``num_warps`` computing warps; see the module."""
+    SCALE_TILES: gl.constexpr = 2 if BLOCK_N == 64 else BLOCK_N // 64  # a copy must begin at a multiple of 128 bytes
+    xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
+    ws = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
+    ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, SCALE_TILES, 1, 64], s_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    if OVERLAP:
+        allow_next_kernel()
+    WARPS: gl.constexpr = gl.num_warps()
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr,
+                    counter_ptr, M, N, BLOCKS, SCALES, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, STAGES, GROUP_N,
+                    SPLIT_K, UNROLL, OVERLAP, INT8,
+                ),
+            ),
+            (
+                produce,
+                (
+                    x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M,
+                    BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP,
+                ),
+            ),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["M"])
+def gemm_pipelined(
+    x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr, M, N,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, DEQUANTIZE: gl.constexpr,
+    HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr,
+    SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr,
+):  # fmt: skip
+    """``out[m, n]``, ``[M, N]``, one tile a program, every warp alike; see the module."""
+    WARPS: gl.constexpr = gl.num_warps()
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 32]
+    )
+    SCALE_TILES: gl.constexpr = 2 if BLOCK_N == 64 else BLOCK_N // 64
+    xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
+    ws = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
+    ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, SCALE_TILES, 1, 64], s_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    if OVERLAP:
+        allow_next_kernel()
+    tile, part = gl.program_id(0) // SPLIT_K, gl.program_id(0) % SPLIT_K
+    tile_m, tile_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
+    begin, end = split_range(part, BLOCKS, SPLIT_K, UNROLL)
+    for i in gl.static_range(STAGES - 1):
+        load_weight_stage(
+            w_desc, s_desc, ws, ss, full.index(i), i, tile_n, begin + i, begin + i < end,
+            BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    if OVERLAP:
+        wait_for_previous_kernel()
+    for i in gl.static_range(STAGES - 1):
+        load_activation_stage(x_desc, xs, full.index(i), i, tile_m * BLOCK_M, begin + i, begin + i < end)
+    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32 if SCALES == "float" else gl.int32, LAYOUT)
+    for step in range(begin // UNROLL, end // UNROLL):
+        for u in gl.static_range(UNROLL):
+            stage = step * UNROLL + u - begin
+            acc = multiply_stage(acc, stage, xs, ws, ss, full, SCALES, STAGES, BLOCK_M, BLOCK_N, LAYOUT, INT8, UNROLL)
+            # The slot of the stage before this one is free now.
+            ahead = stage + STAGES - 1
+            slot, more = ahead % STAGES, begin + ahead < end
+            load_weight_stage(
+                w_desc, s_desc, ws, ss, full.index(slot), slot, tile_n, begin + ahead, more,
+                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            load_activation_stage(x_desc, xs, full.index(slot), slot, tile_m * BLOCK_M, begin + ahead, more)
+    if SCALES == "fold" or SCALES == "none":
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(full.index(i))
+    finish_tile(
+        acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr,
+        tile, part, tile_m, tile_n, M, N,
+        SCALES, SPLIT_K, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, LAYOUT, INT8,
+    )  # fmt: skip

@@ -1,0 +1,199 @@
+"""Launchers of the Gluon kernels, and the conditions under which they can run.
+
+They need a Hopper GPU, a Triton release whose Gluon these kernels were written for, tiled weights in groups of 128 or 256
+or per channel, and activations that the tensor memory accelerator can address. Everything else has plain-Triton kernels
+that give the same accumulator.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Optional
+
+import torch
+import triton
+from torch import Tensor
+
+from ..format import pack_block
+from .gluon_tiles import fits_resident
+from .split_k import take_counters
+from .tiles import Tile
+
+TRITON_RELEASES = ((3, 6), (3, 7))  # later ones moved shared-memory allocation and the mbarrier calls
+MAX_PER_CHANNEL_K = 1 << 17  # codes are 16 times too large until the epilogue: 16 * 8 * 127 * K < 2**31
+REGISTERS = {
+    (4, 1): 168,
+    (4, 2): 128,
+    (4, 3): 80,
+    (8, 1): 168,
+    (8, 2): 80,
+}  # by (warps, programs an SM): a thread's share
+
+
+@functools.lru_cache(None)
+def missing_feature(capability: int) -> Optional[str]:
+    """Why this machine cannot run the Gluon kernels, or None."""
+    if capability != 90:
+        return f"the GPU has capability {capability}, the Gluon kernels are for 90 (Hopper)"
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if release not in TRITON_RELEASES:
+        return f"Triton {triton.__version__} has another Gluon interface than 3.6 and 3.7"
+    try:
+        from . import gluon_decode, gluon_gemm  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        return f"Triton {triton.__version__} lacks parts of Gluon: {error}"
+    return None
+
+
+def unsupported_format(
+    in_features: int, group_size: int, weight_bits: int, scale_bits: int, packing: str
+) -> Optional[str]:
+    """Why a weight's format has no Gluon kernel, or None."""
+    if packing != "tiled":
+        return "the weight is not in tiled packing"
+    if in_features % 128:
+        return f"{in_features} input features are not a multiple of 128"
+    if weight_bits == 4 and group_size not in (128, 256, -1):
+        return f"groups of {group_size}"
+    if group_size == 256 and in_features % 256:
+        return f"{in_features} input features are not a multiple of the group size 256"
+    if group_size == -1 and in_features > MAX_PER_CHANNEL_K:
+        return f"{in_features} input features per channel"
+    if scale_bits > 8:
+        return f"group scales of {scale_bits} bits"
+    return None
+
+
+def scale_schedule(group_size: int, scale_bits: int, weight_bits: int, decode: bool, float_scale: bool = False) -> str:
+    """The SCALES parameter of the kernels."""
+    if group_size == -1 or weight_bits == 8:
+        return "none"
+    if float_scale:
+        return "float"
+    return "fold" if scale_bits <= 4 and not decode else "accumulate"
+
+
+@functools.lru_cache(None)
+def _layout(block: tuple[int, ...], bits: int, swizzled: bool) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    if swizzled:
+        return gl.NVMMASharedLayout.get_default_for(list(block), gl.int8)
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=len(block))
+
+
+def _descriptor(
+    base: Tensor, shape: list[int], strides: list[int], block: tuple[int, ...], swizzled: bool = True
+) -> Any:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = _layout(block, base.element_size() * 8, swizzled)
+    return TensorDescriptor(base, shape, strides, list(block), layout)
+
+
+def _decode(
+    grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any], overlap: bool, flags: dict[str, Any]
+):
+    from .gluon_decode import gemm_decode
+
+    xq, qdata, scale, blocks = operands["xq"], operands["qdata"], operands["scale"], operands["blocks"]
+    row_tiles, depth = qdata.shape[0] // 64, 4 * tile.steps
+    x_desc = _descriptor(xq, [blocks, m, 128], [128, xq.stride(0), 1], (depth, tile.block_m, 64))
+    w_desc = _descriptor(qdata.view(torch.int8), [row_tiles * blocks, 64, 64], [4096, 64, 1], (depth, tile.block_n, 64))
+    # Per channel there are no group scales to copy; the descriptor is never used, but has to describe something.
+    scales = qdata.view(torch.uint8) if flags["SCALES"] == "none" else scale
+    s_desc = _descriptor(scales, [row_tiles * blocks, 64], [64, 1], (depth, tile.block_n), swizzled=False)
+    tiles = triton.cdiv(n, tile.block_n)
+    programs = min(tiles, grid_limit)
+    gemm_decode[(programs, triton.cdiv(m, tile.block_m))](
+        x_desc, w_desc, s_desc, *operands["epilogue"], m, n,
+        BLOCKS=blocks, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, STEPS=tile.steps, OVERLAP=overlap,
+        RESIDENT=tiles > programs and fits_resident(tile, flags["SCALES"], blocks),
+        num_warps=tile.num_warps, maxnreg=REGISTERS[tile.num_warps, tile.programs_per_sm], launch_pdl=overlap, **flags,
+    )  # fmt: skip
+
+
+def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any], overlap: bool, flags: dict[str, Any]):
+    from .gluon_gemm import gemm_pipelined, gemm_specialized
+
+    xq, qdata, scale, blocks = operands["xq"], operands["qdata"], operands["scale"], operands["blocks"]
+    row_tiles = qdata.shape[0] // 64
+    int8 = qdata.dtype is torch.int8
+    code_bytes = 128 if int8 else 64
+    blocks_per_group = max(1, operands["group_size"] // 128)
+    groups = blocks // blocks_per_group
+    x_desc = _descriptor(xq, [m, xq.shape[1]], [xq.stride(0), 1], (tile.block_m, 128))
+    w_desc = _descriptor(
+        qdata.view(torch.int8), [row_tiles * blocks * 64, code_bytes], [code_bytes, 1], (64, code_bytes)
+    )
+    scales = qdata.view(torch.uint8) if flags["SCALES"] == "none" else scale
+    s_desc = _descriptor(
+        scales, [row_tiles, groups, 64], [groups * 64, 64, 1], (tile.block_n // 64, 1, 64), swizzled=False
+    )
+    # Only a schedule that keeps one accumulator gains from several blocks in flight; the other would spill.
+    unroll = next(u for u in (4, 2, 1) if blocks % u == 0) if flags["SCALES"] in ("fold", "none") else 1
+    tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
+    split_k = min(tile.split_k, blocks // unroll)
+    partial = counters = None
+    if split_k > 1:
+        dtype = torch.float32 if flags["SCALES"] == "float" else torch.int32
+        partial = torch.empty(tiles * split_k * tile.block_m * tile.block_n, dtype=dtype, device=xq.device)
+        counters = take_counters(xq.device, tiles)
+    persistent = tile.kernel == "specialized"
+    options = dict(maxnreg=REGISTERS[tile.num_warps, tile.programs_per_sm]) if persistent else {}
+    kernel = gemm_specialized if persistent else gemm_pipelined
+    grid = tiles * split_k
+    kernel[(min(grid, grid_limit) if persistent else grid,)](
+        x_desc, w_desc, s_desc, *operands["epilogue"], partial, counters, m, n,
+        BLOCKS=blocks, BLOCKS_PER_GROUP=blocks_per_group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        STAGES=tile.num_stages, GROUP_N=tile.group_n, SPLIT_K=split_k, UNROLL=unroll, OVERLAP=overlap, INT8=int8,
+        num_warps=tile.num_warps, launch_pdl=overlap, **options, **flags,
+    )  # fmt: skip
+
+
+def launch_gluon(
+    out: Tensor,
+    xq: Tensor,
+    token_scale: Optional[Tensor],
+    qdata: Tensor,
+    scale: Tensor,
+    row_scale: Optional[Tensor],
+    bias: Optional[Tensor],
+    group_size: int,
+    scale_bits: int,
+    tile: Tile,
+    overlap: bool = False,
+) -> None:
+    """Fill ``out`` ``[M, N]`` as the plain-Triton launcher does, with one of the Gluon kernels.
+
+    Args:
+        xq: int8 ``[M, K]``, rows contiguous and a multiple of 16 bytes apart, 16-byte aligned.
+        qdata, scale: tiled packing; an fp32 ``scale`` selects float group scales (for comparison).
+        tile: from :func:`~intscale_compile.kernels.tiles.choose_tile`; ``kernel`` names the kernel.
+        overlap: begin to read weights before the kernels launched before this one have ended (programmatic dependent
+            launch). Wrong if one of those writes the weights.
+    """
+    (m, k), n = xq.shape, out.shape[1]
+    weight_bits = 8 if qdata.dtype is torch.int8 else 4
+    decode = tile.kernel == "decode"
+    flags = dict(
+        SCALES=scale_schedule(group_size, scale_bits, weight_bits, decode, scale.dtype is torch.float32),
+        DEQUANTIZE=token_scale is not None,
+        HAS_BIAS=bias is not None,
+    )
+    operands = dict(
+        xq=xq, qdata=qdata, scale=scale, blocks=k // pack_block(group_size), group_size=group_size,
+        epilogue=(out, scale, row_scale, token_scale, bias),
+    )  # fmt: skip
+    grid_limit = _sm_count(xq.device) * tile.programs_per_sm
+    (_decode if decode else _gemm)(grid_limit, m, n, tile, operands, overlap, flags)
+
+
+@functools.lru_cache(None)
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def addressable(xq: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read these activations."""
+    return xq.data_ptr() % 16 == 0 and xq.stride(0) % 16 == 0

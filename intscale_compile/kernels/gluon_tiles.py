@@ -1,0 +1,210 @@
+"""Which tiles the Gluon kernels can run, which one the rules take, and which ones tuning tries.
+
+The rules were read off sweeps on one H100 (132 SMs, fold, group 128) of 28672x4096, 4096x14336, 6144x4096 and 4096x4096 at
+M = 1 to 8192, whose winners are in ``tables/h100.json``. What they have in common: the tile for which the grid just fills
+the SMs wins; K is split only where tiles are too few even so, and every part keeps 1024 features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Optional
+
+from .tiles import SM_COUNT, Tile, tile_count
+
+SCHEDULES = ("fold", "accumulate", "none", "float", "int8")
+SCALE_BYTES = {"fold": 1, "accumulate": 1, "none": 0, "float": 4, "int8": 0}
+SHARED_BYTES = {1: 232448, 2: 116000, 3: 76000}  # of one program, by programs on an SM
+RESERVED_BYTES = 2048  # barriers, alignment
+LEGAL_WARPS = ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2))  # (warps, programs on an SM) with a register budget
+MAX_STAGES = 8
+DECODE_TOKENS = 16
+MIN_SPLIT_BLOCKS = 8  # blocks of 128 features that a part of K keeps
+MAX_SPLIT = 8
+
+
+def stage_bytes(tile: Tile, schedule: str) -> int:
+    """Shared memory of one stage: activations, codes and group scales."""
+    if tile.kernel == "decode":
+        scale = SCALE_BYTES[schedule]
+        return 4 * tile.steps * (tile.block_n * (64 + scale) + tile.block_m * 128)
+    codes = tile.block_n * (128 if schedule == "int8" else 64)
+    return tile.block_m * 128 + codes + max(tile.block_n, 128) * SCALE_BYTES[schedule]
+
+
+def scratch_bytes(tile: Tile) -> int:
+    """Shared memory beside the ring: the reduction over warps, the epilogue, barriers. ``pipelined`` reuses its ring."""
+    area = tile.block_m * tile.block_n
+    return RESERVED_BYTES + {"decode": 16 * area, "specialized": 2 * area, "pipelined": 0}[tile.kernel]
+
+
+def shared_bytes(tile: Tile, schedule: str) -> int:
+    """Shared memory of one program."""
+    return tile.num_stages * stage_bytes(tile, schedule) + scratch_bytes(tile)
+
+
+def shared_limit(tile: Tile) -> int:
+    """Shared memory that one program may take; of ``pipelined`` two always share an SM."""
+    return SHARED_BYTES[2 if tile.kernel == "pipelined" else tile.programs_per_sm]
+
+
+def fits_resident(tile: Tile, schedule: str, blocks: int) -> bool:
+    """Whether a decode tile's ring leaves room for the activations of all ``blocks`` packing blocks of K."""
+    depth = 4 * tile.steps
+    ring = tile.num_stages * depth * tile.block_n * (64 + SCALE_BYTES[schedule])
+    resident = tile_count(blocks, depth) * depth * tile.block_m * 128
+    return ring + resident + scratch_bytes(tile) <= shared_limit(tile)
+
+
+def deepest(tile: Tile, schedule: str, most: int = MAX_STAGES) -> Tile:
+    """``tile`` with as many stages as fit, at most ``most``; fewer than 2 make it illegal."""
+    room = shared_limit(tile) - scratch_bytes(tile)
+    return dataclasses.replace(tile, num_stages=max(1, min(most, room // stage_bytes(tile, schedule))))
+
+
+def illegal(tile: Tile, schedule: str, k: int, decode: bool = True) -> Optional[str]:
+    """Why a Gluon kernel cannot run ``tile`` for ``k`` input features, or None.
+
+    ``decode`` says whether the group size (128 or per channel) suits the decode kernel.
+    """
+    reason = _decode_illegal(tile, schedule, decode) if tile.kernel == "decode" else _gemm_illegal(tile, schedule, k)
+    if reason is not None:
+        return reason
+    if tile.num_stages < 2:
+        return "fewer than 2 stages"
+    if shared_bytes(tile, schedule) > shared_limit(tile):
+        return f"{shared_bytes(tile, schedule)} bytes of shared memory, {shared_limit(tile)} are there"
+    return None
+
+
+def _decode_illegal(tile: Tile, schedule: str, decode: bool) -> Optional[str]:
+    if schedule == "int8" or not decode:
+        return "the decode kernel takes 4-bit weights in groups of 128 or per channel"
+    if tile.block_m not in (8, 16) or tile.block_n not in (16, 32, 64) or tile.steps not in (2, 4) or tile.split_k != 1:
+        return "block_m is 8 or 16, block_n 16, 32 or 64, steps 2 or 4, split_k 1 with decode"
+    if (tile.num_warps, tile.programs_per_sm) not in LEGAL_WARPS:
+        return f"{tile.num_warps} warps with {tile.programs_per_sm} programs on an SM"
+    return "8 warps need block_n 32 or more" if tile.num_warps == 8 and tile.block_n < 32 else None
+
+
+def _gemm_illegal(tile: Tile, schedule: str, k: int) -> Optional[str]:
+    m, n, warps, programs = tile.block_m, tile.block_n, tile.num_warps, tile.programs_per_sm
+    if tile.kernel == "pipelined":
+        if m not in (64, 128) or n not in (64, 128) or (warps, programs) != (4, 1):
+            return "pipelined takes blocks of 64 or 128, 4 warps and programs_per_sm 1"
+    elif tile.kernel == "specialized":
+        if not (m in (16, 32, 64, 128) and n in (64, 128) and warps == 4 or (m, n, warps) == (128, 256, 8)):
+            return "specialized takes block_m 16 to 128 with block_n 64 or 128 and 4 warps, or 128 x 256 with 8"
+        if programs not in (1, 2) or programs == 2 and m * n >= 128 * 128:
+            return f"{programs} programs of {m} x {n} on an SM"  # 128 x 128 spills 12 bytes with two
+    else:
+        return f"kernel {tile.kernel!r} is not known"
+    if schedule in ("accumulate", "float") and m * n * 4 > 8192 * warps:
+        return f"{schedule} spills at {m} x {n} with {warps} warps"
+    unroll = 4 if k // 128 % 4 == 0 else 1
+    if tile.split_k < 1 or tile.split_k > 1 and k // 128 // unroll < tile.split_k:
+        return f"split_k {tile.split_k} of {k} input features"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_gluon_tile(m: int, n: int, k: int, schedule: str, sm_count: int = SM_COUNT, *, decode: bool = True) -> Tile:
+    """Tile of a Gluon kernel by rule, for ``m`` tokens, ``n`` output and ``k`` input features.
+
+    Args:
+        schedule: one of ``SCHEDULES``; ``"none"`` is per channel in 4 bits, ``"int8"`` 8-bit weights.
+        sm_count: streaming multiprocessors of the GPU.
+        decode: whether the group size (128 or per channel) suits the decode kernel.
+    """
+    if m <= DECODE_TOKENS and decode and schedule != "int8":
+        return _decode_tile(m, n, k, schedule, sm_count)
+    block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
+    if tile_count(m, block_m) * tile_count(n, 128) > sm_count:
+        return _wide_tile(block_m, schedule)
+    return _narrow_tile(m, n, k, block_m, schedule, sm_count)
+
+
+def _decode_tile(m: int, n: int, k: int, schedule: str, sm_count: int) -> Tile:
+    """One wave of programs where that is possible, two programs on an SM where one wave is not quite enough."""
+    block_m, steps = 8 if m <= 8 else 16, 4 if k > 8 * 128 else 2
+    tile = Tile(block_m, 32, kernel="decode", steps=steps)
+    if tile_count(n, 16) <= sm_count:
+        tile = Tile(block_m, 16, kernel="decode", steps=steps)
+    elif sm_count < tile_count(n, 32) <= 2 * sm_count:
+        tile = Tile(block_m, 32 if block_m == 8 else 16, kernel="decode", steps=steps, programs_per_sm=2)
+    fitted = deepest(tile, schedule, most=4 if steps == 4 else 8)
+    # Float scales take 4 bytes a row and block: a shallower stage keeps two of them in flight.
+    return fitted if fitted.num_stages >= 2 else deepest(dataclasses.replace(tile, steps=2), schedule)
+
+
+def _wide_tile(block_m: int, schedule: str) -> Tile:
+    """More than one tile of ``block_m x 128`` for every SM."""
+    two_sums = schedule in ("accumulate", "float")  # a sum over the group and one over K, both in registers
+    if block_m == 128:
+        return deepest(Tile(128, 64 if two_sums else 128, group_n=16, kernel="pipelined"), schedule, most=4)
+    programs = 1 if two_sums and block_m == 64 else 2
+    return deepest(
+        Tile(block_m, 128, kernel="specialized", programs_per_sm=programs), schedule, most=4 * (3 - programs)
+    )
+
+
+def _narrow_tile(m: int, n: int, k: int, block_m: int, schedule: str, sm_count: int) -> Tile:
+    """Too few tiles of ``block_m x 128`` for all SMs: narrower ones, then parts of K."""
+    tiles = tile_count(m, block_m) * tile_count(n, 64)
+    if tiles > sm_count:
+        if schedule in ("accumulate", "float") or block_m == 128 and k < 8192:
+            # Two pipelined programs on an SM hide a short loop's epilogue: 15.8 us at M = 512 of 4096x4096.
+            kernel = "pipelined" if block_m >= 64 else "specialized"
+            return deepest(Tile(block_m, 64, kernel=kernel), schedule, most=4 if kernel == "pipelined" else MAX_STAGES)
+        return deepest(Tile(block_m, 128, kernel="specialized"), schedule)
+    if block_m == 128 and tile_count(m, 64) * tile_count(n, 64) <= sm_count and k < 8192:
+        block_m, tiles = 64, tile_count(m, 64) * tile_count(n, 64)
+    split = 1
+    while split < MAX_SPLIT and tiles * split * 2 <= sm_count and k // 128 // (split * 2) >= MIN_SPLIT_BLOCKS:
+        split *= 2
+    return deepest(Tile(block_m, 64, kernel="specialized", split_k=split), schedule)
+
+
+def gluon_candidates(
+    m: int, n: int, k: int, schedule: str, sm_count: int = SM_COUNT, *, decode: bool = True
+) -> list[Tile]:
+    """Legal tiles worth timing for a problem, the rule's choice first."""
+    tiles = [choose_gluon_tile(m, n, k, schedule, sm_count, decode=decode)]
+    if m <= DECODE_TOKENS:
+        tiles += _decode_candidates(8 if m <= 8 else 16, schedule)
+    if m > DECODE_TOKENS or not decode or schedule == "int8":
+        tiles += _specialized_candidates(m, n, k, schedule, sm_count)
+    if m >= 128:
+        for bm, bn, group_n in itertools.product((64, 128), (64, 128), (8, 16)):
+            if bm * bn >= 64 * 128 or tile_count(m, 64) * tile_count(n, 64) <= 2 * sm_count:
+                tiles.append(deepest(Tile(bm, bn, group_n=group_n, kernel="pipelined"), schedule, most=4))
+    return list(dict.fromkeys(tile for tile in tiles if illegal(tile, schedule, k, decode) is None))
+
+
+def _decode_candidates(block_m: int, schedule: str) -> Iterator[Tile]:
+    for block_n, warps, steps, programs in itertools.product((16, 32, 64), (4, 8), (2, 4), (1, 2)):
+        tile = Tile(block_m, block_n, warps, kernel="decode", steps=steps, programs_per_sm=programs)
+        if (block_n, warps) not in ((16, 8), (64, 4)):  # neither was among the winners of the sweeps
+            yield deepest(tile, schedule)
+            yield deepest(tile, schedule, most=4 if steps == 2 else 3)
+
+
+def _specialized_candidates(m: int, n: int, k: int, schedule: str, sm_count: int) -> Iterator[Tile]:
+    natural = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
+    blocks = (natural,) if m <= 64 else (64, 128)
+    shapes = [(bm, bn, 4, programs) for bm, bn, programs in itertools.product(blocks, (64, 128), (1, 2))]
+    if m >= 256:
+        shapes.append((128, 256, 8, 1))
+    for (bm, bn, warps, programs), split in itertools.product(shapes, (1, 2, 4, 8)):
+        tiles = tile_count(m, bm) * tile_count(n, bn)
+        # Less than half a wave, or parts too short, or split although all SMs have work: not worth a try.
+        too_few = split == 1 and 4 * tiles < sm_count and k // 128 >= 2 * MIN_SPLIT_BLOCKS
+        too_many = split > 1 and (tiles * split > sm_count * programs or k // 128 // split < MIN_SPLIT_BLOCKS)
+        if too_few or too_many or (m >= 1024 and bn == 64):
+            continue
+        group_n = 16 if m >= 512 else 8
+        tile = Tile(bm, bn, warps, group_n=group_n, kernel="specialized", split_k=split, programs_per_sm=programs)
+        yield deepest(tile, schedule)

@@ -1,0 +1,106 @@
+"""The Gluon kernels assembled for sm_90 without a GPU, for every shipped tile: tensor cores, no spills, no serialization.
+
+Needs a Triton whose Gluon they are written for (3.6 or 3.7); skipped under others.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+triton = pytest.importorskip("triton")
+from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES  # noqa: E402
+from intscale_compile.kernels.gluon_tiles import fits_resident  # noqa: E402
+from intscale_compile.kernels.tile_tables import SHIPPED, shipped_tiles  # noqa: E402
+from intscale_compile.kernels.tiles import Tile  # noqa: E402
+
+RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
+pytestmark = pytest.mark.skipif(RELEASE not in TRITON_RELEASES, reason=f"Gluon of Triton {triton.__version__}")
+H100 = "NVIDIA H100 80GB HBM3"
+POINTERS = {"out_ptr": "*bf16", "row_scale_ptr": "*fp32", "token_scale_ptr": "*fp32"}
+
+
+def distinct_tiles() -> list[tuple[str, Tile, int]]:
+    """Every shipped tile once, with one K that it is shipped for."""
+    found: dict[tuple[str, Tile], int] = {}
+    for key, tile in shipped_tiles(H100):
+        if tile.kernel != "triton":
+            found.setdefault((key.schedule, tile), key.k)
+    return [(schedule, tile, k) for (schedule, tile), k in found.items()]
+
+
+def descriptor(shape: list[int], dtype: str, swizzled: bool = True) -> str:
+    from triton.experimental.gluon import language as gl
+
+    bits = {"i8": 8, "u8": 8, "fp32": 32}[dtype]
+    layout = (
+        gl.NVMMASharedLayout.get_default_for(shape, gl.int8)
+        if swizzled
+        else gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=len(shape))
+    )
+    return f"tensordesc<{dtype}{shape},{layout!r}>"
+
+
+def compile_tile(schedule: str, tile: Tile, k: int):
+    """Compile one kernel for sm_90 and return Triton's compiled object."""
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from intscale_compile.kernels import gluon_decode, gluon_gemm
+
+    blocks, scale = k // 128, "fp32" if schedule == "float" else "u8"
+    constants = dict(
+        BLOCKS=blocks, SCALES=schedule, DEQUANTIZE=True, HAS_BIAS=False, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        STAGES=tile.num_stages, OVERLAP=True, bias_ptr=None,
+    )  # fmt: skip
+    signature = {**POINTERS, "scale_ptr": f"*{scale}", "M": "i32", "N": "i32"}
+    options: dict = dict(num_warps=tile.num_warps)
+    if tile.kernel == "decode":
+        fn, depth = gluon_decode.gemm_decode, 4 * tile.steps
+        shapes = ([depth, tile.block_m, 64], [depth, tile.block_n, 64], [depth, tile.block_n])
+        constants.update(STEPS=tile.steps, RESIDENT=fits_resident(tile, schedule, blocks))
+        constants["SCALES"] = "accumulate" if schedule == "fold" else schedule
+    else:
+        fn = gluon_gemm.gemm_pipelined if tile.kernel == "pipelined" else gluon_gemm.gemm_specialized
+        shapes = ([tile.block_m, 128], [64, 64], [tile.block_n // 64, 1, 64])
+        constants.update(
+            BLOCKS_PER_GROUP=1,
+            GROUP_N=tile.group_n,
+            SPLIT_K=tile.split_k,
+            UNROLL=4 if schedule == "fold" else 1,
+            INT8=False,
+        )
+        if tile.split_k > 1:
+            signature.update(partial_ptr="*i32", counter_ptr="*i32")
+        else:
+            constants.update(partial_ptr=None, counter_ptr=None)
+    if tile.kernel != "pipelined":
+        options["maxnreg"] = REGISTERS[tile.num_warps, tile.programs_per_sm]
+    signature.update(zip(("x_desc", "w_desc"), (descriptor(shape, "i8") for shape in shapes[:2])))
+    signature["s_desc"] = descriptor(shapes[2], scale, swizzled=False)
+    names = fn.arg_names
+    source = GluonASTSource(
+        fn,
+        {name: signature.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature.get(name, "").startswith("*")},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def test_there_are_tables():
+    assert list(SHIPPED.glob("*.json")) and distinct_tiles()
+
+
+@pytest.mark.parametrize("schedule,tile,k", distinct_tiles() if RELEASE in TRITON_RELEASES else [], ids=str)
+def test_shipped_tiles_assemble_without_spills(schedule, tile, k, tmp_path):
+    from tests.support.sass import disassemble
+
+    code = disassemble(compile_tile(schedule, tile, k), tmp_path)
+    assert code.spill_bytes == 0
+    dot = "IMMA" if tile.kernel == "decode" else "IGMMA"
+    assert code.count(dot) > 0
+    if tile.kernel != "decode":
+        # ptxas waits after every wgmma (C7510, C7512) where it cannot keep their operands apart.
+        waits = sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in code.instructions)
+        assert waits < code.count(dot) / 2
+    assert code.count("I2F") <= tile.block_m * tile.block_n // (32 * tile.num_warps) + 8  # the epilogue alone

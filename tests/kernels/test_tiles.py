@@ -1,0 +1,182 @@
+"""Tiles: every choice can be launched, tables are found by bucket, and a bad table is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from intscale_compile.errors import ConfigError
+from intscale_compile.kernels import tile_tables
+from intscale_compile.kernels.gluon_tiles import (
+    SCHEDULES,
+    choose_gluon_tile,
+    deepest,
+    gluon_candidates,
+    illegal,
+    shared_bytes,
+    shared_limit,
+)
+from intscale_compile.kernels.tiles import Tile, choose, choose_tile, table_schedule
+
+H100 = "NVIDIA H100 80GB HBM3"
+SHAPES = [(n, k) for n in (64, 80, 1024, 4096, 6144, 14336, 28672, 131072) for k in (128, 512, 1024, 4096, 5120, 14336)]
+EVERY_TOKENS = sorted({*range(1, 300), *range(300, 8193, 61), 511, 512, 513, 1023, 1024, 1025, 4096, 8192})
+FOLD = (128, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def no_user_table(monkeypatch, tmp_path):
+    """No test sees the table of whoever runs it."""
+    monkeypatch.setenv(tile_tables.VARIABLE, str(tmp_path / "user.json"))
+    tile_tables.reload()
+    yield
+    tile_tables.reload()
+
+
+def entry(m: int, tile: Tile, n: int = 4096, k: int = 4096, schedule: str = "fold") -> dict:
+    return {"schedule": schedule, "n": n, "k": k, "m": m, "tile": dataclasses.asdict(tile)}
+
+
+def write(path, *entries, **fields) -> None:
+    path.write_text(json.dumps({"version": 1, "device": "NVIDIA H100.*", "entries": list(entries)} | fields))
+    tile_tables.reload()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("decode", [True, False])
+def test_rules_give_legal_tiles_that_cover_few_rows_too_many(schedule, decode):
+    for n, k in SHAPES:
+        for m in EVERY_TOKENS:
+            tile = choose_gluon_tile(m, n, k, schedule, decode=decode)
+            assert illegal(tile, schedule, k, decode) is None, (m, n, k, tile)
+            assert tile.block_m <= max(16, 2 * m) and not (tile.kernel == "decode" and m > 16)
+            if tile.split_k > 1:
+                tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
+                assert tiles * tile.split_k <= 132 and k // 128 // tile.split_k >= 8
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_candidates_are_legal_and_hold_the_rules_choice(schedule):
+    for n, k in ((28672, 4096), (4096, 14336), (6144, 4096), (1024, 512)):
+        for m in (1, 8, 16, 17, 32, 64, 128, 512, 4096):
+            tiles = gluon_candidates(m, n, k, schedule)
+            assert tiles[0] == choose_gluon_tile(m, n, k, schedule) and len(tiles) == len(set(tiles)) < 40
+            assert all(illegal(tile, schedule, k) is None for tile in tiles)
+
+
+def test_shared_memory_is_that_of_the_kernels():
+    """Bytes of the allocations in gluon_decode.py and gluon_gemm.py, added up by hand."""
+    decode = Tile(8, 32, num_stages=4, kernel="decode", steps=4)
+    assert shared_bytes(decode, "fold") == 4 * 16 * (32 * 65 + 8 * 128) + 4096 + 2048
+    assert illegal(dataclasses.replace(decode, num_stages=5), "fold", 4096) is not None
+    wide = Tile(128, 128, num_stages=8, kernel="specialized")
+    assert shared_bytes(wide, "fold") == 232448 == shared_limit(wide)
+    assert "shared memory" in str(illegal(dataclasses.replace(wide, num_stages=9), "fold", 4096))
+    assert deepest(Tile(128, 128, kernel="pipelined"), "int8", most=4).num_stages == 3
+
+
+@pytest.mark.parametrize(
+    "tile, schedule",
+    [
+        (Tile(8, 32, num_stages=2, kernel="decode"), "int8"),
+        (Tile(32, 32, num_stages=2, kernel="decode"), "fold"),
+        (Tile(16, 16, 8, num_stages=2, kernel="decode"), "fold"),
+        (Tile(128, 128, kernel="pipelined"), "accumulate"),
+        (Tile(128, 128, kernel="specialized"), "float"),
+        (Tile(128, 128, num_stages=2, kernel="specialized", programs_per_sm=2), "fold"),
+        (Tile(64, 256, 8, kernel="specialized"), "fold"),
+        (Tile(32, 128, kernel="pipelined"), "fold"),
+        (Tile(64, 64, kernel="specialized", split_k=16), "fold"),
+        (Tile(64, 64, kernel="cutlass"), "fold"),
+    ],
+    ids=str,
+)
+def test_illegal_tiles_have_a_reason(tile, schedule):
+    assert illegal(tile, schedule, 4096)
+
+
+def test_without_gluon_the_choice_is_the_plain_rule_even_where_a_gluon_tile_was_measured():
+    for m in (1, 16, 64, 256, 4096):
+        assert choose(m, 28672, 4096, *FOLD, 90, H100, gluon=False) == choose_tile(m, 28672, 4096, *FOLD, 90)
+        assert choose(m, 28672, 4096, *FOLD, 80, "", gluon=False) == choose_tile(m, 28672, 4096, *FOLD, 80)
+
+
+def test_shipped_tables_serve_their_gpu_only():
+    for path in tile_tables.SHIPPED.glob("*.json"):
+        tile_tables.read_table(path)
+    measured = Tile(128, 64, num_stages=8, kernel="specialized", split_k=2)
+    for device in (H100, "NVIDIA H200"):
+        assert tile_tables.lookup(device, "fold", 4096, 14336, 128) == measured
+        assert choose(128, 4096, 14336, *FOLD, 90, device, gluon=True) == measured
+    for device in ("NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", ""):
+        assert tile_tables.lookup(device, "fold", 4096, 14336, 128) is None
+    assert tile_tables.lookup(H100, "accumulate", 4096, 14336, 128) is None
+
+
+def test_groups_of_256_do_not_take_the_decode_kernel_nor_the_table_of_128():
+    assert table_schedule(256, 4, 4) == "fold/256" and table_schedule(128, 8, 4) == "accumulate"
+    assert choose(1, 28672, 4096, *FOLD, 90, H100, gluon=True).kernel == "decode"
+    assert choose(1, 28672, 4096, 256, 4, 4, 90, H100, gluon=True).kernel == "specialized"
+    assert choose(1, 28672, 4096, -1, 4, 8, 90, H100, gluon=True).kernel == "specialized"
+
+
+def test_lookup_takes_the_next_measured_tokens(tmp_path):
+    tiles = {m: Tile(64, 64, num_warps=w) for m, w in ((4, 1), (16, 2), (64, 4))}
+    write(tmp_path / "user.json", *(entry(m, tile, n=192, k=256) for m, tile in tiles.items()))
+    for m, bucket in ((1, 4), (4, 4), (5, 16), (16, 16), (17, 64), (64, 64), (65, 64), (9999, 64)):
+        assert tile_tables.lookup(H100, "fold", 192, 256, m) == tiles[bucket], m
+    assert tile_tables.lookup(H100, "fold", 256, 192, 4) is None
+
+
+def test_decode_is_not_used_beyond_its_tokens(tmp_path):
+    write(tmp_path / "user.json", entry(16, Tile(16, 32, num_stages=3, kernel="decode"), n=192, k=256))
+    assert tile_tables.lookup(H100, "fold", 192, 256, 16).kernel == "decode"
+    assert tile_tables.lookup(H100, "fold", 192, 256, 17) is None
+    assert choose(17, 192, 256, *FOLD, 90, H100, gluon=True).kernel == "specialized"
+
+
+def test_the_users_table_wins_for_its_tokens_and_changes_the_hash(tmp_path):
+    before, shipped = tile_tables.table_hash(H100), tile_tables.lookup(H100, "fold", 4096, 4096, 256)
+    own = Tile(64, 64, num_stages=6, kernel="specialized")
+    write(tmp_path / "user.json", entry(128, own))
+    assert tile_tables.lookup(H100, "fold", 4096, 4096, 100) == own
+    assert tile_tables.lookup(H100, "fold", 4096, 4096, 256) == shipped != own
+    changed = tile_tables.table_hash(H100)
+    assert changed != before and 0 <= changed < 2**63
+    write(tmp_path / "user.json", entry(128, own) | {"us": 3.0}, date="2030-01-01")
+    assert tile_tables.table_hash(H100) == changed, "the hash is of tiles alone"
+    write(tmp_path / "user.json", entry(128, own), device="AMD.*")
+    assert tile_tables.table_hash(H100) == before, "a table of another GPU is not in force"
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ({"tile": {"block_m": 64}}, "block_n"),
+        ({"tile": {"block_m": 64, "block_n": 64, "warps": 4}}, "warps"),
+        ({"tile": {"block_m": 64, "block_n": True}}, "block_n is a positive integer"),
+        ({"tile": {"block_m": 48, "block_n": 64}}, "powers of two"),
+        ({"tile": {"block_m": 128, "block_n": 128, "num_stages": 9, "kernel": "specialized"}}, "shared memory"),
+        ({"tile": {"block_m": 64, "block_n": 64, "kernel": ["triton"]}}, "not known"),
+        ({"schedule": "fold/256", "tile": {"block_m": 8, "block_n": 32, "kernel": "decode"}}, "groups of 128"),
+        ({"schedule": "fold/64", "tile": {"block_m": 64, "block_n": 64, "kernel": "pipelined"}}, "no Gluon kernel"),
+        ({"schedule": "folded"}, "folded"),
+        ({"m": 0}, "m is a positive integer"),
+        ({"n": "4096"}, "n is a positive integer"),
+    ],
+    ids=str,
+)
+def test_a_malformed_entry_is_named(tmp_path, bad, words):
+    write(tmp_path / "user.json", entry(8, Tile(64, 64)), entry(16, Tile(64, 64)) | bad)
+    with pytest.raises(ConfigError, match=r"user\.json: entry 1 ") as error:
+        tile_tables.lookup(H100, "fold", 1, 1, 1)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 2}', '{"version": 1, "device": "(", "entries": []}', "\xff"])
+def test_a_malformed_file_is_named(tmp_path, text):
+    (tmp_path / "user.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"user\.json"):
+        tile_tables.lookup(H100, "fold", 1, 1, 1)
