@@ -38,9 +38,9 @@ def quickstart() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def first_run(quickstart, tmp_path_factory) -> SimpleNamespace:
-    """One run that trains for three seconds, and its cache folder."""
+    """One run that trains for eight seconds (three are too few while other tests run beside it), and its cache folder."""
     cache = tmp_path_factory.mktemp("cache")
-    command = [sys.executable, str(QUICKSTART), "--train-seconds", "3", "--cache", str(cache), *SMALL]
+    command = [sys.executable, str(QUICKSTART), "--train-seconds", "8", "--cache", str(cache), *SMALL]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cache)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(out=done.stdout, err=done.stderr, cache=cache)
@@ -75,7 +75,7 @@ def test_output_is_plain_where_it_is_no_terminal(first_run):
 
 def test_second_run_uses_the_cache(quickstart, first_run, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "train", lambda *_: pytest.fail("trained again"))
-    quickstart.main(["--train-seconds", "3", "--cache", str(first_run.cache), *SMALL])
+    quickstart.main(["--train-seconds", "8", "--cache", str(first_run.cache), *SMALL])
     out = capsys.readouterr().out
     assert "trained by an earlier run" in out
     assert perplexities(out)[0] == pytest.approx(perplexities(first_run.out)[0], rel=1e-3)

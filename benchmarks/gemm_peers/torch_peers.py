@@ -32,6 +32,7 @@ class Fp8(Peer):
     name, title = "fp8", "fp8 rowwise, `torch._scaled_mm` with fast accumulation"
     activation = "fp8"
     tolerance = 0.05
+    fast_accum = True
 
     @override
     def prepare(self, weight: Tensor) -> None:
@@ -42,8 +43,20 @@ class Fp8(Peer):
     def run(self, x, tensors):
         (xq, token_scale), (codes, scale) = x.fp8, tensors
         return torch._scaled_mm(
-            xq, codes.t(), scale_a=token_scale, scale_b=scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+            xq,
+            codes.t(),
+            scale_a=token_scale,
+            scale_b=scale.t(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=self.fast_accum,
         )
+
+
+class Fp8Default(Fp8):
+    """With the sums that ``torch._scaled_mm`` makes unless told otherwise: slower and more accurate."""
+
+    name, title = "fp8_default", "fp8 rowwise, `torch._scaled_mm` as it is by default"
+    fast_accum = False
 
 
 class Int8Mm(Peer):
@@ -90,4 +103,4 @@ class Tinygemm(Peer):
         return torch.ops.aten._weight_int4pack_mm(x.bf16, tensors[0], GROUP_SIZE, tensors[1])
 
 
-PEERS = (Bf16, Fp8, Int8Mm, Tinygemm)
+PEERS = (Bf16, Fp8, Fp8Default, Int8Mm, Tinygemm)

@@ -10,6 +10,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+# Waits for all warps of a program or partition; renamed in Triton 3.7.
+block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
 
 @gluon.jit
 def allow_next_kernel():

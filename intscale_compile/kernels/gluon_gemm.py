@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from .gluon_common import (
     allow_next_kernel,
+    block_barrier,
     fold_codes,
     store_tile,
     tile_position,
@@ -133,7 +134,7 @@ def finish_tile(
         ptrs = partial_ptr + n[:, None] * BLOCK_M + m[None, :]
         first = tile.to(gl.int64) * SPLIT_K
         gl.store(ptrs + (first + part) * (BLOCK_N * BLOCK_M), acc)
-        gl.thread_barrier()
+        block_barrier()
         arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
         last = arrived == SPLIT_K - 1
         if last:

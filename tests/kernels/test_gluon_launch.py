@@ -1,0 +1,73 @@
+"""When the Gluon kernels are used, decided without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from intscale_compile.kernels import gluon_launch  # noqa: E402
+from intscale_compile.kernels.triton_gemm import gluon_obstacle, pick_tile  # noqa: E402
+
+
+@pytest.mark.parametrize("capability", [0, 80, 89, 100, 120])
+def test_only_hopper(capability):
+    assert str(capability) in gluon_launch.missing_feature(capability)
+
+
+@pytest.mark.parametrize(
+    "change,part",
+    [
+        ({}, None),
+        ({"group_size": 256}, None),
+        ({"group_size": -1}, None),
+        ({"group_size": -1, "weight_bits": 8}, None),
+        ({"scale_bits": 8}, None),
+        ({"packing": "plain"}, "tiled packing"),
+        ({"in_features": 4100}, "4100 input features"),
+        ({"group_size": 64}, "groups of 64"),
+        ({"group_size": 32}, "groups of 32"),
+        ({"group_size": 256, "in_features": 4224}, "group size 256"),
+        ({"group_size": -1, "in_features": 1 << 18}, "per channel"),
+        ({"scale_bits": 11}, "11 bits"),
+    ],
+)
+def test_formats(change, part):
+    weight = dict(in_features=4096, group_size=128, weight_bits=4, scale_bits=4, packing="tiled") | change
+    reason = gluon_launch.unsupported_format(**weight)
+    assert reason is None if part is None else part in reason
+
+
+def test_per_channel_limit_is_the_overflow_of_codes_16_times_too_large():
+    assert (
+        16 * 8 * 127 * gluon_launch.MAX_PER_CHANNEL_K
+        < 2**31
+        <= 16 * 8 * 127 * (gluon_launch.MAX_PER_CHANNEL_K * 9 // 8)
+    )
+
+
+@pytest.mark.parametrize(
+    "weight,decode,float_scale,schedule",
+    [
+        ((128, 4, 4), False, False, "fold"),
+        ((128, 4, 4), True, False, "accumulate"),
+        ((128, 8, 4), False, False, "accumulate"),
+        ((-1, 4, 4), False, False, "none"),
+        ((-1, 1, 8), False, True, "none"),
+        ((128, 4, 4), True, True, "float"),
+    ],
+)
+def test_schedules(weight, decode, float_scale, schedule):
+    assert gluon_launch.scale_schedule(*weight, decode, float_scale) == schedule
+
+
+def test_tensor_memory_accelerator_wants_16_bytes():
+    x = torch.zeros(4, 64, dtype=torch.int8)
+    assert gluon_launch.addressable(x) == (x.data_ptr() % 16 == 0)
+    assert not gluon_launch.addressable(x[:, 8:]) and not gluon_launch.addressable(torch.zeros(4, 40, dtype=torch.int8))
+
+
+def test_a_cpu_has_an_obstacle_and_a_plain_tile():
+    device = torch.device("cpu")
+    assert gluon_obstacle(4096, 128, 4, 4, "tiled", device)
+    assert pick_tile(1, 4096, 4096, 128, 4, 4, device, False).kernel == "triton"
