@@ -1,0 +1,21 @@
+"""The benchmark scripts as modules, and sizes that their tests share."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SHAPES = ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096))
+
+
+def load() -> SimpleNamespace:
+    """The benchmark's modules; ``benchmarks`` is no package, its scripts see each other as a user's command does."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        names = ("gemm", "gemm_report", "gemm_results", "gemm_peers", "roofline_svg", "timing")
+        return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(str(BENCHMARKS))
