@@ -10,6 +10,7 @@ Written against torch 2.11 to 2.13, and only with names that are in all of them.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Optional
 
 import torch
@@ -21,6 +22,7 @@ from torch._inductor.select_algorithm import TritonTemplate
 from torch._inductor.virtualized import V
 
 from ..errors import CompileError
+from ..reasons import log_once
 from .tiles import choose_tile
 from .triton_gemm import capability, gluon_obstacle, schedule_flags, use_ptx
 from .triton_tile import device_source
@@ -157,7 +159,10 @@ def prefers_gluon(
         return False
     weight_bits = 8 if qdata.get_dtype() is torch.int8 else 4
     features, device = _static(xq.get_size()[-1]), xq.get_device_or_error()
-    return gluon_obstacle(features, group_size, scale_bits, weight_bits, packing, device) is None
+    obstacle = gluon_obstacle(features, group_size, scale_bits, weight_bits, packing, device)
+    if obstacle:
+        log_once(logging.INFO, f"plain Triton instead of Gluon: {obstacle}")
+    return obstacle is None
 
 
 def lower_w4a8_accumulate(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi) -> ir.TensorBox:
@@ -199,13 +204,14 @@ def register_lowerings() -> None:
         return lower(xq, *args, **kwargs)
 
     @register_lowering(LINEAR_OP, type_promotion_kind=None)
-    def linear(xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, *args):
-        weight = (row_scale, bias, out_features, group_size, scale_bits, packing)
+    def linear(
+        xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi,
+        ste_input=None, overlap=False,
+    ):  # fmt: skip
+        operands = (xq, token_scale, qdata, scale, row_scale, bias)
+        form = (out_features, group_size, scale_bits, packing, dtype, abi)
         if xq.get_device().type != "cuda":
-            lower = decompose_w4a8_linear
-        elif prefers_gluon(xq, qdata, scale, group_size, scale_bits, packing):
-            dtype, abi, _, overlap = (*args, None, False)[:4] if len(args) < 4 else args[:4]
-            return linear_extern(xq, token_scale, qdata, scale, *weight, dtype, abi, None, overlap)
-        else:
-            lower = lower_w4a8_linear
-        return lower(xq, token_scale, qdata, scale, *weight, *args)
+            return decompose_w4a8_linear(*operands, *form)
+        if prefers_gluon(xq, qdata, scale, group_size, scale_bits, packing):
+            return linear_extern(*operands, *form, None, overlap)
+        return lower_w4a8_linear(*operands, *form)

@@ -17,12 +17,12 @@ from typing import Any, Optional, Protocol, Union
 
 from torch import nn
 
-from .config import IntScaleConfig
-from .errors import ConfigError, IntScaleError
-from .kernels import tile_tables
-from .kernels.tile_timing import GpuBench, Job, Shape
-from .kernels.tiles import Tile
-from .tensor import IntScaleTensor
+from ..config import IntScaleConfig
+from ..errors import ConfigError, IntScaleError
+from ..kernels import tile_tables
+from ..kernels.tile_timing import GpuBench, Job, Shape
+from ..kernels.tiles import Tile
+from ..tensor import IntScaleTensor
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 LLAMA_8B = ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096))  # gate and up, down, q k v, o
@@ -246,7 +246,3 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         tune(args.shapes, args.tokens, config=config, path=args.path, seconds=args.seconds)
     except IntScaleError as error:
         sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()
