@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from intscale_compile.kernels.tile_timing import replay_ms
+
 COPY_SET_BYTES = 3e9  # of all copies of one weight
-SPIN_CYCLES = 200_000  # about 0.1 ms, more than the host takes to queue two events and a replay
 
 
 class Budget:
@@ -59,17 +60,6 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
         for call in calls:
             call()
     return graph
-
-
-def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
-    """Milliseconds of one replay."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(SPIN_CYCLES)
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def alternate_ms(

@@ -424,6 +424,7 @@ def test_caches_hit_across_processes_and_never_with_other_sources(tmp_path):
 
 def test_tables_that_inductor_copied_before_us_do_not_matter(tmp_path):
     """transformers may import torch.distributed.tensor.debug, which reads Inductor's decompositions at its import."""
-    script = "from torch._inductor.decomposition import select_decomp_table as t; t()\n" + SCRIPT
+    before = "from torch._inductor.decomposition import select_decomp_table as t; t()\n"
+    after = "from intscale_compile.kernels.quantize_per_token import OP\nassert OP in t()"
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    subprocess.run([sys.executable, "-c", before + SCRIPT + after], env=env, capture_output=True, text=True, check=True)

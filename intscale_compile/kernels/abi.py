@@ -8,15 +8,9 @@ with other tables is never found in a cache.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
-
-def user_tables() -> list[Path]:
-    """Tables of tiles that :func:`intscale_compile.tune` may have written on this machine."""
-    named = os.environ.get("INTSCALE_TILES")
-    found = [Path(named).expanduser()] if named else (Path.home() / ".cache" / "intscale").glob("*.json")
-    return sorted(path for path in found if path.is_file())
+from .tile_tables import user_tables
 
 
 def _source_hash() -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..format import pack_block
 from .gluon_tiles import fits_resident
 from .split_k import take_counters
-from .tiles import Tile
+from .tiles import Tile, schedule_name
 
 TRITON_RELEASES = ((3, 6), (3, 7))  # later ones moved shared-memory allocation and the mbarrier calls
 MAX_PER_CHANNEL_K = 1 << 17  # codes are 16 times too large until the epilogue: 16 * 8 * 127 * K < 2**31
@@ -66,11 +66,12 @@ def unsupported_format(
 
 def scale_schedule(group_size: int, scale_bits: int, weight_bits: int, decode: bool, float_scale: bool = False) -> str:
     """The SCALES parameter of the kernels."""
-    if group_size == -1 or weight_bits == 8:
+    name = schedule_name(group_size, scale_bits, weight_bits)
+    if name in ("none", "int8"):
         return "none"
     if float_scale:
         return "float"
-    return "fold" if scale_bits <= 4 and not decode else "accumulate"
+    return "accumulate" if decode else name
 
 
 @functools.lru_cache(None)
@@ -185,12 +186,13 @@ def launch_gluon(
         xq=xq, qdata=qdata, scale=scale, blocks=k // pack_block(group_size), group_size=group_size,
         epilogue=(out, scale, row_scale, token_scale, bias),
     )  # fmt: skip
-    grid_limit = _sm_count(xq.device) * tile.programs_per_sm
+    grid_limit = sm_count(xq.device) * tile.programs_per_sm
     (_decode if decode else _gemm)(grid_limit, m, n, tile, operands, overlap, flags)
 
 
 @functools.lru_cache(None)
-def _sm_count(device: torch.device) -> int:
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -39,12 +39,12 @@ class Counters:
     def __init__(self, device: torch.device):
         self.device = device
         self.streams: dict[int, Tensor] = {}
-        self.chunk = _zeros_outside_pools(device)
+        self.chunks = [_zeros_outside_pools(device)]  # none is ever freed: captured launches hold bare addresses
         self.used = 0
 
     def _fresh(self, count: int) -> Tensor:
         first, self.used = self.used, self.used + count
-        return self.chunk[first : self.used]  # 16-byte aligned, since every count is a multiple of 4
+        return self.chunks[-1][first : self.used]  # 16-byte aligned, since every count is a multiple of 4
 
     def take(self, count: int) -> Tensor:
         """At least ``count`` zeros, int32, for one launch on the current stream."""
@@ -54,7 +54,8 @@ class Counters:
                 return self._fresh(count)
             return torch.zeros(count, dtype=torch.int32, device=self.device)  # cleared by the graph itself
         if self.used + max(count, STREAM_RANGE) > CHUNK:
-            self.chunk, self.used = _zeros_outside_pools(self.device), 0
+            self.chunks.append(_zeros_outside_pools(self.device))
+            self.used = 0
         stream = torch.cuda.current_stream(self.device).cuda_stream
         if stream not in self.streams or len(self.streams[stream]) < count:
             self.streams[stream] = self._fresh(max(count, STREAM_RANGE))

@@ -28,9 +28,9 @@ from .triton_gemm import capability, gluon_obstacle, schedule_flags, use_ptx
 from .triton_tile import device_source
 from .w4a8_linear import ACCUMULATE_OP, LINEAR_OP
 
-# From this many tokens on a call of the op pays without CUDA graphs too: its launch costs the host some 50 us where the
-# template's costs 5, and the GEMM takes longer than that.
-GLUON_TOKENS = 512
+# From this many tokens on a call of the op pays without CUDA graphs too. A launch cost the host 137 to 192 us (H100 machine,
+# torch 2.11); the four GEMMs of a Llama-3-8B layer take the GPU some 200 us at 512 tokens and 1340 at 4096.
+GLUON_TOKENS = 4096
 
 # Assumed number of tokens where the graph gives no hint: tiles for it are correct for every other number too.
 UNKNOWN_TOKENS = 256
@@ -171,17 +171,15 @@ def lower_w4a8_accumulate(xq, qdata, scale, out_features, group_size, scale_bits
 
 
 def lower_w4a8_linear(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi,
-    ste_input=None, overlap=False,
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi
 ) -> ir.TensorBox:  # fmt: skip
-    """CUDA lowering of ``intscale::w4a8_linear``; ``ste_input`` only carries gradients, and left unread it vanishes."""
+    """The template for ``intscale::w4a8_linear`` on a GPU."""
     scales = (token_scale, row_scale)
     return _gemm(xq, scales, qdata, scale, bias, out_features, group_size, scale_bits, packing, dtype)
 
 
 def decompose_w4a8_linear(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi,
-    ste_input=None, overlap=False,
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi
 ) -> ir.TensorBox:  # fmt: skip
     """CPU lowering of ``intscale::w4a8_linear``: the accumulator is opaque, its scales join the surrounding C++."""
     aten, to_dtype = torch.ops.aten, torch.ops.prims.convert_element_type.default
@@ -208,6 +206,7 @@ def register_lowerings() -> None:
         xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi,
         ste_input=None, overlap=False,
     ):  # fmt: skip
+        # ste_input only carries gradients: left unread, it vanishes.
         operands = (xq, token_scale, qdata, scale, row_scale, bias)
         form = (out_features, group_size, scale_bits, packing, dtype, abi)
         if xq.get_device().type != "cuda":

@@ -14,7 +14,6 @@ import bisect
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import re
@@ -54,9 +53,19 @@ def device_slug(device_name: str) -> str:
 def user_path(device_name: str) -> Path:
     """Where the user's table for a GPU is, whether or not it exists."""
     named = os.environ.get(VARIABLE)
-    return (
-        Path(named).expanduser() if named else Path.home() / ".cache" / "intscale" / f"{device_slug(device_name)}.json"
-    )
+    return Path(named).expanduser() if named else user_folder() / f"{device_slug(device_name)}.json"
+
+
+def user_folder() -> Path:
+    """Where tables are kept that no variable names."""
+    return Path.home() / ".cache" / "intscale"
+
+
+def user_tables() -> list[Path]:
+    """Every table of the user on this machine, whatever its GPU."""
+    named = os.environ.get(VARIABLE)
+    found = [Path(named).expanduser()] if named else user_folder().glob("*.json")
+    return sorted(path for path in found if path.is_file())
 
 
 def _fail(path: Path, what: str) -> ConfigError:
@@ -165,12 +174,6 @@ class _Table:
             return tiles[i]
         return None if tiles[-1].kernel == "decode" else tiles[-1]
 
-    @functools.cached_property
-    def hash(self) -> int:
-        """Of schedules, shapes and tiles; not of dates and timings."""
-        tiles = [(*key, dataclasses.astuple(_parse_tile(entry["tile"]))) for key, entry in sorted(self.entries.items())]
-        return int.from_bytes(hashlib.sha256(repr(tiles).encode()).digest()[:8], "big") >> 1
-
 
 _table = functools.lru_cache(maxsize=None)(_Table)
 
@@ -192,18 +195,9 @@ def lookup(device_name: str, schedule: str, n: int, k: int, m: int) -> Optional[
     return _table(device_name).find(schedule, n, k, m)
 
 
-def shipped_tiles(device_name: str) -> list[tuple[Key, Tile]]:
+def active_tiles(device_name: str) -> list[tuple[Key, Tile]]:
     """Every entry in force on a GPU, the user's included."""
     return [(key, _parse_tile(entry["tile"])) for key, entry in sorted(_table(device_name).entries.items())]
-
-
-def table_hash(device_name: Optional[str] = None) -> int:
-    """Stable 63-bit hash of the tiles in force on a GPU (default: the current one, if any), for compile caches."""
-    if device_name is None:
-        import torch
-
-        device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return _table(device_name).hash
 
 
 def compact(tile: Tile) -> dict[str, Any]:

@@ -231,11 +231,11 @@ class GpuBench:
                         problem.linear(tile, copy)
                 self._graphs[tile] = graph
         for tile in tiles:
-            _replay_ms(self._graphs[tile])
+            replay_ms(self._graphs[tile])
         samples: dict[Tile, list[float]] = {tile: [] for tile in tiles}
         for _ in range(replays):
             for tile in tiles:
-                samples[tile].append(_replay_ms(self._graphs[tile]))
+                samples[tile].append(replay_ms(self._graphs[tile]))
         return {tile: statistics.median(found) * 1e3 / copies for tile, found in samples.items()}
 
     def _loaded(self) -> Problem:
@@ -261,7 +261,8 @@ class GpuBench:
         return {"torch": torch.__version__, "triton": triton.__version__}
 
 
-def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    """Milliseconds of one replay."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(SPIN_CYCLES)
     start.record()

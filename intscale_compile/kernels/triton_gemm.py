@@ -105,17 +105,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
-@functools.lru_cache(None)
-def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units) of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def pick_tile(
     m: int, n: int, k: int, group_size: int, scale_bits: int, weight_bits: int, device: torch.device, gluon: bool
 ) -> Tile:
     """Kernel and tile for a problem on a device, from the tables or the rules."""
-    limits = (sm_count(device),) if device.type == "cuda" else ()
+    limits = (gluon_launch.sm_count(device),) if device.type == "cuda" else ()
     return choose(m, n, k, group_size, scale_bits, weight_bits, capability(device), device_name(device), gluon, *limits)
 
 

@@ -56,7 +56,7 @@ def _replace(rewrite: GraphRewrite, node: fx.Node) -> None:
                 *(xq, token_scale, qdata, scale, row_scale, bias),
                 *(out_features, group_size, scale_bits, packing, dtype, KERNEL_ABI),
                 _straight_through(activation, node),
-                True,
+                True,  # overlap: a kernel of this graph quantizes the activation, so no writer of the weight is running
             ),
             like=node,
         )

@@ -87,11 +87,11 @@ def test_eight_bit_weights_are_exact():
 
 def test_shipped_tiles_are_exact():
     """Every entry of the table of this GPU, on its own K and some of its rows; the last row tile is ragged."""
-    from intscale_compile.kernels.tile_tables import shipped_tiles
+    from intscale_compile.kernels.tile_tables import active_tiles
 
     formats = {"fold": (128, 4, 4), "accumulate": (128, 8, 4), "none": (-1, 1, 4), "int8": (-1, 1, 8)}
     cases: dict = {}
-    for key, t in shipped_tiles(torch.cuda.get_device_name()):
+    for key, t in active_tiles(torch.cuda.get_device_name()):
         if key.schedule in formats:
             cases.setdefault((key.schedule, key.k), {})[t] = min(key.m, 200)
     assert cases

@@ -10,7 +10,7 @@ import pytest
 triton = pytest.importorskip("triton")
 from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES  # noqa: E402
 from intscale_compile.kernels.gluon_tiles import fits_resident  # noqa: E402
-from intscale_compile.kernels.tile_tables import SHIPPED, shipped_tiles  # noqa: E402
+from intscale_compile.kernels.tile_tables import SHIPPED, active_tiles  # noqa: E402
 from intscale_compile.kernels.tiles import Tile  # noqa: E402
 
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -22,7 +22,7 @@ POINTERS = {"out_ptr": "*bf16", "row_scale_ptr": "*fp32", "token_scale_ptr": "*f
 def distinct_tiles() -> list[tuple[str, Tile, int]]:
     """Every shipped tile once, with one K that it is shipped for."""
     found: dict[tuple[str, Tile], int] = {}
-    for key, tile in shipped_tiles(H100):
+    for key, tile in active_tiles(H100):
         if tile.kernel != "triton":
             found.setdefault((key.schedule, tile), key.k)
     return [(schedule, tile, k) for (schedule, tile), k in found.items()]

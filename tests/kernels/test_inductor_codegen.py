@@ -82,7 +82,7 @@ def test_bias_is_added_before_the_only_rounding():
 
 
 @pytest.mark.parametrize(
-    "tokens, cudagraphs, called", [(64, False, False), (64, True, True), (511, False, False), (512, False, True)]
+    "tokens, cudagraphs, called", [(64, False, False), (64, True, True), (4095, False, False), (4096, False, True)]
 )
 def test_the_op_is_called_where_gluon_pays(tokens, cudagraphs, called):
     """With CUDA graphs, or where the GEMM takes longer than a launch; always with overlap, as the graph asks for it."""

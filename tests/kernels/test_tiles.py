@@ -138,17 +138,22 @@ def test_decode_is_not_used_beyond_its_tokens(tmp_path):
 
 
 def test_the_users_table_wins_for_its_tokens_and_changes_the_hash(tmp_path):
-    before, shipped = tile_tables.table_hash(H100), tile_tables.lookup(H100, "fold", 4096, 4096, 256)
+    from intscale_compile.kernels.abi import _source_hash
+
+    before, shipped = _source_hash(), tile_tables.lookup(H100, "fold", 4096, 4096, 256)
     own = Tile(64, 64, num_stages=6, kernel="specialized")
     write(tmp_path / "user.json", entry(128, own))
     assert tile_tables.lookup(H100, "fold", 4096, 4096, 100) == own
     assert tile_tables.lookup(H100, "fold", 4096, 4096, 256) == shipped != own
-    changed = tile_tables.table_hash(H100)
-    assert changed != before and 0 <= changed < 2**63
-    write(tmp_path / "user.json", entry(128, own) | {"us": 3.0}, date="2030-01-01")
-    assert tile_tables.table_hash(H100) == changed, "the hash is of tiles alone"
+    assert _source_hash() != before == _hash_without_user_tables(_source_hash)
     write(tmp_path / "user.json", entry(128, own), device="AMD.*")
-    assert tile_tables.table_hash(H100) == before, "a table of another GPU is not in force"
+    assert tile_tables.lookup(H100, "fold", 4096, 4096, 100) != own, "a table of another GPU is not in force"
+
+
+def _hash_without_user_tables(source_hash) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("intscale_compile.kernels.abi.user_tables", list)
+        return source_hash()
 
 
 @pytest.mark.parametrize(
