@@ -1,0 +1,183 @@
+"""Triton kernel of ``intscale::decode_attention`` and its launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .split_k import take_counters
+
+KEYS_PER_STEP = 64
+MOST_PARTS = 32  # of one sequence's keys; more would cost more in partial results than they bring in parallel work
+DOT_ROWS = 16  # least number of rows of a tensor core product
+
+
+@triton.jit
+def attend(
+    q, k_ptr, v_ptr, mask_ptr, first, L, k_stride, v_stride, mask_stride, mask_head_stride, log2_scale,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+    STEPS: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Running maximum ``[ROWS]``, sum ``[ROWS]`` and weighted values fp32 ``[ROWS, BLOCK_D]`` of STEPS * BLOCK_L keys."""
+    heads = tl.arange(0, ROWS)
+    features = tl.arange(0, BLOCK_D)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    values = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for step in range(STEPS):
+        keys = first + step * BLOCK_L + tl.arange(0, BLOCK_L)
+        visible = keys < L
+        if MASK == "bool":  # one mask for all heads: hidden keys and values are not even read
+            visible = visible & (tl.load(mask_ptr + keys * mask_stride, mask=visible, other=0) != 0)
+        inside = visible[:, None] & (features < D)[None, :]
+        offsets = keys[:, None].to(tl.int64)
+        k = tl.load(k_ptr + offsets * k_stride + features[None, :], mask=inside, other=0.0)
+        v = tl.load(v_ptr + offsets * v_stride + features[None, :], mask=inside, other=0.0)
+        scores = tl.dot(q, tl.trans(k)) * log2_scale
+        if MASK == "heads" or MASK == "float":
+            rows = tl.where(heads < HEADS, heads, 0)
+            ptrs = mask_ptr + rows[:, None] * mask_head_stride + keys[None, :] * mask_stride
+            if MASK == "heads":
+                scores = tl.where(tl.load(ptrs, mask=visible[None, :], other=0) != 0, scores, float("-inf"))
+            else:  # powers of two below: log2(e) times what is added
+                added = tl.load(ptrs, mask=visible[None, :], other=0.0).to(tl.float32)
+                scores = scores + added * 1.4426950408889634
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(scores - reference[:, None])
+        shrink = tl.exp2(top - reference)
+        total = total * shrink + tl.sum(p, 1)
+        values = tl.dot(p.to(v.dtype), v, values * shrink[:, None])
+        top = new_top
+    return top, total, values
+
+
+@triton.jit(do_not_specialize=["L", "parts"])
+def decode_attention_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, partial_ptr, stats_ptr, counter_ptr, L, parts, key_heads, log2_scale,
+    q_batch, q_head, k_batch, k_head, k_stride, v_batch, v_head, v_stride, mask_batch, mask_head, mask_stride,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+    STEPS: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys of one key head; with SPLIT the last part to arrive adds them all up, in order."""
+    unit = tl.program_id(0)
+    part = tl.program_id(1)
+    batch = (unit // key_heads).to(tl.int64)
+    head = unit % key_heads
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    heads = tl.arange(0, ROWS)
+    features = tl.arange(0, BLOCK_D)
+    inside = (heads < HEADS)[:, None] & (features < D)[None, :]
+    rows = (head * HEADS + heads)[:, None]
+    q = tl.load(q_ptr + batch * q_batch + rows * q_head + features[None, :], mask=inside, other=0.0)
+    top, total, values = attend(
+        q, k_ptr + batch * k_batch + head * k_head, v_ptr + batch * v_batch + head * v_head,
+        mask_ptr + batch * mask_batch + head * HEADS * mask_head, part * (STEPS * BLOCK_L), L,
+        k_stride, v_stride, mask_stride, mask_head, log2_scale, HEADS, ROWS, D, BLOCK_D, BLOCK_L, STEPS, MASK,
+    )  # fmt: skip
+    last = True
+    if SPLIT:
+        slots = unit.to(tl.int64) * parts
+        value_ptrs = partial_ptr + heads[:, None] * BLOCK_D + features[None, :]
+        stat_ptrs = stats_ptr + heads
+        tl.store(value_ptrs + (slots + part) * (HEADS * BLOCK_D), values, mask=(heads < HEADS)[:, None])
+        tl.store(stat_ptrs + (slots + part) * (2 * HEADS), top, mask=heads < HEADS)
+        tl.store(stat_ptrs + (slots + part) * (2 * HEADS) + HEADS, total, mask=heads < HEADS)
+        tl.debug_barrier()
+        last = tl.atomic_add(counter_ptr + unit, 1, sem="acq_rel", scope="gpu") == parts - 1
+        if last:
+            tl.store(counter_ptr + unit, 0)
+            top = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            values = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            for other in range(parts):
+                slot = slots + other
+                stats = stat_ptrs + slot * (2 * HEADS)
+                part_top = tl.load(stats, mask=heads < HEADS, other=float("-inf"), cache_modifier=".cg")
+                part_total = tl.load(stats + HEADS, mask=heads < HEADS, other=0.0, cache_modifier=".cg")
+                part_values = tl.load(
+                    value_ptrs + slot * (HEADS * BLOCK_D),
+                    mask=(heads < HEADS)[:, None],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                new_top = tl.maximum(top, part_top)
+                reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+                shrink, part_shrink = tl.exp2(top - reference), tl.exp2(part_top - reference)
+                total = total * shrink + part_total * part_shrink
+                values = values * shrink[:, None] + part_values * part_shrink[:, None]
+                top = new_top
+    if last:
+        total = tl.where(total == 0.0, 1.0, total)  # nothing is visible: zeros, as in PyTorch
+        y = (values / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (batch * key_heads * HEADS + rows) * D + features[None, :], y, mask=inside)
+
+
+def parts_of(keys: int) -> tuple[int, int]:
+    """Number of parts that ``keys`` are cut into, and steps of :data:`KEYS_PER_STEP` in each."""
+    steps = max(1, -(-keys // KEYS_PER_STEP))
+    steps_per_part = triton.next_power_of_2(-(-steps // MOST_PARTS))
+    return -(-steps // steps_per_part), steps_per_part
+
+
+def _mask_kind(mask: Optional[Tensor]) -> str:
+    if mask is None:
+        return "none"
+    if mask.dtype is not torch.bool:
+        return "float"
+    return "bool" if mask.stride(1) == 0 else "heads"
+
+
+@functools.lru_cache(None)
+def _can_overlap(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def decode_attention_cuda(
+    q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], scale: float, overlap: bool = False
+) -> Tensor:
+    """``intscale::decode_attention`` on checked operands; ``overlap`` begins while the kernel before still ends."""
+    batch, query_heads, _, features = q.shape
+    out = q.new_empty(q.shape)
+    key_heads, keys = k.shape[1], k.shape[2]
+    if out.numel() == 0:
+        return out
+    heads = query_heads // key_heads
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    if mask is not None:
+        mask = mask.expand(batch, query_heads, 1, keys)
+    parts, steps = parts_of(keys)
+    block_d = max(16, triton.next_power_of_2(features))
+    partial = stats = counters = None
+    if parts > 1:
+        partial = torch.empty(batch * query_heads * parts * block_d, dtype=torch.float32, device=q.device)
+        stats = torch.empty(2 * batch * query_heads * parts, dtype=torch.float32, device=q.device)
+        if q.is_cuda:
+            counters = take_counters(q.device, batch * key_heads)
+        else:  # the interpreter
+            counters = torch.zeros(batch * key_heads, dtype=torch.int32)
+    mask_strides = (0, 0, 0) if mask is None else (mask.stride(0), mask.stride(1), mask.stride(3))
+    overlap = overlap and q.is_cuda and _can_overlap(q.device)
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        decode_attention_kernel[(batch * key_heads, parts)](
+            q, k, v, q if mask is None else mask, out, partial, stats, counters, keys, parts, key_heads,
+            scale * math.log2(math.e), q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], *mask_strides,
+            HEADS=heads, ROWS=max(DOT_ROWS, triton.next_power_of_2(heads)), D=features, BLOCK_D=block_d,
+            BLOCK_L=KEYS_PER_STEP, STEPS=steps, MASK=_mask_kind(mask), SPLIT=parts > 1, OVERLAP=overlap,
+            num_warps=4, num_stages=2, **({"launch_pdl": True} if overlap else {}),
+        )  # fmt: skip
+    return out
