@@ -1,0 +1,95 @@
+"""``intscale::w4a8_gated_linear``: a gate and an up projection with the activation between them, as one op.
+
+    y[m, n]   = float(acc[m, n]) * token_scale[m] * row_scale[n] (+ bias[n])              fp32, acc as in ``w4a8_linear``
+    out[m, i] = act(y[m, i]) * y[m, I + i]                                                fp32, rounded once
+
+The weight ``[2 I, K]`` is the gate weight and below it the up weight, stored as any other. Twice as many values would leave
+an ordinary linear only to be read again by the kernel that multiplies them. The other arguments are those of
+``w4a8_linear``; ``out_features`` is ``2 I``. There is no gradient: the passes emit the op where nothing watches.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .cpu_gemm import accumulate_cpu
+from .w4a8_linear import WEIGHT_ARGS, apply_scales, check_operands, reference_accumulate
+
+torch.library.define(
+    "intscale::w4a8_gated_linear",
+    "(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, str activation, "
+    f"{WEIGHT_ARGS}, ScalarType dtype, int abi, bool overlap=False) -> Tensor",
+)
+GATED_OP = torch.ops.intscale.w4a8_gated_linear.default
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+def check_gated(activation: str, out_features: int) -> None:
+    """Raise ``InputError`` unless the activation is known and the rows are two equal halves."""
+    if activation not in ACTIVATIONS:
+        raise InputError(f"w4a8_gated: activation {activation!r} is not one of {ACTIVATIONS}.")
+    if out_features % 2:
+        raise InputError(f"w4a8_gated: {out_features} output features are not a gate and an up half of equal size.")
+
+
+def gate(y: Tensor, activation: str) -> Tensor:
+    """``act(y[..., :I]) * y[..., I:]`` of fp32 ``[..., 2 I]``, in fp32.
+
+    The tanh form of GELU is computed as ``x / (1 + exp(-2 u))``, the same function: ``1 + tanh(u)`` loses the digits of
+    negative ``x``.
+    """
+    x, up = y.chunk(2, dim=-1)
+    if activation == "silu":
+        return torch.nn.functional.silu(x) * up
+    if activation == "gelu":
+        return torch.nn.functional.gelu(x) * up
+    return x / (1.0 + torch.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x))) * up
+
+
+def reference_gated(
+    xq: Tensor, token_scale: Tensor, qdata: Tensor, scale: Tensor, row_scale: Tensor, bias: Optional[Tensor],
+    activation: str, out_features: int, group_size: int, packing: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The op in plain PyTorch, any device, ``[..., I]``. Slow; the oracle."""
+    acc = reference_accumulate(xq, qdata, scale, out_features, group_size, packing)
+    return gate(apply_scales(acc, token_scale, row_scale, bias, torch.float32), activation).to(dtype)
+
+
+@torch.library.impl("intscale::w4a8_gated_linear", "CPU")
+def _gated_cpu(
+    xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype, abi,
+    overlap=False,
+):  # fmt: skip
+    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    check_gated(activation, out_features)
+    acc = accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing)
+    return gate(apply_scales(acc, token_scale, row_scale, bias, torch.float32), activation).to(dtype)
+
+
+@torch.library.impl("intscale::w4a8_gated_linear", "CUDA")
+def _gated_cuda(
+    xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype, abi,
+    overlap=False,
+):  # fmt: skip
+    from .triton_gated import gated_linear_cuda
+
+    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    check_gated(activation, out_features)
+    return gated_linear_cuda(
+        xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype,
+        overlap=overlap,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("intscale::w4a8_gated_linear")
+def _gated_fake(
+    xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype, abi,
+    overlap=False,
+):  # fmt: skip
+    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    check_gated(activation, out_features)
+    return xq.new_empty((*xq.shape[:-1], out_features // 2), dtype=dtype)
