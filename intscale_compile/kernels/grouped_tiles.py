@@ -1,0 +1,33 @@
+"""Tile shapes of the grouped kernel (mixtures of experts), chosen from the problem size by rules.
+
+The rules start from those of the plain kernel (``tiles``), which were measured. What is different here: rows are spread over
+experts, so a tile is as tall as the rows of *one* expert, and how many experts have rows is not known on the host. Nothing
+was timed for this kernel yet: ``benchmarks/grouped.py`` sweeps it, and ``tile=`` of the launchers overrides the choice.
+"""
+
+from __future__ import annotations
+
+from .tiles import SM_COUNT, Tile, tile_count
+
+
+def choose_grouped_tile(
+    rows: int, experts: int, n: int, k: int, group_size: int, scale_bits: int, weight_bits: int, capability: int = 90
+) -> Tile:
+    """Tile for ``rows`` rows (token, expert pairs) over ``experts`` stacks of ``n`` output and ``k`` input features.
+
+    ``capability`` is 10 * major + minor of an NVIDIA GPU, 0 for others.
+    """
+    del k
+    accumulate = group_size != -1 and scale_bits > 4 and weight_bits == 4
+    # Beside the accumulator the partial sum needs registers: on sm_80, 4 warps spill 24 bytes of this tile, 8 none.
+    tall = Tile(64, 128, num_warps=8 if accumulate and capability != 90 else 4)
+    # A row more than the tile holds reads the expert's weights a second time, from L2: so a tile for the mean is enough.
+    mean = tile_count(rows, max(1, experts))
+    if mean <= 64:
+        busy = min(rows, experts)  # experts that have rows, if routing is even
+        if busy * tile_count(n, 128) < SM_COUNT:
+            return Tile(16, 64, num_stages=5)  # more programs before larger ones, as in ``choose_tile``
+        return Tile(16 if mean <= 16 else 32, 128) if mean <= 32 else tall
+    if mean <= 96 or accumulate:  # a second, half empty tile of 128 rows costs more than a third of 64
+        return tall
+    return Tile(128, 128) if capability == 90 else Tile(128, 128, num_warps=8)

@@ -1,0 +1,206 @@
+"""``intscale::w4a8_grouped_linear``: the fused linear layer of a stack of experts, rows sorted by expert.
+
+    acc[p, n] = sum_g scale[e, n, g] * sum_{k in g} q[e, n, k] * xq[t, k]                 int32, exact
+    y[o, n]   = float(acc[p, n]) * token_scale[t] * row_scale[e, n] (+ bias[e, n])        one conversion
+
+for every position ``p`` of the sorted order. Expert ``e`` has the positions ``offsets[e - 1] <= p < offsets[e]``, as in
+``torch.nn.functional.grouped_mm``; it may have none. Positions from ``offsets[-1]`` on belong to no expert: zeros.
+``t = row_index[p]`` is the row of the activation, by default ``p``: a token that several experts see is quantized once and
+never copied. ``o = out_index[p]`` is the row of the output, by default ``p``; it must be a permutation.
+
+The accumulator is the same to the bit on every device, tile and routing. Nothing here waits for a GPU.
+Weights are stacks ``[E, N, K]`` in the formats of ``w4a8_linear``, whose page explains the other arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .cpu_gemm import accumulate_expert_cpu
+from .dequantize import WEIGHT_OP
+from .w4a8_linear import WEIGHT_ARGS, apply_scales, check_operands, reference_accumulate
+
+INDEX_ARGS = "Tensor? row_index=None, Tensor? out_index=None"
+torch.library.define(
+    "intscale::w4a8_grouped_linear",
+    "(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, Tensor offsets, "
+    f"{WEIGHT_ARGS}, ScalarType dtype, int abi, {INDEX_ARGS}, Tensor? ste_input=None) -> Tensor",
+)
+torch.library.define(
+    "intscale::w4a8_grouped_input_grad",
+    "(Tensor grad, Tensor qdata, Tensor scale, Tensor row_scale, Tensor offsets, int rows, int out_features, "
+    f"int in_features, int group_size, str packing, {INDEX_ARGS}) -> Tensor",
+)
+GROUPED_OP = torch.ops.intscale.w4a8_grouped_linear.default
+INPUT_GRAD_OP = torch.ops.intscale.w4a8_grouped_input_grad.default
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def check_grouped_operands(
+    xq: Tensor, token_scale: Tensor, qdata: Tensor, scale: Tensor, row_scale: Tensor, bias: Optional[Tensor],
+    offsets: Tensor, out_features: int, group_size: int, packing: str, row_index: Optional[Tensor],
+    out_index: Optional[Tensor],
+) -> None:  # fmt: skip
+    """Raise ``InputError`` unless the operands have the shapes and dtypes that the schema promises to a kernel."""
+    if xq.dim() != 2:
+        raise InputError(f"w4a8_grouped: xq has {xq.dim()} dimensions, expected [rows, K].")
+    if qdata.dim() != 3 or scale.dim() != 3:
+        raise InputError(
+            f"w4a8_grouped: qdata has {qdata.dim()} and scale {scale.dim()} dimensions, expected stacks of matrices, 3."
+        )
+    experts, rows = qdata.shape[0], output_rows(xq, row_index)
+    check_operands(xq, qdata[0], scale[0], out_features, group_size, packing)
+    for name, tensor, shape in (
+        ("scale", scale, (experts, *scale.shape[1:])),
+        ("row_scale", row_scale, (experts, out_features, 1)),
+        ("bias", bias, (experts, out_features)),
+        ("offsets", offsets, (experts,)),
+        ("token_scale", token_scale, (xq.shape[0], 1)),
+        ("row_index", row_index, (rows,)),
+        ("out_index", out_index, (rows,)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise InputError(f"w4a8_grouped: {name} has shape {tuple(tensor.shape)}, expected {shape}.")
+        if tensor is not None and tensor.device != xq.device:
+            raise InputError(f"w4a8_grouped: {name} is on {tensor.device}, xq on {xq.device}: move them together.")
+    for name, tensor in (("offsets", offsets), ("row_index", row_index), ("out_index", out_index)):
+        if tensor is not None and tensor.dtype not in INDEX_DTYPES:
+            raise InputError(f"w4a8_grouped: {name} is {tensor.dtype}, expected int32 or int64.")
+
+
+def output_rows(xq: Tensor, row_index: Optional[Tensor]) -> int:
+    """Number of positions, and of rows of the output."""
+    return xq.shape[0] if row_index is None else row_index.shape[0]
+
+
+def expert_ranges(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
+    """Each expert that has positions, with these; reads the offsets on the host."""
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        end = min(end, rows)
+        if end > start:
+            yield expert, slice(start, end)
+            start = end
+
+
+def reference_grouped(
+    xq: Tensor, qdata: Tensor, scale: Tensor, offsets: Tensor, out_features: int, group_size: int, packing: str,
+    row_index: Optional[Tensor] = None, out_index: Optional[Tensor] = None,
+) -> Tensor:  # fmt: skip
+    """The accumulator ``[rows, N]`` in plain PyTorch, int32, any device, exact. Slow; the oracle."""
+    x = xq if row_index is None else xq[row_index]
+    acc = xq.new_zeros((x.shape[0], out_features), dtype=torch.int32)
+    for expert, part in expert_ranges(offsets, x.shape[0]):
+        acc[part] = reference_accumulate(x[part], qdata[expert], scale[expert], out_features, group_size, packing)
+    return acc if out_index is None else torch.empty_like(acc).index_copy_(0, out_index.long(), acc)
+
+
+@torch.library.impl("intscale::w4a8_grouped_linear", "CPU")
+def _grouped_cpu(
+    xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, scale_bits, packing, dtype, abi,
+    row_index=None, out_index=None, ste_input=None,
+):  # fmt: skip
+    check_grouped_operands(
+        xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, packing, row_index, out_index
+    )
+    rows = output_rows(xq, row_index)
+    out = xq.new_empty((rows, out_features), dtype=dtype)
+    end = 0
+    for expert, part in expert_ranges(offsets, rows):
+        tokens = part if row_index is None else row_index[part]
+        acc = accumulate_expert_cpu(
+            xq[tokens], qdata, scale, expert, out_features, group_size, scale_bits, packing
+        )  # fmt: skip
+        y = apply_scales(acc, token_scale[tokens], row_scale[expert], None if bias is None else bias[expert], dtype)
+        out[part if out_index is None else out_index[part]] = y
+        end = part.stop
+    if end < rows:
+        out[slice(end, rows) if out_index is None else out_index[end:]] = 0
+    return out
+
+
+@torch.library.impl("intscale::w4a8_grouped_linear", "CUDA")
+def _grouped_cuda(
+    xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, scale_bits, packing, dtype, abi,
+    row_index=None, out_index=None, ste_input=None,
+):  # fmt: skip
+    from .triton_grouped import GroupedForm, grouped_linear_cuda
+
+    check_grouped_operands(
+        xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, packing, row_index, out_index
+    )
+    form = GroupedForm(out_features, group_size, scale_bits, packing)
+    return grouped_linear_cuda(
+        xq, token_scale, qdata, scale, row_scale, bias, offsets, form, dtype, row_index, out_index
+    )  # fmt: skip
+
+
+@torch.library.register_fake("intscale::w4a8_grouped_linear")
+def _grouped_fake(
+    xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, scale_bits, packing, dtype, abi,
+    row_index=None, out_index=None, ste_input=None,
+):  # fmt: skip
+    check_grouped_operands(
+        xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, packing, row_index, out_index
+    )
+    return xq.new_empty((output_rows(xq, row_index), out_features), dtype=dtype)
+
+
+@torch.library.impl("intscale::w4a8_grouped_input_grad", "CompositeExplicitAutograd")
+def _input_grad(
+    grad, qdata, scale, row_scale, offsets, rows, out_features, in_features, group_size, packing,
+    row_index=None, out_index=None,
+):  # fmt: skip
+    grad = grad if out_index is None else grad[out_index]
+    grad_input = grad.new_zeros((rows, in_features))
+    for expert, part in expert_ranges(offsets, grad.shape[0]):
+        weight = WEIGHT_OP(
+            qdata[expert], scale[expert], row_scale[expert], out_features, in_features, group_size, packing, grad.dtype
+        )
+        if row_index is None:
+            grad_input[part] = grad[part] @ weight
+        else:
+            grad_input.index_add_(0, row_index[part], grad[part] @ weight)
+    return grad_input
+
+
+@torch.library.register_fake("intscale::w4a8_grouped_input_grad")
+def _input_grad_fake(
+    grad, qdata, scale, row_scale, offsets, rows, out_features, in_features, group_size, packing,
+    row_index=None, out_index=None,
+):  # fmt: skip
+    return grad.new_empty((rows, in_features))
+
+
+def _save_weight(ctx, inputs, output):
+    xq, _, qdata, scale, row_scale, bias, offsets, n, group_size, _, packing, _, _, row_index, out_index, ste_input = (
+        inputs
+    )
+    ctx.save_for_backward(qdata, scale, row_scale, offsets, row_index, out_index)
+    ctx.weight_args = (xq.shape[0], n, xq.shape[1], group_size, packing)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.input_dtype = None if ste_input is None else ste_input.dtype
+
+
+def _straight_through(ctx, grad):
+    """``grad_x = grad @ W`` of each row's expert; rounding of the activation counts as the identity."""
+    qdata, scale, row_scale, offsets, row_index, out_index = ctx.saved_tensors
+    grad_input = grad_bias = None
+    if ctx.input_dtype is not None and ctx.needs_input_grad[15]:
+        weight = (qdata, scale, row_scale, offsets)
+        grad_input = INPUT_GRAD_OP(grad, *weight, *ctx.weight_args, row_index, out_index).to(ctx.input_dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
+        positions = torch.arange(grad.shape[0], device=grad.device)
+        expert = torch.searchsorted(offsets.long(), positions, right=True)  # E for rows that belong to none
+        sums = grad.new_zeros((offsets.shape[0] + 1, grad.shape[1]), dtype=torch.float32)
+        ordered = grad if out_index is None else grad[out_index]
+        grad_bias = sums.index_add(0, expert, ordered.float())[:-1].to(ctx.bias_dtype)
+    return (*(None,) * 5, grad_bias, *(None,) * 9, grad_input)
+
+
+torch.library.register_autograd("intscale::w4a8_grouped_linear", _straight_through, setup_context=_save_weight)
