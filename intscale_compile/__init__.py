@@ -9,8 +9,9 @@ from .versions import check_versions
 
 check_versions()
 
-from . import quantize, tensor_ops  # noqa: E402, F401  (registration)
+from . import expert_ops, quantize, tensor_ops  # noqa: E402, F401  (registration)
 from .checkpoint import load_safetensors, make_savable, rebuild_tensor, register, save_safetensors  # noqa: E402, F401
+from .compile_times import CompileTime, compile_times  # noqa: E402
 from .config import IntScaleConfig  # noqa: E402
 from .errors import (  # noqa: E402
     CheckpointError,
@@ -23,7 +24,9 @@ from .errors import (  # noqa: E402
     VersionError,
     WeightError,
 )
+from .experts import register_experts_implementation  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
+from .quantize import linears_and_experts  # noqa: E402
 from .tensor import IntScaleTensor  # noqa: E402
 from .tune import tune  # noqa: E402
 
@@ -31,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "CompileError",
+    "CompileTime",
     "ConfigError",
     "Explanation",
     "InputError",
@@ -41,7 +45,9 @@ __all__ = [
     "UnsupportedOpError",
     "VersionError",
     "WeightError",
+    "compile_times",
     "explain",
+    "linears_and_experts",
     "load_safetensors",
     "make_savable",
     "save_safetensors",
@@ -49,3 +55,4 @@ __all__ = [
 ]
 
 register()
+register_experts_implementation()

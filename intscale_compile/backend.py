@@ -16,11 +16,12 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
 from . import options as _options
+from .compile_times import timed
+from .inductor_settings import code_generation, inductor_defaults
 from .ops import register_inductor
 from .packed_weights import BoundGraph
 from .passes import PASSES, GraphRewrite, apply_passes
 from .reasons import log_once
-from .versions import version_of
 
 log = logging.getLogger("intscale_compile")
 
@@ -51,25 +52,21 @@ def intscale(
     from torch._inductor.compile_fx import compile_fx
 
     settings, patches = _options.parse_options(mode, options)
-    patches = {**inductor_defaults(), **patches}
     register_inductor()
-    rewrite = rewrite_graph(gm, example_inputs, settings)
-    return bind(rewrite, functools.partial(compile_fx, config_patches=patches))  # type: ignore[arg-type]
+    rewrite = rewrite_graph(gm, example_inputs, settings, bool(patches.get("triton.cudagraphs")))
+    patches = {**inductor_defaults(example_inputs, most_tokens(rewrite)), **patches}
+    quantized = sum(c.packed is not None for c in rewrite.candidates)
+    with timed(quantized, rewrite.seconds), code_generation():
+        compiled = bind(rewrite, functools.partial(compile_fx, config_patches=patches))  # type: ignore[arg-type]
+    rewrite.release()
+    return compiled
 
 
-def inductor_defaults() -> dict[str, Any]:
-    """Inductor settings that our kernels fuse best with; options of the user go before them."""
-    # SiLU * mul and the activation quantization after it are one kernel only if the reduction is not split.
-    defaults: dict[str, Any] = {"split_reductions": False}
-    if version_of("torch") < (2, 13):
-        # There, a residual of three dimensions does not fuse into a template whose output is a view of two.
-        defaults["loop_ordering_after_fusion"] = False
-    return defaults
-
-
-def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: _options.Settings) -> GraphRewrite:
+def rewrite_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: _options.Settings, cuda_graphs: bool = False
+) -> GraphRewrite:
     """Run all passes over ``gm`` and say once what was left alone."""
-    rewrite = GraphRewrite(copied(gm), example_inputs, settings)
+    rewrite = GraphRewrite(copied(gm), example_inputs, settings, cuda_graphs)
     apply_passes(rewrite, PASSES)
     refused = [c for c in rewrite.candidates if c.reason is not None]
     quantized = len(rewrite.candidates) - len(refused)
@@ -80,6 +77,12 @@ def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: _
             logging.WARNING, f"a compiled graph has {len(refused)} linear products and none was quantized: {reasons}"
         )
     return rewrite
+
+
+def most_tokens(rewrite: GraphRewrite) -> Optional[int]:
+    """Rows of the largest activation among the linear products; None where one is symbolic or there are none."""
+    tokens = [candidate.tokens for candidate in rewrite.candidates]
+    return max(map(int, tokens)) if tokens and all(t.isdigit() for t in tokens) else None
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:

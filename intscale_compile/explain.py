@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -14,10 +14,15 @@ from torch import nn
 
 from . import format as fmt
 from .backend import bind, rewrite_graph
+from .expert_layers import expert_stacks
 from .kernels.quantize_per_token import OP as QUANTIZE_OP
+from .kernels.w4a8_gated import GATED_OP
+from .kernels.w4a8_grouped import GROUPED_OP
 from .kernels.w4a8_linear import LINEAR_OP
 from .options import parse_options
 from .passes import Candidate, GraphRewrite
+from .quantize import is_conv1d
+from .reasons import Reason
 from .tensor import IntScaleTensor
 
 _calls = itertools.count()
@@ -40,6 +45,7 @@ class LayerReport:
         kernel: what runs it.
         gemm: number of the GEMM it is part of; siblings share one.
         parameters: number of weights.
+        experts: matrices in the stack, of a mixture of experts; None for a single one.
     """
 
     name: str
@@ -55,6 +61,7 @@ class LayerReport:
     kernel: str = ""
     gemm: Optional[int] = None
     parameters: int = 0
+    experts: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ _HEADER = ("layer", "N x K", "tokens", "decision", "group", "scales", "headroom"
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
-    shape = f"{layer.shape[0]} x {layer.shape[1]}" if layer.shape else "-"
+    shape = " x ".join(map(str, ((layer.experts,) if layer.experts else ()) + layer.shape)) if layer.shape else "-"
     if not layer.quantized:
         return (layer.name, shape, layer.tokens, str(layer.reason), "-", "-", "-", "-", "-")
     assert layer.scale_range is not None
@@ -138,17 +145,18 @@ def explain(
         ConfigError: an option is unknown.
     """
     settings, patches = parse_options(mode, options)
+    cuda_graphs = bool(patches.get("triton.cudagraphs"))
     module = getattr(model, "_orig_mod", model)
     rewrites: list[GraphRewrite] = []
 
     def collect(gm, example_inputs):
-        rewrite = rewrite_graph(gm, example_inputs, settings)
+        rewrite = rewrite_graph(gm, example_inputs, settings, cuda_graphs)
         rewrites.append(rewrite)
         return bind(rewrite, lambda graph, _: graph.forward)
 
     with torch.no_grad():
         torch.compile(_fresh_call(), backend=collect)(module, inputs, kwargs)
-    return _explanation(module, rewrites, bool(patches.get("triton.cudagraphs")))
+    return _explanation(module, rewrites, cuda_graphs)
 
 
 def _fresh_call() -> Callable:
@@ -165,21 +173,28 @@ def _explanation(model: nn.Module, rewrites: list[GraphRewrite], cuda_graphs: bo
     layers: list[LayerReport] = []
     notes: set[str] = set()
     weights: dict[int, int] = {}
+    seen: set[int] = set()
     gemms = quantizations = 0
     for rewrite in rewrites:
         number: dict[int, tuple[int, str]] = {}
         for node in rewrite.graph.nodes:
             quantizations += node.target is QUANTIZE_OP
-            if node.target is LINEAR_OP:
+            packed = node.meta.get("intscale_tensor")
+            # Without the weight: an eager linear that Dynamo compiled alone.
+            if node.target in (LINEAR_OP, GATED_OP, GROUPED_OP) and packed is not None:
                 gemms += 1
-                packed = node.meta["intscale_tensor"]
+                activation = node.args[6] if node.target is GATED_OP else None
                 for candidate in node.meta["intscale_candidates"]:
-                    number[id(candidate)] = (gemms, _kernel(packed, candidate.tokens, cuda_graphs))
+                    number[id(candidate)] = (gemms, _kernel(packed, candidate.tokens, cuda_graphs, activation))
                 notes |= _kernel_notes(packed)
         for candidate in rewrite.candidates:
             layers.append(_layer(candidate, *number.get(id(candidate), (None, ""))))
-            if candidate.packed is not None and candidate.source is not None:
-                weights[id(candidate.source.tensor(rewrite.example_inputs))] = candidate.packed.numel()
+            if candidate.source is not None:
+                weight = candidate.source.tensor(rewrite.example_inputs)
+                seen.add(id(weight))
+                if candidate.packed is not None:
+                    weights[id(weight)] = candidate.packed.numel()
+    layers += _not_reached(model, seen)
     counts: dict[str, int] = {}
     for rewrite in rewrites:
         for name, count in rewrite.counts.items():
@@ -191,6 +206,35 @@ def _explanation(model: nn.Module, rewrites: list[GraphRewrite], cuda_graphs: bo
     )
 
 
+def _not_reached(model: nn.Module, seen: set[int]) -> Iterator[LayerReport]:
+    """Weights of products that no graph holds: the compiler never saw them, which says nothing by itself."""
+    kinds = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.modules.conv._ConvNd)
+    for name, module in model.named_modules():
+        yield from _stacks_not_reached(module, name, seen)
+        if not isinstance(module, kinds) and not is_conv1d(module):
+            continue
+        for leaf, weight in module.named_parameters(name, recurse=False):
+            if weight.dim() > 1 and "weight" in leaf and id(weight) not in seen:
+                seen.add(id(weight))
+                rows = weight.shape[-1 if is_conv1d(module) else 0]
+                shape, reason = (rows, weight.numel() // rows), Reason.NOT_REACHED
+                yield LayerReport(leaf, shape, "-", False, reason.name, reason.value, parameters=weight.numel())
+
+
+def _stacks_not_reached(module: nn.Module, name: str, seen: set[int]) -> Iterator[LayerReport]:
+    """Stacks of experts that no graph holds: a loop over experts breaks the graph. Quantized ones still run quantized."""
+    for leaf, transposed in expert_stacks(module).items():
+        weight = getattr(module, leaf)
+        if id(weight) not in seen:
+            reason = Reason.NOT_REACHED if isinstance(weight, IntScaleTensor) else Reason.EXPERTS
+            experts, *matrix = weight.shape
+            shape = (matrix[1], matrix[0]) if transposed else (matrix[0], matrix[1])
+            full, size = f"{name}.{leaf}" if name else leaf, weight.numel()
+            yield LayerReport(
+                full, shape, "-", False, reason.name, reason.value, parameters=size, experts=experts
+            )  # fmt: skip
+
+
 def _layer(candidate: Candidate, gemm: Optional[int], kernel: str) -> LayerReport:
     shape = candidate.shape
     size = shape[0] * shape[1] if shape else 0
@@ -199,6 +243,7 @@ def _layer(candidate: Candidate, gemm: Optional[int], kernel: str) -> LayerRepor
         name, text = (reason.name, reason.value) if reason else ("UNKNOWN", "")
         return LayerReport(candidate.name, shape, candidate.tokens, False, name, text, parameters=size)
     packed: IntScaleTensor = candidate.packed
+    experts = packed.shape[0] if packed.dim() == 3 else None
     scale = packed.group_scale
     headroom = math.log2((fmt.INT32_MAX + 1) / max(1, int(packed.accumulator_bound().max())))
     return LayerReport(
@@ -214,23 +259,35 @@ def _layer(candidate: Candidate, gemm: Optional[int], kernel: str) -> LayerRepor
         headroom,
         kernel,
         gemm,
-        size,
+        size * (experts or 1),
+        experts,
     )
 
 
-def _kernel(packed: IntScaleTensor, tokens: str, cuda_graphs: bool) -> str:
+def _kernel(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, activation: Optional[str] = None) -> str:
     schedule = "int8" if packed.weight_bits == 8 else "fold" if packed.scale_bits <= 4 else "accumulate"
+    grouped, behind = packed.dim() == 3, f" + {activation}" if activation else ""
     if packed.device.type != "cuda":
-        return f"oneDNN {schedule}"
+        return f"oneDNN {'grouped ' if grouped else ''}{schedule}{behind}"
     from .kernels.template import GLUON_TOKENS
+    from .kernels.triton_gated import pick_gated_tile
     from .kernels.triton_gemm import pick_tile
 
     rows = int(tokens) if tokens.isdigit() else 1024
-    gluon = _gluon_obstacle(packed) is None and (cuda_graphs or rows >= GLUON_TOKENS)
+    if grouped:
+        from .kernels.grouped_tiles import choose_grouped_tile
+        from .kernels.triton_gemm import capability
+
+        sizes = (packed.shape[0], packed.out_features, packed.in_features)
+        form = (packed.group_size, packed.scale_bits, packed.weight_bits)
+        tile = choose_grouped_tile(rows, *sizes, *form, capability(packed.device))
+        return f"triton grouped {schedule} {tile.block_n}x{tile.block_m}"
+    gluon = _gluon_obstacle(packed) is None and (cuda_graphs or rows >= GLUON_TOKENS or activation is not None)
     shape = (packed.out_features, packed.in_features)
-    tile = pick_tile(rows, *shape, packed.group_size, packed.scale_bits, packed.weight_bits, packed.device, gluon)
+    pick = pick_gated_tile if activation else pick_tile
+    tile = pick(rows, *shape, packed.group_size, packed.scale_bits, packed.weight_bits, packed.device, gluon)
     name = "triton" if tile.kernel == "triton" else f"gluon {tile.kernel}"
-    return f"{name} {schedule} {tile.block_n}x{tile.block_m}"
+    return f"{name} {schedule} {tile.block_n}x{tile.block_m}{behind}"
 
 
 def _gluon_obstacle(packed: IntScaleTensor) -> Optional[str]:
@@ -248,5 +305,5 @@ def _gluon_obstacle(packed: IntScaleTensor) -> Optional[str]:
 
 def _kernel_notes(packed: IntScaleTensor) -> set[str]:
     """Why a weight on a GPU runs in plain Triton although Gluon kernels exist."""
-    obstacle = _gluon_obstacle(packed) if packed.device.type == "cuda" else None
+    obstacle = _gluon_obstacle(packed) if packed.device.type == "cuda" and packed.dim() == 2 else None
     return {f"plain Triton instead of Gluon: {obstacle}."} if obstacle else set()

@@ -24,7 +24,8 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
         bias: ``[N]`` or None.
 
     Returns:
-        ``[..., N]`` in the dtype of ``x``. The gradient of ``x`` goes straight through the quantizer.
+        ``[..., N]`` in the dtype of ``x``; under autocast in its dtype, as ``F.linear`` does. The gradient of ``x``
+        goes straight through the quantizer.
 
     Raises:
         InputError: wrong dtype, device or number of features.
@@ -59,7 +60,13 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
         weight.group_size,
         weight.scale_bits,
         weight.packing_format,
-        x.dtype,
+        _result_dtype(x),
         KERNEL_ABI,
         x if torch.is_grad_enabled() and x.requires_grad else None,
     )
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    """What ``F.linear`` would return; the activation itself is quantized as it is, without a rounding before."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

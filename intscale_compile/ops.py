@@ -4,10 +4,18 @@ It stands here and not in ``kernels/__init__.py`` because that folder is linked 
 ``__init__`` it would be a package named ``kernels`` there and hide Hugging Face's, which transformers looks for.
 """
 
-from .kernels import dequantize, quantize_per_token, w4a8_linear
+from .kernels import dequantize, quantize_per_token, w4a8_gated, w4a8_grouped, w4a8_linear
 from .kernels.abi import KERNEL_ABI
 
-__all__ = ["KERNEL_ABI", "dequantize", "quantize_per_token", "register_inductor", "w4a8_linear"]
+__all__ = [
+    "KERNEL_ABI",
+    "dequantize",
+    "quantize_per_token",
+    "register_inductor",
+    "w4a8_gated",
+    "w4a8_grouped",
+    "w4a8_linear",
+]
 
 _registered = False
 

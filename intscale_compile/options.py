@@ -27,12 +27,19 @@ class Settings:
             the model went through ``quantize_`` or was loaded quantized: then what is still plain was left out on purpose.
         merge_siblings: whether linears that read the same activation become one GEMM.
         skip: regular expressions; a weight whose dotted name one of them fully matches is left alone.
+        decode_attention: whether attention of one new token per sequence runs in our kernel. The default does so on a GPU.
+        gated_activation: whether ``act(gate) * up`` is computed inside the GEMM of both projections, given enough tokens.
+            The default does so on a GPU.
+        causal_attention: whether a mask that hides just the future becomes SDPA's ``is_causal``. The default does so.
     """
 
     config: IntScaleConfig = field(default_factory=IntScaleConfig)
     quantize_plain: Optional[bool] = None
     merge_siblings: bool = True
     skip: tuple[str, ...] = ()
+    decode_attention: Optional[bool] = None
+    gated_activation: Optional[bool] = None
+    causal_attention: Optional[bool] = None
 
 
 _OWN_FIELDS = tuple(f.name for f in dataclasses.fields(Settings))
@@ -92,10 +99,20 @@ def _settings(own: dict[str, Any]) -> Settings:
     changed = {name: own[name] for name in _CONFIG_FIELDS if name in own}
     if changed:
         config = dataclasses.replace(config, **changed)
-    for name, types in (("quantize_plain", (bool, type(None))), ("merge_siblings", (bool,))):
+    three_way = ("quantize_plain", "decode_attention", "gated_activation", "causal_attention")
+    optional = {name: (bool, type(None)) for name in three_way}
+    for name, types in (optional | {"merge_siblings": (bool,)}).items():
         if name in own and not isinstance(own[name], types):
             raise ConfigError(f"option {PREFIX + name!r} takes True or False, not {own[name]!r}.")
-    return Settings(config, own.get("quantize_plain"), own.get("merge_siblings", True), _patterns(own.get("skip", ())))
+    return Settings(
+        config,
+        own.get("quantize_plain"),
+        own.get("merge_siblings", True),
+        _patterns(own.get("skip", ())),
+        own.get("decode_attention"),
+        own.get("gated_activation"),
+        own.get("causal_attention"),
+    )
 
 
 def _patterns(skip: Any) -> tuple[str, ...]:

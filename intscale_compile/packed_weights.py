@@ -8,6 +8,8 @@ passes decide which packed tensors go in: an update in place, a parameter exchan
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,21 +20,16 @@ from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
 from .config import IntScaleConfig
+from .joined_rows import DATA_NAMES, joined_in_place
 from .tensor import IntScaleTensor
 from .tensor_ops import concatenate
 
-DATA_NAMES = tuple(IntScaleTensor.tensor_data_names)
-
 
 def version_of(tensor: Tensor) -> tuple:
-    """Something that changes when the tensor's values may have changed.
-
-    Runs for every weight at every call of a compiled graph. Ask inside ``DisableTorchFunctionSubclass``: otherwise each
-    attribute of a tensor subclass costs some microseconds.
-    """
+    """Something that changes when the tensor's values may have changed. Ask inside ``DisableTorchFunctionSubclass``."""
     if isinstance(tensor, IntScaleTensor):  # a write through a slice moves only the wrapper's version
-        qdata, scale, rows = tensor.qdata, tensor.scale, tensor.per_tensor_scale
-        return (_version(tensor), id(qdata), _version(qdata), id(scale), _version(scale), id(rows), _version(rows))
+        parts = _data(tensor)
+        return (_version(tensor), *map(id, parts), *map(_version, parts))
     return (_version(tensor),)
 
 
@@ -41,6 +38,15 @@ def _version(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:  # inference tensors do not count
         return 0
+
+
+_data = operator.attrgetter(*DATA_NAMES)
+_plain_version = operator.attrgetter("_version")
+
+
+def _anchor(tensor: Tensor) -> Tensor:
+    """What to hold a weak reference to: ``Module.to`` refuses to exchange a tensor subclass that has one."""
+    return tensor.qdata if isinstance(tensor, IntScaleTensor) else tensor
 
 
 @dataclass
@@ -53,16 +59,18 @@ class _Kept:
 _kept: dict[tuple, _Kept] = {}
 
 
-def _remember(key: tuple, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+def _remember(kind: str, tensors: Sequence[Tensor], how: tuple, make: Callable[[], Any]) -> Any:
     """``make()``, kept until one of ``tensors`` changes or dies."""
+    anchors = [_anchor(t) for t in tensors]
+    key = (kind, tuple(map(id, anchors)), how)
     with DisableTorchFunctionSubclass():
         versions = tuple(version_of(t) for t in tensors)
     kept = _kept.get(key)
-    if kept is not None and kept.versions == versions and all(r() is t for r, t in zip(kept.sources, tensors)):
+    if kept is not None and kept.versions == versions and all(r() is t for r, t in zip(kept.sources, anchors)):
         return kept.value
     value = make()
     forget = lambda _, key=key: _kept.pop(key, None)  # noqa: E731
-    _kept[key] = _Kept(tuple(weakref.ref(t, forget) for t in tensors), versions, value)
+    _kept[key] = _Kept(tuple(weakref.ref(t, forget) for t in anchors), versions, value)
     return value
 
 
@@ -81,7 +89,7 @@ class WeightSource:
 
 @dataclass(frozen=True)
 class Packed:
-    """Recipe for one packed weight ``[N, K]``: one source, or several whose output rows are concatenated.
+    """Recipe for one packed weight ``[N, K]`` or stack ``[E, N, K]``: one source, or several whose output rows are concatenated.
 
     Attributes:
         sources: the weights, in row order.
@@ -99,27 +107,29 @@ class Packed:
         return "weight", self.sources, self.transposed
 
     def resolve(self, args: Sequence[Any]) -> IntScaleTensor:
-        """Return the packed weight for the arguments of a call."""
-        tensors = [source.tensor(args) for source in self.sources]
-        if len(tensors) == 1:
-            return self._quantized(tensors[0], self.transposed[0], self.sources[0].name)
-        key = ("merged", tuple(map(id, tensors)), self.transposed, dataclasses.astuple(self.config))
-        return _remember(key, tensors, lambda: concatenate(self._parts(tensors), 0))
+        """Return the packed weight for the arguments of a call.
 
-    def _parts(self, tensors: Sequence[Tensor]) -> list[IntScaleTensor]:
-        return [self._quantized(t, flag, s.name) for t, flag, s in zip(tensors, self.transposed, self.sources)]
+        Sources of a merged weight become row slices of it where they can, so that there is one copy of their data.
+        """
+        with torch.no_grad():
+            parts = [self._quantized(s, s.tensor(args), flag) for s, flag in zip(self.sources, self.transposed)]
+            if len(parts) == 1:
+                return parts[0].replaced(transposed=False) if parts[0].transposed else parts[0]
+            joined = joined_in_place(parts)
+            if joined is not None:
+                return joined
+            return _remember("merged", parts, (), lambda: concatenate(parts, 0).replaced(transposed=False))
 
-    def _quantized(self, tensor: Tensor, transposed: bool, name: str) -> IntScaleTensor:
+    def _quantized(self, source: WeightSource, tensor: Tensor, transposed: bool) -> IntScaleTensor:
         if isinstance(tensor, IntScaleTensor):
-            return tensor.replaced(transposed=False) if tensor.transposed else tensor
-        key = ("quantized", id(tensor), transposed, dataclasses.astuple(self.config))
+            return tensor
 
         def quantize() -> IntScaleTensor:
-            with torch.no_grad():
-                weight = tensor.detach()
-                return IntScaleTensor.from_hp(weight.t() if transposed else weight, self.config, name=name)
+            weight = tensor.detach()
+            packed = IntScaleTensor.from_hp(weight.mT if transposed else weight, self.config, name=source.name)
+            return packed.detach()  # its data are no views of temporaries, so they can move into a merged weight
 
-        return _remember(key, (tensor,), quantize)
+        return _remember("quantized", [tensor], (transposed, dataclasses.astuple(self.config)), quantize)
 
 
 def merged(recipes: Sequence[Packed]) -> Packed:
@@ -131,26 +141,58 @@ def merged(recipes: Sequence[Packed]) -> Packed:
 
 @dataclass(frozen=True)
 class ConcatenatedBias:
-    """Recipe for the bias of merged siblings: constant vectors ``[N_i]`` one after another."""
+    """Recipe for the bias of merged siblings: constant vectors ``[N_i]`` at their first rows, zero for siblings without.
+
+    Adding a zero is exact: what it is added to is a product of the int32 accumulator, which is never a negative zero.
+    """
 
     sources: tuple[WeightSource, ...]
+    first_rows: tuple[int, ...]
+    rows: int
 
     @property
     def key(self) -> tuple:
         """Tells this recipe from the others of one graph."""
-        return "bias", self.sources
+        return "bias", self.sources, self.first_rows, self.rows
 
     def resolve(self, args: Sequence[Any]) -> Tensor:
         """The joined bias for the arguments of a call."""
         tensors = [source.tensor(args) for source in self.sources]
         with torch.no_grad():
-            return _remember(
-                ("bias", tuple(map(id, tensors))), tensors, lambda: torch.cat([t.detach() for t in tensors])
-            )
+            return _remember("bias", tensors, (self.first_rows, self.rows), lambda: self._join(tensors))
+
+    def _join(self, tensors: Sequence[Tensor]) -> Tensor:
+        joined = tensors[0].detach().new_zeros(self.rows)
+        for first, tensor in zip(self.first_rows, tensors):
+            joined[first : first + tensor.shape[0]] = tensor.detach()
+        return joined
+
+
+@dataclass
+class _Binding:
+    """The packed inputs for one set of weights.
+
+    Attributes:
+        versions: of the weights whose data the packed inputs are copies of, from the arguments of a call.
+        bound: what ``versions`` gave when the copies were made.
+        values: packed inputs that are not inner tensors of a weight themselves.
+        pick: takes the inputs of the compiled graph out of ``(*args, *inner tensors of the weights, *values)``.
+        alive: weak references that drop this binding when a weight is gone.
+    """
+
+    versions: Callable[[Sequence[Any]], tuple]
+    bound: tuple
+    values: list[Tensor]
+    pick: Callable[[Sequence[Any]], tuple]
+    alive: list[weakref.ref]
 
 
 class BoundGraph:
     """A compiled graph behind the signature of the original one: swaps weights for packed tensors at each call.
+
+    A call looks at the identity of every inner tensor of its weights. Packed inputs that are these tensors, or that they
+    are row slices of, see every write; versions are asked only where a packed input is a copy. What was bound for one
+    set of weights is found again when the graph serves many layers.
 
     Args:
         kept: indices of the original inputs that the compiled graph still takes.
@@ -163,25 +205,83 @@ class BoundGraph:
         self.compiled: Callable
         self._kept = tuple(kept)
         self._packed = tuple(packed)
-        self._watched = sorted({s.index for recipe, _ in packed for s in recipe.sources if s.index is not None})
-        self._seen: list[tuple[int, weakref.ref, tuple]] = []
-        self._values: list[Tensor] = []
+        self._bindings: dict[tuple[int, ...], _Binding] = {}
+        self._quantized: Optional[Callable[[Sequence[Any]], tuple]] = None
+        self._plain: Callable[[Sequence[Any]], tuple]
 
     def inputs(self, args: Sequence[Any], convert: Callable[[Tensor], Tensor] = lambda value: value) -> list[Any]:
         """The arguments of the compiled graph for those of the original one; ``convert`` sees the packed ones."""
-        with DisableTorchFunctionSubclass():
-            if not self._values or any(r() is not args[i] or version_of(args[i]) != v for i, r, v in self._seen):
-                self._values = self._resolve(args)
-                self._seen = [(i, weakref.ref(args[i]), version_of(args[i])) for i in self._watched]
-        return [*(args[i] for i in self._kept), *map(convert, self._values)]
+        given = self._given(args)
+        return [*given[: len(self._kept)], *map(convert, given[len(self._kept) :])]
 
-    def _resolve(self, args: Sequence[Any]) -> list[Tensor]:
-        values = []
+    def _given(self, args: Sequence[Any]) -> tuple:
+        with DisableTorchFunctionSubclass():  # otherwise each attribute of a tensor subclass costs some microseconds
+            inner = self._inner(args)
+            binding = self._bindings.get((*map(id, inner), *map(id, self._plain(args))))
+            if binding is None or binding.versions(args) != binding.bound:
+                binding = self._bind(args)
+                inner = self._inner(args)  # binding may have exchanged inner tensors for slices of merged ones
+            return binding.pick((*args, *inner, *binding.values))
+
+    def _inner(self, args: Sequence[Any]) -> list[Tensor]:
+        """Inner tensors of the quantized weights among the arguments."""
+        if self._quantized is None:  # Dynamo guards the types of inputs, so the first call decides
+            watched = sorted({s.index for recipe, _ in self._packed for s in recipe.sources if s.index is not None})
+            self._plain = _picker([i for i in watched if not isinstance(args[i], IntScaleTensor)])
+            self._quantized = _picker([i for i in watched if isinstance(args[i], IntScaleTensor)])
+        return [*itertools.chain.from_iterable(map(_data, self._quantized(args)))]
+
+    def _bind(self, args: Sequence[Any]) -> _Binding:
+        given, copied = [], set()
         for recipe, part in self._packed:
             value = recipe.resolve(args)
-            values.append(value if part is None else getattr(value, part))
-        return values
+            given.append(value if part is None else getattr(value, part))
+            copied |= _copied(given[-1], recipe, part, args)
+        inner, plain = self._inner(args), self._plain(args)
+        place = {id(tensor): len(args) + i for i, tensor in enumerate(inner)}
+        values = [value for value in given if id(value) not in place]
+        place.update((id(value), len(args) + len(inner) + i) for i, value in enumerate(values))
+        versions = _version_getter(sorted(copied), args)
+        key = (*map(id, inner), *map(id, plain))
+        forget = lambda _, key=key: self._bindings.pop(key, None)  # noqa: E731
+        binding = _Binding(
+            versions,
+            versions(args),
+            values,
+            _picker([*self._kept, *(place[id(value)] for value in given)]),
+            [weakref.ref(tensor, forget) for tensor in (*inner, *plain)],
+        )
+        self._bindings[key] = binding
+        return binding
 
     def __call__(self, *args: Any) -> Any:
         """Run the compiled graph on the arguments of the original one."""
-        return self.compiled(*self.inputs(args))
+        return self.compiled(*self._given(args))
+
+
+def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:
+    """A function that returns the entries at ``indices`` as a tuple."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda entries: tuple(entries[i] for i in indices)
+
+
+def _copied(value: Tensor, recipe: Any, part: Optional[str], args: Sequence[Any]) -> set[int]:
+    """Indices of the inputs that ``value`` is a copy of, so that it does not see a write to them."""
+    memory = value.untyped_storage().data_ptr()
+    copied = set()
+    for source in recipe.sources:
+        weight = source.tensor(args)
+        inner = getattr(weight, part) if part is not None and isinstance(weight, IntScaleTensor) else None
+        shared = inner is not None and inner.untyped_storage().data_ptr() == memory
+        if source.index is not None and not shared:
+            copied.add(source.index)
+    return copied
+
+
+def _version_getter(indices: Sequence[int], args: Sequence[Any]) -> Callable[[Sequence[Any]], tuple]:
+    """A function from the arguments of a call to the versions of those at ``indices``."""
+    pick = _picker(indices)
+    if any(isinstance(args[i], IntScaleTensor) or args[i].is_inference() for i in indices):
+        return lambda args: tuple(map(version_of, pick(args)))
+    return lambda args: tuple(map(_plain_version, pick(args)))

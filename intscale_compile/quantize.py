@@ -24,7 +24,9 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from .config import IntScaleConfig
 from .errors import IntScaleError, WeightError
+from .expert_layers import expert_stacks, router_linears
 from .format import ACTIVATION_MAX, CODE_MIN, INT32_MAX
+from .progress import Progress
 from .reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from .tensor import IntScaleTensor, check_weight
 
@@ -32,6 +34,20 @@ LEFT_OUT = "_intscale_left_out"  # attribute of a parameter that a quantize_ cal
 PLAN_KEY = "__intscale_plan__"
 _torchao_quantize_code = quant_api.quantize_.__code__
 _is_linear = quant_api._is_linear
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is the linear layer of transformers' GPT-2, which keeps its weight as ``[K, N]``."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def linears_and_experts(module: nn.Module, name: str = "") -> bool:
+    """``filter_fn`` of ``quantize_`` for every kind of layer that we quantize: ``nn.Linear``, GPT-2's ``Conv1D``, and the
+    stacks of expert weights of a mixture of experts.
+
+    Output embeddings, tied weights, tiny layers and routers are left alone, as they are without a ``filter_fn``.
+    """
+    return _is_linear(module) or is_conv1d(module) or bool(expert_stacks(module))
 
 
 @dataclass
@@ -42,9 +58,11 @@ class _Plan:
     left_alone: dict[int, Reason]
     may_fail: bool = False  # whether a weight may still fail after others were changed: then originals are kept
     undo: list[Callable[[], Any]] = field(default_factory=list)
+    progress: Progress = field(default_factory=lambda: Progress(0, 0))
 
     def restore(self) -> None:
         """Give every module of this call its original parameter back."""
+        self.progress.close()
         while self.undo:
             self.undo.pop()()
 
@@ -66,19 +84,48 @@ def _current_plan() -> Optional[_Plan]:
 def _make_plan(model: nn.Module, config, filter_fn) -> _Plan:
     names = {id(module): name for name, module in model.named_modules()}
     plan = _Plan(names, {})
-    if filter_fn in (None, _is_linear) and not isinstance(config, FqnToConfig):
+    by_name = isinstance(config, FqnToConfig)
+    default = filter_fn in (None, _is_linear) and not by_name
+    if default or (filter_fn is linears_and_experts and not by_name):
         plan.left_alone = left_alone_by_default(model)
-    selected = set()
+    if default:
+        _warn_of_other_kinds(model)
+    selected: dict[int, int] = {}  # bytes by id
     for name, module, weight, chosen in _weights_of_call(model, config, filter_fn):
         if id(module) not in plan.left_alone and not isinstance(weight, IntScaleTensor):
             _check_parameter(module, weight, name)
-            selected.add(id(weight))
+            selected[id(weight)] = weight.nbytes
             plan.may_fail |= _may_fail(weight, chosen)
+    plan.progress = Progress(len(selected), sum(selected.values()))
     for module in model.modules():  # so that the backend does not quantize what this call leaves out
-        if isinstance(module, nn.Linear) and id(module.weight) not in selected and not _is_left_out(module.weight):
-            setattr(module.weight, LEFT_OUT, True)
-            plan.undo.append(functools.partial(delattr, module.weight, LEFT_OUT))
+        other_kind = not default and (is_conv1d(module) or bool(expert_stacks(module)))
+        for leaf in _leaves(module, "weight") if isinstance(module, nn.Linear) or other_kind else ():
+            left = getattr(module, leaf)
+            if id(left) not in selected and not _is_left_out(left):
+                setattr(left, LEFT_OUT, True)
+                plan.undo.append(functools.partial(delattr, left, LEFT_OUT))
     return plan
+
+
+def _warn_of_other_kinds(model: nn.Module) -> None:
+    """Say what torchao's default filter, which selects ``nn.Linear`` only, leaves out, and how to include it."""
+    kinds = {
+        "Conv1D layers": sum(is_conv1d(module) for module in model.modules()),
+        "stacks of expert weights": sum(len(expert_stacks(module)) for module in model.modules()),
+    }
+    for kind, count in kinds.items():
+        if count:
+            log_once(
+                logging.WARNING,
+                f"{count} {kind} are not quantized: torchao's default filter selects nn.Linear only. Write "
+                "quantize_(model, config, filter_fn=intscale_compile.linears_and_experts).",
+            )
+
+
+def _leaves(module: nn.Module, parameter_name: str) -> list[str]:
+    """Names of the parameters to quantize: of a module of experts, every stack, unless one is named."""
+    stacks = expert_stacks(module) if parameter_name == "weight" else {}
+    return list(stacks) or [parameter_name]
 
 
 def _is_left_out(weight: torch.Tensor) -> bool:
@@ -92,8 +139,8 @@ def _may_fail(weight: torch.Tensor, config: IntScaleConfig) -> bool:
 
 
 def left_alone_by_default(model: nn.Module) -> dict[int, Reason]:
-    """Modules (by id) that are left alone unless they are named: output embeddings, tied weights, tiny layers."""
-    reasons = {}
+    """Modules (by id) that are left alone unless they are named: output embeddings, tied weights, routers, tiny layers."""
+    reasons = dict.fromkeys(router_linears(model), Reason.ROUTER)
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     output = None
     if hasattr(model, "get_output_embeddings"):
@@ -107,7 +154,7 @@ def left_alone_by_default(model: nn.Module) -> dict[int, Reason]:
             reasons[id(module)] = Reason.TIED_EMBEDDING
         elif module is output or name.rsplit(".", 1)[-1] in OUTPUT_NAMES:
             reasons[id(module)] = Reason.OUTPUT_EMBEDDING
-        elif isinstance(module, nn.Linear) and min(module.weight.shape) < SMALLEST_FEATURES:
+        elif (isinstance(module, nn.Linear) or is_conv1d(module)) and min(module.weight.shape) < SMALLEST_FEATURES:
             reasons[id(module)] = Reason.TOO_SMALL
     return reasons
 
@@ -116,12 +163,13 @@ def _weights_of_call(model: nn.Module, config, filter_fn) -> Iterator[tuple[str,
     """Every weight that this ``quantize_`` call will hand to us, with its name, module and configuration."""
     if not isinstance(config, FqnToConfig):
         for name, module in _selected_modules(model, filter_fn or _is_linear, ""):
-            yield f"{name}.weight" if name else "weight", module, getattr(module, "weight", None), config
+            for leaf in _leaves(module, "weight"):
+                yield f"{name}.{leaf}" if name else leaf, module, getattr(module, leaf, None), config
         return
     for module_name, module in model.named_modules():
         for leaf, chosen in _chosen_configs(config.fqn_to_config, module_name, module).items():
-            if type(chosen) is IntScaleConfig:
-                yield f"{module_name}.{leaf}" if module_name else leaf, module, getattr(module, leaf, None), chosen
+            for name in _leaves(module, leaf) if type(chosen) is IntScaleConfig else ():
+                yield f"{module_name}.{name}" if module_name else name, module, getattr(module, name, None), chosen
 
 
 def _chosen_configs(table, module_name: str, module: nn.Module) -> dict:
@@ -162,7 +210,8 @@ def _quantize_module(module: nn.Module, config: IntScaleConfig, *, parameter_nam
         log_once(logging.INFO, f"{name}: {reason.value}")
         return module
     try:
-        _quantize_parameter(module, config, parameter_name, f"{name}.{parameter_name}", plan)
+        for leaf in _leaves(module, parameter_name):
+            _quantize_parameter(module, config, leaf, f"{name}.{leaf}", plan)
     except IntScaleError:
         if plan is not None:
             plan.restore()
@@ -179,8 +228,8 @@ def _quantize_parameter(
         return
     _check_parameter(module, parameter, name)
     weight = parameter.detach()
-    if type(module).__name__ == "Conv1D":  # transformers' GPT-2 layer keeps its weight as [K, N]
-        tensor = IntScaleTensor.from_hp(weight.t(), config, name=name).t()
+    if is_conv1d(module) or expert_stacks(module).get(parameter_name, False):
+        tensor = IntScaleTensor.from_hp(weight.mT, config, name=name).transpose(-2, -1)
     else:
         tensor = IntScaleTensor.from_hp(weight, config, name=name)
     if plan is not None and plan.may_fail:
@@ -189,6 +238,8 @@ def _quantize_parameter(
     setattr(module, parameter_name, nn.Parameter(tensor, requires_grad=False))
     if isinstance(module, nn.Linear):
         module.extra_repr = types.MethodType(_linear_extra_repr, module)  # type: ignore[method-assign]
+    if plan is not None:
+        plan.progress.add(name, weight.nbytes, tensor.nbytes_packed())
 
 
 def _check_parameter(module: nn.Module, parameter, name: str) -> None:

@@ -19,7 +19,10 @@ class Reason(enum.Enum):
     )
     TIED_EMBEDDING = "weight shared with an input embedding: left in high precision"
     ROUTER = "router of a mixture of experts: left in high precision"
-    EXPERTS = "stack of expert weights: grouped W4A8 kernels come in a later release"
+    EXPERTS = (
+        "stack of expert weights in a form that no pass knows: of transformers' experts implementations, use grouped_mm, "
+        "batched_mm or intscale (model.set_experts_implementation)"
+    )
     ALREADY_QUANTIZED = "already quantized by intscale"
     REQUIRES_GRAD = (
         "weight requires grad in grad mode: wrap the call in torch.no_grad() or call model.requires_grad_(False)"
@@ -39,6 +42,12 @@ class Reason(enum.Enum):
     OVERFLOW_PROOF = "the int32 accumulator cannot be proved free of overflow with this configuration"
     NOT_SELECTED = "left out when the model was quantized; set the option intscale.quantize_plain to include it"
     EXCLUDED = "excluded by the option intscale.skip"
+    CONVOLUTION = "convolution: only matrix products are quantized"
+    ONE_OPERATOR = (
+        "inside nn.MultiheadAttention or nn.TransformerEncoderLayer, which are one operator in the graph; "
+        "torch.backends.mha.set_fastpath_enabled(False) sets at least the two linears of an encoder layer free"
+    )
+    NOT_REACHED = "in no compiled graph: not called with these inputs, or called outside of the graphs (graph break)"
     SUBGRAPH = "inside a higher-order operator (checkpoint, cond, nested_compile_region), which passes do not enter"
     UNKNOWN_FORM = "a product with this weight in a form that no pass knows"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Optional
 
 import torch
@@ -141,13 +142,16 @@ class IntScaleTensor(TorchAOBaseTensor):
         """
         config = IntScaleConfig() if config is None else config
         check_weight(weight, name)
+        if weight.dim() == 3:  # one by one: temporaries of a whole stack would not fit beside it
+            experts = (cls.from_hp(expert, config, name=f"{name}[{e}]") for e, expert in enumerate(weight))
+            return _stacked(experts, weight.shape[0])
         quantized = quantize_weight(weight, config)
         group_size, bits = config.effective_group_size, config.weight_bits
         tensor = cls(
             quantized.codes if bits == 8 else fmt.pack_int4(quantized.codes, group_size),
             quantized.group_scale,
             quantized.row_scale,
-            [1] * (weight.dim() - 1) + [group_size],
+            [1, group_size],
             weight.shape[-1],
             weight.shape[-2],
             quantized.scale_bits,
@@ -193,6 +197,9 @@ class IntScaleTensor(TorchAOBaseTensor):
 
     def accumulator_bound(self) -> Tensor:
         """Largest magnitude of each row's int32 accumulator over all activations, int64 ``[..., N]``; below 2**31."""
+        if self.dim() == 3:  # expert by expert: unpacked codes of a stack are large
+            stored = self.transpose(-2, -1) if self.transposed else self
+            return torch.stack([expert.accumulator_bound() for expert in stored.unbind(0)])  # type: ignore[attr-defined]
         codes = fmt.pad_codes(self.codes, self.in_features, self.group_size)
         return fmt.accumulator_bound(codes, self.group_scale)
 
@@ -218,6 +225,26 @@ class IntScaleTensor(TorchAOBaseTensor):
             mend = "use weight.dequantize() first"
             raise UnsupportedOpError(f"IntScaleTensor: {func} is not defined on packed data; {mend}.")
         return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+    def __deepcopy__(self, memo) -> IntScaleTensor:
+        """A copy that owns its data: a row slice of a merged weight would take the whole of it along."""
+        for name in self.tensor_data_names:
+            part = getattr(self, name)
+            if part.untyped_storage().nbytes() != part.nbytes:
+                memo.setdefault(id(part), part.clone())
+        return super().__deepcopy__(memo)
+
+    def __tensor_flatten__(self):
+        """Names of the inner tensors and the attributes, collected once: nothing changes an attribute of a tensor.
+
+        Dynamo asks twice for each weight at every call of a compiled model, and ``dtype`` alone costs some microseconds
+        through ``__torch_function__``: a decoding step of a 32-layer model spent more than its GPU time here.
+        """
+        flat = self.__dict__.get("_flat")
+        if flat is None:
+            attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
+            flat = self.__dict__["_flat"] = (list(self.tensor_data_names), attributes)
+        return flat
 
     def _stable_hash_for_caching(self) -> str:
         parts = [(n, tuple(getattr(self, n).shape), str(getattr(self, n).dtype)) for n in self.tensor_data_names]
@@ -249,6 +276,18 @@ IntScaleTensor.__setstate__ = IntScaleTensor._set_checked_state  # type: ignore[
 IntScaleTensor.__module__ = "intscale_compile"
 
 
+def _stacked(experts: Iterator[IntScaleTensor], count: int) -> IntScaleTensor:
+    """A stack of ``count`` matrices, each of them freed once it is copied."""
+    data: dict[str, Tensor] = {}
+    scale_bits = 1
+    for e, expert in enumerate(experts):
+        for name in expert.tensor_data_names:
+            part = getattr(expert, name)
+            data.setdefault(name, part.new_empty((count, *part.shape)))[e] = part
+        scale_bits = max(scale_bits, expert.scale_bits)
+    return expert.replaced(**data, block_size=[1, *expert.block_size], scale_bits=scale_bits)
+
+
 def resolve_packing(packing_format: str, device: torch.device) -> str:
     """``"auto"`` becomes tiled on a GPU and plain elsewhere."""
     return ("tiled" if device.type == "cuda" else "plain") if packing_format == "auto" else packing_format
@@ -262,8 +301,13 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise WeightError(f"{name} has shape {tuple(weight.shape)}; a non-empty [N, K] or [E, N, K] weight is needed.")
     if weight.device.type == "meta":
         raise WeightError(f"{name} is on the meta device and has no data: load the checkpoint (or to_empty) first.")
-    # float64 is quantized in float32, where 1e300 is Inf.
-    if not torch.isfinite(weight.float() if weight.dtype == torch.float64 else weight).all():
+    if not _is_finite(weight):
         raise WeightError(
             f"{name} has NaN or Inf entries: repair the checkpoint, or leave this layer out with filter_fn."
         )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    # The least and the greatest entry are NaN where any entry is; nothing of the size of the weight is allocated for them.
+    # float64 is quantized in float32, where 1e300 is Inf.
+    return bool(torch.isfinite(torch.stack(torch.aminmax(weight)).float()).all())

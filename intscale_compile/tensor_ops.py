@@ -53,12 +53,12 @@ def _operands(args, kwargs, *names):
     return (*args, *(kwargs[name] for name in names if name in kwargs))
 
 
-def _matmul(x, weight):
+def _matmul(x, weight, bias=None):
     if isinstance(x, IntScaleTensor) or not isinstance(weight, IntScaleTensor):
         raise _refuse("only the right operand of a product may be a quantized weight", "write x @ weight.t()")
     if not weight.transposed:
         raise _refuse("x @ weight would reduce over the output dimension", "write x @ weight.t()")
-    return linear(x, weight.transpose(-2, -1))
+    return linear(x, weight.transpose(-2, -1), bias)
 
 
 @implements([aten.mm.default, aten.matmul.default])
@@ -73,7 +73,9 @@ def _(func, types, args, kwargs):
     bias, x, weight = _operands(args, kwargs, "input", "mat1", "mat2")[:3]
     if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
         raise _refuse("addmm with beta or alpha other than 1", "scale its result instead")
-    return _matmul(x, weight) + bias
+    # A bias vector goes into the product, so that it is added before the one rounding, as in a compiled graph.
+    is_vector = isinstance(weight, IntScaleTensor) and tuple(bias.shape) == (weight.shape[-1],)
+    return _matmul(x, weight, bias) if is_vector else _matmul(x, weight) + bias
 
 
 # --- structure --------------------------------------------------------------------------------------------------------

@@ -55,37 +55,59 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
 def _int8_weight(
     qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str, fold: bool
 ) -> tuple[Tensor, Tensor]:
-    """Codes (times scales where they fold) as int8 ``[N, Kp]``, and plain group scales; unpacked at the first call."""
-    versions = (_version(qdata), _version(scale))
-    kept = _unpacked.get(qdata)
-    if kept is not None and kept[0] == versions and kept[1] is scale and kept[2] == fold:
-        return kept[3], kept[4]
+    """Codes (times scales where they fold) as int8 ``[N, Kp]``, and plain group scales."""
     codes, plain_scale = unpack_weight(qdata, scale, out_features, group_size, packing)
     if fold:
         codes = codes * fmt.expand_group_scale(plain_scale, codes.shape[-1]).to(torch.int8)
-    codes = codes.contiguous()
-    _unpacked[qdata] = (versions, scale, fold, codes, plain_scale)
-    return codes, plain_scale
+    return codes.contiguous(), plain_scale
+
+
+def _kept_weight(
+    qdata: Tensor, scale: Tensor, expert: int, out_features: int, group_size: int, packing: str, fold: bool
+) -> tuple[Tensor, Tensor]:
+    """:func:`_int8_weight` of a matrix, or of one expert of a stack; unpacked at the first call, and when it changed."""
+    matrix = (qdata, scale) if qdata.dim() == 2 else (qdata[expert], scale[expert])
+    if qdata.dtype == torch.int8 and packing == "plain":  # ready for use; to keep it here would keep it alive for ever
+        return _int8_weight(*matrix, out_features, group_size, packing, fold)
+    versions = (_version(qdata), _version(scale))
+    kept = _unpacked.get(qdata)
+    if kept is None or kept[0] != versions or kept[1] is not scale or kept[2] != fold:
+        kept = _unpacked[qdata] = (versions, scale, fold, {})
+    if expert not in kept[3]:
+        kept[3][expert] = _int8_weight(*matrix, out_features, group_size, packing, fold)
+    return kept[3][expert]
 
 
 def accumulate_cpu(
     xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, group_size: int, scale_bits: int, packing: str
 ) -> Tensor:
     """The accumulator of ``w4a8_linear``: int8 ``[..., K]`` to int32 ``[..., N]``, exact."""
-    in_features = xq.shape[-1]
-    x = xq.reshape(-1, in_features)
+    x = xq.reshape(-1, xq.shape[-1])
     if x.shape[0] == 0:
         return xq.new_empty((*xq.shape[:-1], out_features), dtype=torch.int32)
-    fold = scale_bits <= 4 and qdata.dtype == torch.uint8
-    weight, plain_scale = _int8_weight(qdata, scale, out_features, group_size, packing, fold)
-    if fold:
-        acc = _int8_product(x, weight[:, :in_features])
-    elif group_size == -1:
-        acc = _int8_product(x, weight[:, :in_features]) * plain_scale.view(-1).to(torch.int32)
-    else:
-        acc = x.new_zeros((x.shape[0], out_features), dtype=torch.int32)
-        for g in range(plain_scale.shape[-1]):
-            part = slice(g * group_size, min((g + 1) * group_size, in_features))
-            if part.start < in_features:
-                acc.addcmul_(_int8_product(x[:, part], weight[:, part]), plain_scale[:, g].to(torch.int32))
+    acc = accumulate_expert_cpu(x, qdata, scale, 0, out_features, group_size, scale_bits, packing)
     return acc.view(*xq.shape[:-1], out_features)
+
+
+def accumulate_expert_cpu(
+    x: Tensor, qdata: Tensor, scale: Tensor, expert: int, out_features: int, group_size: int, scale_bits: int, packing: str
+) -> Tensor:  # fmt: skip
+    """The accumulator of a matrix, or of one expert of a stack: int8 ``[M, K]`` to int32 ``[M, N]``, exact, M > 0."""
+    fold = scale_bits <= 4 and qdata.dtype == torch.uint8
+    weight, plain_scale = _kept_weight(qdata, scale, expert, out_features, group_size, packing, fold)
+    return _product(x, weight, plain_scale, group_size, fold)
+
+
+def _product(x: Tensor, weight: Tensor, plain_scale: Tensor, group_size: int, fold: bool) -> Tensor:
+    """Accumulator int32 ``[M, N]`` of int8 ``[M, K]`` and an unpacked weight ``[N, Kp]``."""
+    in_features = x.shape[1]
+    if fold:
+        return _int8_product(x, weight[:, :in_features])
+    if group_size == -1:
+        return _int8_product(x, weight[:, :in_features]) * plain_scale.view(-1).to(torch.int32)
+    acc = x.new_zeros((x.shape[0], weight.shape[0]), dtype=torch.int32)
+    for g in range(plain_scale.shape[-1]):
+        part = slice(g * group_size, min((g + 1) * group_size, in_features))
+        if part.start < in_features:
+            acc.addcmul_(_int8_product(x[:, part], weight[:, part]), plain_scale[:, g].to(torch.int32))
+    return acc

@@ -90,13 +90,37 @@ def tile_position(pid, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP
 
 
 @gluon.jit
+def gate_activation(gate, GATED: gl.constexpr):
+    """SiLU or GELU in fp32, term for term as in ``triton_gated.gate_activation``."""
+    if GATED == "silu":
+        y = gate / (1.0 + gl.exp(-gate))
+    elif GATED == "gelu":
+        y = 0.5 * gate * (1.0 + gl.erf(gate * 0.7071067811865476))
+    else:
+        # 0.5 * (1 + tanh(u)) is 1 / (1 + exp(-2 u)); 2 * sqrt(2 / pi) = 1.5957691216057308.
+        u = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        y = gate / (1.0 + gl.exp(-u))
+    return y
+
+
+@gluon.jit
 def store_tile(
     acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, m0, n0, M, N,
     CHANNEL_SCALE: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """Epilogue of one tile: ``acc`` ``[BLOCK_N, BLOCK_M]`` (int32, or fp32 with float scales) to ``out`` ``[M, N]``."""
+    """Epilogue of one tile: ``acc`` ``[BLOCK_N, BLOCK_M]`` (int32, or fp32 with float scales) to ``out`` ``[M, N]``.
+
+    With GATED the first half of ``acc`` are gate rows, the second the up rows that belong to them, and ``out`` is
+    ``[M, N/2]``; ``n0`` and N count weight rows all the same.
+    """
+    HALVES: gl.constexpr = 1 if GATED == "none" else 2
+    WIDTH: gl.constexpr = BLOCK_N // HALVES
+    columns = N // HALVES
     n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    if GATED != "none":
+        row = n - n0
+        n = n0 // 2 + row % WIDTH + row // WIDTH * columns
     m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT))
     if CHANNEL_SCALE:
         acc = acc * gl.load(scale_ptr + n, mask=n < N, other=0).to(gl.int32)[:, None]
@@ -108,12 +132,17 @@ def store_tile(
             y = y + gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
     else:
         y = acc
+    if GATED != "none":
+        # Rows BLOCK_N / 2 apart are registers of one thread, so nothing moves here.
+        gate, up = gl.split(gl.permute(gl.reshape(y, [2, WIDTH, BLOCK_M]), (1, 2, 0)))
+        y = gate_activation(gate, GATED) * up
     y = y.to(out_ptr.dtype.element_ty)
     # Rows of the output run along n: eight of them a thread, so that a warp writes whole 128-byte lines.
-    RUN: gl.constexpr = 8 if BLOCK_N >= 64 else BLOCK_N // 8
-    ACROSS: gl.constexpr = BLOCK_N // RUN if BLOCK_N // RUN < 32 else 32
+    RUN: gl.constexpr = 8 if WIDTH >= 64 else WIDTH // 8
+    ACROSS: gl.constexpr = WIDTH // RUN if WIDTH // RUN < 32 else 32
     ROWS: gl.constexpr = gl.BlockedLayout([RUN, 1], [ACROSS, 32 // ACROSS], [1, WARPS], [0, 1])
     y = gl.convert_layout(y, ROWS)
-    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ROWS))
+    n = n0 // HALVES + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, ROWS))
     m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ROWS))
-    gl.store(out_ptr + m[None, :].to(gl.int64) * N + n[:, None], y, mask=(m < M)[None, :] & (n < N)[:, None])
+    ptrs = out_ptr + m[None, :].to(gl.int64) * columns + n[:, None]
+    gl.store(ptrs, y, mask=(m < M)[None, :] & (n < columns)[:, None])

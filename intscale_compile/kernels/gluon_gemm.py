@@ -15,6 +15,10 @@ Two kernels over the same steps:
 ``none`` (per channel, applied in the epilogue), ``accumulate`` (int32 partial sums per group, any uint8 scale) and
 ``float`` (fp32 scales, what other W4A8 kernels do; for comparison only).
 
+``GATED`` other than ``none`` says that the first half of the weight's rows are gate rows, the second the up rows that belong
+to them, and the output is ``silu(gate) * up`` or the like. Weights are stored as ever: a tile of BLOCK_N rows takes half of
+them from each half of the weight.
+
 With SPLIT_K > 1 the partial sums of a tile meet in ``partial_ptr``: the last one to arrive, by a counter that it resets,
 adds the others to its own. Integer addition makes the order irrelevant and no buffer needs to be cleared.
 """
@@ -45,21 +49,35 @@ def split_range(part, BLOCKS: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.co
 
 @gluon.jit
 def load_weight_stage(
-    w_desc, s_desc, ws, ss, bar, slot, tile_n, block, pred,
+    w_desc, s_desc, ws, ss, bar, slot, tile_n, N, block, pred,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    GATED: gl.constexpr,
 ):  # fmt: skip
     """Announce all bytes of a stage and start the copies of its codes and group scales."""
     TILES: gl.constexpr = BLOCK_N // 64
+    SPAN: gl.constexpr = TILES if GATED == "none" else TILES // 2  # row tiles of each half
     SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else BLOCK_N * 4 if SCALES == "float" else BLOCK_N
     CODE_BYTES: gl.constexpr = w_desc.block_shape[1]
     mbarrier.expect(bar, BLOCK_M * 128 + BLOCK_N * CODE_BYTES + SCALE_BYTES, pred=pred)
     for r in gl.static_range(TILES):
         rows = ws.index(slot).slice(r * 64, 64, 0)
-        row = ((tile_n * TILES + r) * BLOCKS + block) * 64
+        row = ((tile_n * SPAN + r % SPAN + r // SPAN * (N // 128)) * BLOCKS + block) * 64
         tma.async_copy_global_to_shared(w_desc, [row, 0], bar, rows, pred=pred)
     if SCALES != "none":
-        scales = ss.index(slot).slice(0, TILES, 0)
-        tma.async_copy_global_to_shared(s_desc, [tile_n * TILES, block // BLOCKS_PER_GROUP, 0], bar, scales, pred=pred)
+        group = block // BLOCKS_PER_GROUP
+        if GATED == "none":
+            scales = ss.index(slot).slice(0, TILES, 0)
+            tma.async_copy_global_to_shared(s_desc, [tile_n * TILES, group, 0], bar, scales, pred=pred)
+        else:  # both halves in one copy: alone, one of 64 bytes would make the next begin off a multiple of 128
+            tma.async_copy_global_to_shared(s_desc, [0, tile_n * SPAN, group, 0], bar, ss.index(slot), pred=pred)
+
+
+@gluon.jit
+def allocate_scales(s_desc, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, GATED: gl.constexpr):
+    """Shared memory for the group scales of all stages."""
+    SCALE_TILES: gl.constexpr = 2 if BLOCK_N == 64 else BLOCK_N // 64  # a copy must begin at a multiple of 128 bytes
+    SHAPE: gl.constexpr = [STAGES, SCALE_TILES, 1, 64] if GATED == "none" else [STAGES, 2, SCALE_TILES // 2, 1, 64]
+    return gl.allocate_shared_memory(s_desc.dtype, SHAPE, s_desc.layout)
 
 
 @gluon.jit
@@ -123,6 +141,7 @@ def finish_tile(
     tile, part, tile_m, tile_n, M, N,
     SCALES: gl.constexpr, SPLIT_K: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr, INT8: gl.constexpr,
+    GATED: gl.constexpr,
 ):  # fmt: skip
     """Reduce over the parts of K, then the epilogue."""
     if SCALES == "none" and not INT8:
@@ -144,12 +163,12 @@ def finish_tile(
                 acc += gl.load(ptrs + index * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
             store_tile(
                 acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N,
-                M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT, BLOCK_M, BLOCK_N, WARPS,
+                M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT, BLOCK_M, BLOCK_N, WARPS, GATED,
             )  # fmt: skip
     else:
         store_tile(
             acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N,
-            M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT, BLOCK_M, BLOCK_N, WARPS,
+            M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT, BLOCK_M, BLOCK_N, WARPS, GATED,
         )  # fmt: skip
 
 
@@ -158,6 +177,7 @@ def produce(
     x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr,
+    GATED: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: fill the ring for every tile of this program, weights of the first stages before all else."""
     items = gl.cdiv(N, BLOCK_N) * gl.cdiv(M, BLOCK_M) * SPLIT_K
@@ -167,8 +187,8 @@ def produce(
     ahead = gl.minimum(end - begin, STAGES)
     for i in gl.static_range(STAGES):
         load_weight_stage(
-            w_desc, s_desc, ws, ss, full.index(i), i, tile_n, begin + i, i < ahead,
-            BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+            w_desc, s_desc, ws, ss, full.index(i), i, tile_n, N, begin + i, i < ahead,
+            BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED,
         )  # fmt: skip
     if OVERLAP:
         wait_for_previous_kernel()
@@ -183,8 +203,8 @@ def produce(
             slot = stage % STAGES
             mbarrier.wait(empty.index(slot), ((stage // STAGES) & 1) ^ 1)
             load_weight_stage(
-                w_desc, s_desc, ws, ss, full.index(slot), slot, tile_n, block, True,
-                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+                w_desc, s_desc, ws, ss, full.index(slot), slot, tile_n, N, block, True,
+                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED,
             )  # fmt: skip
             load_activation_stage(x_desc, xs, full.index(slot), slot, tile_m * BLOCK_M, block, True)
             stage += 1
@@ -195,7 +215,7 @@ def consume(
     xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr,
-    UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr,
+    UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """The computing warps: multiply the stages of every tile of this program and store it."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -224,7 +244,7 @@ def consume(
         finish_tile(
             acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr,
             item // SPLIT_K, item % SPLIT_K, tile_m, tile_n, M, N,
-            SCALES, SPLIT_K, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, LAYOUT, INT8,
+            SCALES, SPLIT_K, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, LAYOUT, INT8, GATED,
         )  # fmt: skip
 
 
@@ -233,13 +253,12 @@ def gemm_specialized(
     x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, DEQUANTIZE: gl.constexpr,
     HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr,
-    SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr,
+    SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """``out[m, n]``, ``[M, N]``, with a producer warp and ``num_warps`` computing warps; see the module."""
-    SCALE_TILES: gl.constexpr = 2 if BLOCK_N == 64 else BLOCK_N // 64  # a copy must begin at a multiple of 128 bytes
+    """``out[m, n]``, ``[M, N]`` (gated: ``[M, N/2]``), with a producer warp and ``num_warps`` computing warps; see the module."""
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
     ws = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
-    ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, SCALE_TILES, 1, 64], s_desc.layout)
+    ss = allocate_scales(s_desc, STAGES, BLOCK_N, GATED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -255,14 +274,14 @@ def gemm_specialized(
                 (
                     xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr,
                     counter_ptr, M, N, BLOCKS, SCALES, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, STAGES, GROUP_N,
-                    SPLIT_K, UNROLL, OVERLAP, INT8,
+                    SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
                 ),
             ),
             (
                 produce,
                 (
                     x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M,
-                    BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP,
+                    BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, GATED,
                 ),
             ),
         ],
@@ -276,17 +295,16 @@ def gemm_pipelined(
     x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, DEQUANTIZE: gl.constexpr,
     HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr,
-    SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr,
+    SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """``out[m, n]``, ``[M, N]``, one tile a program, every warp alike; see the module."""
+    """``out[m, n]``, ``[M, N]`` (gated: ``[M, N/2]``), one tile a program, every warp alike; see the module."""
     WARPS: gl.constexpr = gl.num_warps()
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 32]
     )
-    SCALE_TILES: gl.constexpr = 2 if BLOCK_N == 64 else BLOCK_N // 64
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
     ws = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
-    ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, SCALE_TILES, 1, 64], s_desc.layout)
+    ss = allocate_scales(s_desc, STAGES, BLOCK_N, GATED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -297,8 +315,8 @@ def gemm_pipelined(
     begin, end = split_range(part, BLOCKS, SPLIT_K, UNROLL)
     for i in gl.static_range(STAGES - 1):
         load_weight_stage(
-            w_desc, s_desc, ws, ss, full.index(i), i, tile_n, begin + i, begin + i < end,
-            BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+            w_desc, s_desc, ws, ss, full.index(i), i, tile_n, N, begin + i, begin + i < end,
+            BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED,
         )  # fmt: skip
     if OVERLAP:
         wait_for_previous_kernel()
@@ -313,8 +331,8 @@ def gemm_pipelined(
             ahead = stage + STAGES - 1
             slot, more = ahead % STAGES, begin + ahead < end
             load_weight_stage(
-                w_desc, s_desc, ws, ss, full.index(slot), slot, tile_n, begin + ahead, more,
-                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+                w_desc, s_desc, ws, ss, full.index(slot), slot, tile_n, N, begin + ahead, more,
+                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED,
             )  # fmt: skip
             load_activation_stage(x_desc, xs, full.index(slot), slot, tile_m * BLOCK_M, begin + ahead, more)
     if SCALES == "fold" or SCALES == "none":
@@ -324,5 +342,5 @@ def gemm_pipelined(
     finish_tile(
         acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr,
         tile, part, tile_m, tile_n, M, N,
-        SCALES, SPLIT_K, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, LAYOUT, INT8,
+        SCALES, SPLIT_K, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, LAYOUT, INT8, GATED,
     )  # fmt: skip

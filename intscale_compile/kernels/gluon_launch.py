@@ -128,9 +128,11 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
         qdata.view(torch.int8), [row_tiles * blocks * 64, code_bytes], [code_bytes, 1], (64, code_bytes)
     )
     scales = qdata.view(torch.uint8) if flags["SCALES"] == "none" else scale
-    s_desc = _descriptor(
-        scales, [row_tiles, groups, 64], [groups * 64, 64, 1], (tile.block_n // 64, 1, 64), swizzled=False
-    )
+    shape, strides, block = [row_tiles, groups, 64], [groups * 64, 64, 1], [tile.block_n // 64, 1, 64]
+    if flags["GATED"] != "none":  # one copy takes the scales of gate rows and of up rows
+        shape, strides = [2, row_tiles // 2, groups, 64], [row_tiles // 2 * groups * 64, *strides]
+        block = [2, tile.block_n // 128, 1, 64]
+    s_desc = _descriptor(scales, shape, strides, tuple(block), swizzled=False)
     # Only a schedule that keeps one accumulator gains from several blocks in flight; the other would spill.
     unroll = next(u for u in (4, 2, 1) if blocks % u == 0) if flags["SCALES"] in ("fold", "none") else 1
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
@@ -164,8 +166,9 @@ def launch_gluon(
     scale_bits: int,
     tile: Tile,
     overlap: bool = False,
+    gated: str = "none",
 ) -> None:
-    """Fill ``out`` ``[M, N]`` as the plain-Triton launcher does, with one of the Gluon kernels.
+    """Fill ``out`` ``[M, N]`` (gated: ``[M, N/2]``) as the plain-Triton launcher does, with one of the Gluon kernels.
 
     Args:
         xq: int8 ``[M, K]``, rows contiguous and a multiple of 16 bytes apart, 16-byte aligned.
@@ -173,8 +176,10 @@ def launch_gluon(
         tile: from :func:`~intscale_compile.kernels.tiles.choose_tile`; ``kernel`` names the kernel.
         overlap: begin to read weights before the kernels launched before this one have ended (programmatic dependent
             launch). Wrong if one of those writes the weights.
+        gated: activation of the gate rows, for a weight whose first half of rows are gate and second half up rows; N/2 is
+            a multiple of 64, and ``tile`` one of :func:`~intscale_compile.kernels.gluon_tiles.gated_tile`.
     """
-    (m, k), n = xq.shape, out.shape[1]
+    (m, k), n = xq.shape, out.shape[1] * (1 if gated == "none" else 2)
     weight_bits = 8 if qdata.dtype is torch.int8 else 4
     decode = tile.kernel == "decode"
     flags = dict(
@@ -187,7 +192,10 @@ def launch_gluon(
         epilogue=(out, scale, row_scale, token_scale, bias),
     )  # fmt: skip
     grid_limit = sm_count(xq.device) * tile.programs_per_sm
-    (_decode if decode else _gemm)(grid_limit, m, n, tile, operands, overlap, flags)
+    if decode:
+        _decode(grid_limit, m, n, tile, operands, overlap, flags)
+    else:
+        _gemm(grid_limit, m, n, tile, operands, overlap, flags | {"GATED": gated})
 
 
 @functools.lru_cache(None)

@@ -168,6 +168,16 @@ def _narrow_tile(m: int, n: int, k: int, block_m: int, schedule: str, sm_count: 
     return deepest(Tile(block_m, 64, kernel="specialized", split_k=split), schedule)
 
 
+def gated_tile(tile: Tile, schedule: str) -> Tile:
+    """``tile`` if a gated launch can run it, else the nearest that it can: one with 64 rows or more of gate and of up."""
+    if tile.kernel != "decode" and tile.block_n >= 128:
+        return tile
+    two_sums = schedule in ("accumulate", "float")
+    block_m = max(16, min(tile.block_m, 64 if two_sums else 128))
+    split_k = tile.split_k if tile.kernel == "specialized" else 1
+    return deepest(Tile(block_m, 128, group_n=tile.group_n, kernel="specialized", split_k=split_k), schedule)
+
+
 def gluon_candidates(
     m: int, n: int, k: int, schedule: str, sm_count: int = SM_COUNT, *, decode: bool = True
 ) -> list[Tile]:

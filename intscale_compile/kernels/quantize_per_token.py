@@ -52,6 +52,16 @@ def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_per_token_aten(x)
 
 
+@torch.library.impl("intscale::quantize_per_token", "CUDA")
+def _quantize_per_token_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
+    from .triton_quantize import LONGEST_ROW, quantize_per_token_cuda
+
+    check_activation(x)
+    if 0 < x.shape[-1] <= LONGEST_ROW:
+        return quantize_per_token_cuda(x, SMALLEST_AMAX)
+    return quantize_per_token_aten(x)
+
+
 @torch.library.register_fake("intscale::quantize_per_token")
 def _quantize_per_token_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     check_activation(x)

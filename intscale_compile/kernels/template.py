@@ -1,7 +1,7 @@
 """Inductor lowerings of the W4A8 ops: one Triton template on a GPU, oneDNN plus generated C++ on a CPU.
 
-The template applies every scale and the bias itself, so its output has the activation's dtype and is rounded once; what
-follows (a residual, an activation function) is fused behind it by Inductor as into any matrix product. The device
+The template applies every scale and the bias itself and rounds once to the activation's dtype, also where what follows (a
+residual, an activation function) is fused behind it by Inductor: a value does not depend on what was fused. The device
 functions are pasted into each generated module, which makes it self-contained and lets Triton's cache hash our source.
 
 There is exactly one choice per node, hence nothing to benchmark at compile time: the tile follows from the shape alone.
@@ -19,6 +19,7 @@ from torch._inductor import ir
 from torch._inductor.kernel.mm_common import mm_grid
 from torch._inductor.lowering import empty, fallback_handler, lowerings, register_lowering
 from torch._inductor.select_algorithm import TritonTemplate
+from torch._inductor.utils import triton_type
 from torch._inductor.virtualized import V
 
 from ..errors import CompileError
@@ -26,6 +27,8 @@ from ..reasons import log_once
 from .tiles import choose_tile
 from .triton_gemm import capability, gluon_obstacle, schedule_flags, use_ptx
 from .triton_tile import device_source
+from .w4a8_gated import GATED_OP
+from .w4a8_grouped import GROUPED_OP
 from .w4a8_linear import ACCUMULATE_OP, LINEAR_OP
 
 # From this many tokens on a call of the op pays without CUDA graphs too. A launch cost the host 137 to 192 us (H100 machine,
@@ -60,6 +63,9 @@ _KERNEL = """
     {% endif %}
     {% if HAS_BIAS %}
     acc = add_bias(acc, BIAS, rows_n)
+    {% endif %}
+    {% if DEQUANTIZE %}
+    acc = acc.to(OUT_DTYPE).to(tl.float32)
     {% endif %}
     idx_m = m[None, :]
     idx_n = n[:, None]
@@ -137,6 +143,7 @@ def _gemm(
         DEQUANTIZE=scales is not None,
         HAS_BIAS=bias is not None,
         ACC_TYPE="tl.int32" if scales is None else "tl.float32",
+        OUT_DTYPE=triton_type(dtype),
         PTX=use_ptx(device),
         **schedule_flags(in_features, group_size, scale_bits, weight_bits, packing, tile),
     )
@@ -195,6 +202,12 @@ def register_lowerings() -> None:
     """Register both ops with Inductor: the template for CUDA (and ROCm) tensors, the CPU path for all others."""
     accumulate_extern = fallback_handler(ACCUMULATE_OP, add_to_fallback_set=False)
     linear_extern = fallback_handler(LINEAR_OP, add_to_fallback_set=False)
+
+    # Whole: the activation is in the kernel's epilogue, and what follows is a quantization of whole rows.
+    register_lowering(GATED_OP, type_promotion_kind=None)(fallback_handler(GATED_OP, add_to_fallback_set=False))
+
+    # Whole: the kernel gathers and scatters rows itself, and is launched for the worst routing.
+    register_lowering(GROUPED_OP, type_promotion_kind=None)(fallback_handler(GROUPED_OP, add_to_fallback_set=False))
 
     @register_lowering(ACCUMULATE_OP, type_promotion_kind=None)
     def accumulate(xq, *args, **kwargs):

@@ -157,7 +157,8 @@ def _launch(
         )  # fmt: skip
 
 
-def _rows(xq: Tensor) -> Tensor:
+def rows_of(xq: Tensor) -> Tensor:
+    """Activations as 2-D ``[M, K]``, each row contiguous."""
     flat = xq.reshape(-1, xq.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
@@ -179,7 +180,7 @@ def accumulate_cuda(
     :func:`~intscale_compile.kernels.gluon_launch.launch_gluon`.
     """
     out = xq.new_empty((xq.shape[:-1].numel(), out_features), dtype=torch.int32)
-    operands = (_rows(xq), None, qdata.contiguous(), scale.contiguous(), None, None)
+    operands = (rows_of(xq), None, qdata.contiguous(), scale.contiguous(), None, None)
     _launch(out, *operands, group_size, scale_bits, packing, tile, overlap)
     return out.view(*xq.shape[:-1], out_features)
 
@@ -203,7 +204,7 @@ def linear_cuda(
     out = xq.new_empty((xq.shape[:-1].numel(), out_features), dtype=dtype)
     _launch(
         out,
-        _rows(xq),
+        rows_of(xq),
         token_scale.reshape(-1).contiguous(),
         qdata.contiguous(),
         scale.contiguous(),

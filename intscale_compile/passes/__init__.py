@@ -4,18 +4,28 @@
 |---|---|---|
 | match | products of an activation with a constant weight | nothing: lists candidates and reasons |
 | insert_qdq | candidates that can be quantized | quantize and dequantize nodes around a linear |
+| experts | grouped and batched products with a stack of expert weights | ``intscale.w4a8_grouped_linear`` |
 | share_quantize | quantizations of one activation | one of them |
 | merge_siblings | Q/DQ linears that read one activation | one Q/DQ linear and a split |
 | fuse | linears between dequantize nodes | ``intscale.w4a8_linear`` |
+| gated_activation | a gate and an up projection with ``act(gate) * up`` | ``intscale.w4a8_gated_linear`` |
+| causal_attention | attention whose mask hides just the future, or nothing | attention with a flag and shared heads |
+| decode_attention | attention of one query token over repeated heads | ``intscale.decode_attention`` |
 """
 
 from .base import Candidate, GraphRewrite, Pass, apply_passes
+from .causal_attention import CAUSAL_ATTENTION
+from .decode_attention import DECODE_ATTENTION
+from .experts import EXPERTS
 from .fuse import FUSE
+from .gated_activation import GATED_ACTIVATION
 from .insert_qdq import INSERT_QDQ
 from .match import MATCH
 from .merge_siblings import MERGE_SIBLINGS
 from .share_quantize import SHARE_QUANTIZE
 
-PASSES: tuple[Pass, ...] = (MATCH, INSERT_QDQ, SHARE_QUANTIZE, MERGE_SIBLINGS, FUSE)
+PASSES: tuple[Pass, ...] = (
+    MATCH, INSERT_QDQ, EXPERTS, SHARE_QUANTIZE, MERGE_SIBLINGS, FUSE, GATED_ACTIVATION, CAUSAL_ATTENTION, DECODE_ATTENTION,
+)  # fmt: skip
 
 __all__ = ["PASSES", "Candidate", "GraphRewrite", "Pass", "apply_passes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -59,22 +60,30 @@ class GraphRewrite:
         gm: the graph module; its nodes carry fake tensors under ``example_value``.
         example_inputs: the arguments of this compilation, in placeholder order.
         settings: options of the backend.
+        cuda_graphs: whether Inductor will capture the graph in CUDA graphs, so that launches cost the host nothing.
         candidates: filled by the match pass.
         packed_inputs: placeholders that the passes added, with their recipe and part.
         counts: how often each pass matched.
+        seconds: how long each pass took.
     """
 
     gm: fx.GraphModule
     example_inputs: Sequence[Any]
     settings: Settings
+    cuda_graphs: bool = False
     candidates: list[Candidate] = field(default_factory=list)
     packed_inputs: dict[fx.Node, tuple[Any, Optional[str]]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     fake_mode: Any = None
     _packed_nodes: dict[tuple, fx.Node] = field(default_factory=dict)
     _last_input: Optional[fx.Node] = None
+    input_index: dict[fx.Node, int] = field(default_factory=dict)  # of the inputs that the caller provides
+    _nodes: list[fx.Node] = field(default_factory=list)  # every node that there was, also those erased since
 
     def __post_init__(self) -> None:
+        self._nodes = list(self.graph.nodes)
+        self.input_index = {node: i for i, node in enumerate(self.placeholders())}
         inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
         self._last_input = inputs[-1] if inputs else None
         # The mode that the nodes' tensors belong to; by now Dynamo has put a fresh one into its tracing context.
@@ -100,9 +109,14 @@ class GraphRewrite:
         with self.graph.inserting_before(first) if anchor is None else self.graph.inserting_after(anchor):
             node = self.graph.placeholder(f"intscale_{part or 'bias'}_{len(self.packed_inputs)}")
         self._last_input = self._packed_nodes[key] = node
+        self._nodes.append(node)
         mark_static_input(node)
-        mode = self.fake_mode
-        node.meta[EXAMPLE] = value if mode is None else mode.from_tensor(value.detach(), static_shapes=True)
+        node.meta[EXAMPLE] = value
+        if self.fake_mode is not None:  # milliseconds cheaper than to convert the tensor itself
+            with self.fake_mode:
+                node.meta[EXAMPLE] = torch.empty_strided(
+                    tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
+                )
         self.packed_inputs[node] = (recipe, part)
         return node
 
@@ -115,17 +129,41 @@ class GraphRewrite:
         inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
         self._last_input = inputs[-1] if inputs else None
 
+    def release(self) -> None:
+        """Let go of weights and fake tensors once the graph is compiled: AOTAutograd keeps the graph module for good, a fx
+        graph remembers erased nodes, and a fake tensor's mode holds references to parameters that ``Module.to`` trips over.
+        """
+        for node in (*self._nodes, *self.graph.nodes):
+            node.meta.clear()
+        self.candidates.clear()
+
     def call(
-        self, target: Callable, args: tuple, kwargs: Optional[dict] = None, like: Optional[fx.Node] = None
+        self,
+        target: Callable,
+        args: tuple,
+        kwargs: Optional[dict] = None,
+        like: Optional[fx.Node] = None,
+        value: Any = None,
     ) -> fx.Node:
-        """Emit ``target(*args)`` at the insertion point with a true ``example_value`` and the origin of ``like``."""
+        """Emit ``target(*args)`` at the insertion point with a true ``example_value`` and the origin of ``like``.
+
+        ``value`` is the ``example_value`` where the caller knows it: computing one takes milliseconds.
+        """
         node = self.graph.call_function(target, args, kwargs or {})
+        self._nodes.append(node)
         if like is not None:
             for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
                 if key in like.meta:
                     node.meta[key] = like.meta[key]
-        self.set_example(node)
+        if value is None:
+            self.set_example(node)
+        else:
+            node.meta[EXAMPLE] = value
         return node
+
+    def item(self, node: fx.Node, index: int, like: fx.Node) -> fx.Node:
+        """Emit ``node[index]`` of a node with several results."""
+        return self.call(operator.getitem, (node, index), like=like)
 
     def set_example(self, node: fx.Node) -> None:
         """Compute a node's fake tensor from those of its arguments; unset where one of them has none."""
@@ -164,7 +202,9 @@ class Pass:
 def apply_passes(rewrite: GraphRewrite, passes: Sequence[Pass]) -> None:
     """Run passes in order, remove what became dead, and check the graph."""
     for one in passes:
+        start = time.perf_counter()
         rewrite.counts[one.name] = rewrite.counts.get(one.name, 0) + one.run(rewrite)
+        rewrite.seconds[one.name] = rewrite.seconds.get(one.name, 0.0) + time.perf_counter() - start
     remove_dead(rewrite)
     rewrite.graph.lint()
     rewrite.gm.recompile()
@@ -186,6 +226,7 @@ _ARITHMETIC = (
     "rshift",
 )
 IN_PLACE_OPERATORS = {operator.setitem, *(getattr(operator, f"i{name}") for name in _ARITHMETIC)}
+NOT_IN_PLACE = {operator.and_, operator.or_, operator.not_, operator.is_}  # a keyword of Python, hence the underscore
 IN_PLACE_METHODS = {"__setitem__", *(f"__i{name}__" for name in _ARITHMETIC)}
 
 
@@ -205,7 +246,7 @@ def writes_in_place(node: fx.Node) -> bool:
         or "out" in node.kwargs
         or target in IN_PLACE_OPERATORS
         or name in IN_PLACE_METHODS
-        or (name.endswith("_") and not name.endswith("__"))
+        or (name.endswith("_") and not name.endswith("__") and target not in NOT_IN_PLACE)
     )
 
 
@@ -219,7 +260,7 @@ def is_ours(node: fx.Node) -> bool:
 
 def remove_dead(rewrite: GraphRewrite) -> None:
     """Erase unused nodes that are ours or only rearranged a weight, and unused packed inputs."""
-    harmless = {"t", "transpose", "permute", "contiguous", "to", "detach", "getattr"}
+    harmless = {"t", "transpose", "permute", "contiguous", "to", "detach", "getattr", "unsqueeze", "repeat_interleave"}
     for node in reversed(list(rewrite.graph.nodes)):
         if node.users or node.op in ("output", "placeholder"):
             continue

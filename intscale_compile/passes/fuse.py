@@ -55,7 +55,7 @@ def _replace(rewrite: GraphRewrite, node: fx.Node) -> None:
             (
                 *(xq, token_scale, qdata, scale, row_scale, bias),
                 *(out_features, group_size, scale_bits, packing, dtype, KERNEL_ABI),
-                _straight_through(activation, node),
+                straight_through(activation, node),
                 True,  # overlap: a kernel of this graph quantizes the activation, so no writer of the weight is running
             ),
             like=node,
@@ -67,7 +67,8 @@ def _replace(rewrite: GraphRewrite, node: fx.Node) -> None:
     rewrite.graph.erase_node(node)
 
 
-def _straight_through(activation: object, node: fx.Node) -> Optional[fx.Node]:
+def straight_through(activation: object, node: fx.Node) -> Optional[fx.Node]:
+    """The activation where autograd watches it, for a gradient that passes the quantizer; else None."""
     value = example(activation)
     watched = node.meta["intscale_grad"] and (not isinstance(value, torch.Tensor) or value.requires_grad)
     return activation if watched else None  # type: ignore[return-value]

@@ -26,26 +26,29 @@ from .base import Candidate, GraphRewrite, Pass, example
 
 def insert_qdq(rewrite: GraphRewrite) -> int:
     """Replace every quantizable candidate; returns how many."""
-    done = 0
+    replaced: dict[fx.Node, fx.Node] = {}
     for candidate in rewrite.candidates:
-        if candidate.reason is None and candidate.packed is None and _pack(rewrite, candidate):
-            _replace(rewrite, candidate)
-            done += 1
-    return done
+        # One product may feed another directly, as its activation or its bias.
+        candidate.x = replaced.get(candidate.x, candidate.x)  # type: ignore[arg-type]
+        candidate.bias = replaced.get(candidate.bias, candidate.bias)  # type: ignore[arg-type]
+        if candidate.reason is None and candidate.packed is None and pack(rewrite, candidate):
+            replaced[candidate.node] = _replace(rewrite, candidate)
+    return len(replaced)
 
 
 INSERT_QDQ = Pass("insert_qdq", insert_qdq)
 
 
-def _recipe(candidate: Candidate, rewrite: GraphRewrite) -> Packed:
+def recipe_of(candidate: Candidate, rewrite: GraphRewrite) -> Packed:
+    """How the weight of a candidate is packed."""
     assert candidate.source is not None
     return Packed((candidate.source,), (candidate.transposed,), rewrite.settings.config)
 
 
-def _pack(rewrite: GraphRewrite, candidate: Candidate) -> bool:
+def pack(rewrite: GraphRewrite, candidate: Candidate) -> bool:
     """Quantize the weight of a candidate; sets its reason and returns False where that is impossible."""
     try:
-        candidate.packed = _recipe(candidate, rewrite).resolve(rewrite.example_inputs)
+        candidate.packed = recipe_of(candidate, rewrite).resolve(rewrite.example_inputs)
     except OverflowProofError as error:
         candidate.reason = Reason.OVERFLOW_PROOF
         log_once(logging.WARNING, f"{candidate.name}: {error}")
@@ -55,7 +58,7 @@ def _pack(rewrite: GraphRewrite, candidate: Candidate) -> bool:
     return candidate.packed is not None
 
 
-def _replace(rewrite: GraphRewrite, candidate: Candidate) -> None:
+def _replace(rewrite: GraphRewrite, candidate: Candidate) -> fx.Node:
     node, packed = candidate.node, candidate.packed
     assert packed is not None
     result = example(node)
@@ -65,14 +68,13 @@ def _replace(rewrite: GraphRewrite, candidate: Candidate) -> None:
         xq = rewrite.call(operator.getitem, (quantized, 0), like=node)
         token_scale = rewrite.call(operator.getitem, (quantized, 1), like=node)
         x = rewrite.call(dequantize.TOKEN_OP, (xq, token_scale, dtype), like=node)
-        weight = dequantized_weight(rewrite, _recipe(candidate, rewrite), packed, dtype, node)
-        y = rewrite.call(torch.nn.functional.linear, (x, weight, candidate.bias), like=node)
+        weight = dequantized_weight(rewrite, recipe_of(candidate, rewrite), packed, dtype, node)
+        y = rewrite.call(torch.nn.functional.linear, (x, weight, candidate.bias), like=node, value=result)
     y.meta["intscale_candidates"] = [candidate]
     y.meta["intscale_grad"] = node.meta.get("intscale_grad", torch.is_grad_enabled())
-    if result is not None:
-        y.meta["example_value"] = result
     node.replace_all_uses_with(y)
     rewrite.graph.erase_node(node)
+    return y
 
 
 def dequantized_weight(
@@ -81,7 +83,12 @@ def dequantized_weight(
     """Emit the packed inputs and the ``dequantize_weight`` node of a weight."""
     parts = [rewrite.add_packed_input(recipe, name, getattr(packed, name)) for name in DATA_NAMES]
     attributes = (packed.out_features, packed.in_features, packed.group_size, packed.packing_format, dtype)
-    node = rewrite.call(dequantize.WEIGHT_OP, (*parts, *attributes), like=like)
+    dense = None
+    if rewrite.fake_mode is not None:
+        with rewrite.fake_mode:
+            shape = (*packed.qdata.shape[:-2], packed.out_features, packed.in_features)
+            dense = torch.empty(shape, dtype=dtype, device=packed.device)
+    node = rewrite.call(dequantize.WEIGHT_OP, (*parts, *attributes), like=like, value=dense)
     node.meta["intscale_recipe"] = recipe
     node.meta["intscale_tensor"] = packed
     return node

@@ -2,7 +2,7 @@
 
 Matches ``F.linear`` (so ``nn.Linear``), ``matmul`` / ``@`` / ``mm`` / ``addmm`` with the weight as right operand in
 either orientation (``x @ w.t()`` or ``x @ w``, so GPT-2's ``Conv1D``), as functions or methods. Other products with a weight
-(``bmm``, grouped products of experts, ``einsum``) are listed with a reason.
+(``bmm``, grouped products of experts, ``einsum``, see ``other_products``) are listed with a reason.
 Emits nothing: fills ``rewrite.candidates``. Needs Dynamo's graph with fake tensors.
 """
 
@@ -11,18 +11,19 @@ from __future__ import annotations
 import logging
 import operator
 import re
-from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..expert_layers import ROUTER_CLASS, ROUTER_NAMES
 from ..packed_weights import WeightSource
 from ..quantize import LEFT_OUT
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from ..tensor import IntScaleTensor
 from .base import Candidate, GraphRewrite, Pass, example, writes_in_place
+from .other_products import other_products
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}
@@ -40,55 +41,48 @@ def match(rewrite: GraphRewrite) -> int:
     """Fill ``rewrite.candidates``; returns how many of them can be quantized."""
     if rewrite.candidates:
         return 0
-    weights = _WeightFinder(rewrite)
+    weights = WeightFinder(rewrite)
     grad_enabled = torch.is_grad_enabled()
     for node in rewrite.graph.nodes:
         if node.target is torch._C._set_grad_enabled:
             grad_enabled = bool(node.args[0])
         candidate = _candidate(node, weights)
         if candidate is not None:
-            candidate.reason = candidate.reason or _reason(candidate, weights, grad_enabled)
+            candidate.reason = candidate.reason or reason_against(candidate, weights, grad_enabled)
             node.meta["intscale_grad"] = grad_enabled
             rewrite.candidates.append(candidate)
-            if candidate.reason is not None:
-                _report(candidate)
-    for candidate in _in_subgraphs(rewrite):
+            if candidate.reason not in (None, Reason.EXPERTS):  # the pass for experts says what it leaves
+                report(candidate)
+    for candidate in list(other_products(rewrite, weights)):
         rewrite.candidates.append(candidate)
-        _report(candidate)
+        report(candidate)
     return sum(c.reason is None for c in rewrite.candidates)
 
 
 MATCH = Pass("match", match)
 
 
-def _report(candidate: Candidate) -> None:
+def report(candidate: Candidate) -> None:
+    """Say once why a candidate is left alone."""
     level = logging.WARNING if candidate.reason in (Reason.REQUIRES_GRAD, Reason.NON_FINITE) else logging.INFO
     where = "at least one weight" if candidate.reason is Reason.REQUIRES_GRAD else candidate.name
     log_once(level, f"{where}: {candidate.reason.value}")  # type: ignore[union-attr]
 
 
-def _in_subgraphs(rewrite: GraphRewrite) -> Iterator[Candidate]:
-    """Linears in the bodies of higher-order operators, which take their weights as arguments."""
-    for name, module in rewrite.gm.named_modules():
-        if name and isinstance(module, fx.GraphModule):
-            for node in module.graph.nodes:
-                if node.target in LINEAR:
-                    x, weight = _arg(node, 0, "input"), _arg(node, 1, "weight")
-                    yield Candidate(node, f"{name}.{node.name}", x, weight, None, None, False, None, Reason.SUBGRAPH)
-
-
-class _WeightFinder:
+class WeightFinder:
     """Resolves nodes to the parameters, buffers and constants of the graph."""
 
     def __init__(self, rewrite: GraphRewrite):
         self.rewrite = rewrite
-        self.index = {node: i for i, node in enumerate(rewrite.placeholders())}
+        self.index = rewrite.input_index
         self.embeddings = {
             id(source.constant if source.index is None else rewrite.example_inputs[source.index])
             for node in rewrite.graph.nodes
-            if node.target is torch.nn.functional.embedding and (source := self._source(node.args[1])) is not None
+            if node.target is torch.nn.functional.embedding and (source := self.source(node.args[1])) is not None
         }
-        tensors = [self.tensor(s) for n in rewrite.graph.nodes if (s := self._source(n)) is not None]
+        tensors = [self.tensor(s) for n in rewrite.graph.nodes if (s := self.source(n)) is not None]
+        names = [_dotted_name(node) for node in self.index]
+        self.beside_experts = {name.partition(".experts.")[0] for name in names if ".experts." in name}
         self.any_quantized = any(isinstance(t, IntScaleTensor) for t in tensors)
 
     def tensor(self, source: WeightSource) -> Tensor:
@@ -104,18 +98,19 @@ class _WeightFinder:
         while isinstance(node, fx.Node):
             if any(writes_in_place(user) for user in node.users):
                 return None, False  # no longer what the caller passed
-            source = self._source(node)
+            source = self.source(node)
             if source is not None:
                 return source, transposed
-            name = _function_name(node)
-            if name in TRANSPOSES and _swaps_last_two(node, name):
+            name = function_name(node)
+            if name in TRANSPOSES and swaps_last_two(node, name):
                 transposed = not transposed
             elif name not in PASS_THROUGH and not (through_selection and name in SELECTIONS):
                 return None, False
             node = node.args[0]
         return None, False
 
-    def _source(self, node: Any) -> Optional[WeightSource]:
+    def source(self, node: Any) -> Optional[WeightSource]:
+        """The weight that the caller passes at ``node``, or that is an attribute of the graph; None for anything else."""
         if not isinstance(node, fx.Node):
             return None
         if node.op == "get_attr":
@@ -140,7 +135,8 @@ def _dotted_name(node: fx.Node) -> str:
     return ".".join(_FQN.findall(text)) or node.name
 
 
-def _function_name(node: fx.Node) -> str:
+def function_name(node: fx.Node) -> str:
+    """Name of the function or method that a node calls, or of the attribute that it reads; empty for other nodes."""
     if node.op == "call_method":
         return str(node.target)
     if node.op != "call_function":
@@ -150,7 +146,8 @@ def _function_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "").split(".")[0]
 
 
-def _swaps_last_two(node: fx.Node, name: str) -> bool:
+def swaps_last_two(node: fx.Node, name: str) -> bool:
+    """Whether a node that calls one of ``TRANSPOSES`` exchanges the last two dimensions and nothing else."""
     value = example(node.args[0])
     rank = value.dim() if isinstance(value, Tensor) else 2
     if name in ("t", "T"):
@@ -167,21 +164,22 @@ def _swaps_last_two(node: fx.Node, name: str) -> bool:
     return set(dims) == {rank - 2, rank - 1}
 
 
-def _arg(node: fx.Node, position: int, *names: str) -> Any:
+def argument(node: fx.Node, position: int, *names: str) -> Any:
+    """An argument of a call, by position or by one of its names; None where it is not given."""
     if len(node.args) > position:
         return node.args[position]
     return next((node.kwargs[name] for name in names if name in node.kwargs), None)
 
 
-def _candidate(node: fx.Node, weights: _WeightFinder) -> Optional[Candidate]:
+def _candidate(node: fx.Node, weights: WeightFinder) -> Optional[Candidate]:
     if node.op not in ("call_function", "call_method"):
         return None
     if node.target in LINEAR:
-        x, weight = _arg(node, 0, "input"), _arg(node, 1, "weight")
-        return _make(node, weights, x, weight, _arg(node, 2, "bias"), weight_is_nk=True)
-    name = _function_name(node)
+        x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+        return _make(node, weights, x, weight, argument(node, 2, "bias"), weight_is_nk=True)
+    name = function_name(node)
     if node.target in MATMUL or (node.op == "call_method" and name in MATMUL_METHODS):
-        left, right = _arg(node, 0, "input"), _arg(node, 1, "other", "mat2")
+        left, right = argument(node, 0, "input"), argument(node, 1, "other", "mat2")
         if weights.resolve(right)[0] is not None:
             return _make(node, weights, left, right, None, weight_is_nk=False)
         return _left_alone(node, weights, left, Reason.LEFT_OPERAND)
@@ -195,7 +193,7 @@ def _candidate(node: fx.Node, weights: _WeightFinder) -> Optional[Candidate]:
     return None
 
 
-def _left_alone(node: fx.Node, weights: _WeightFinder, weight: Any, reason: Reason) -> Optional[Candidate]:
+def _left_alone(node: fx.Node, weights: WeightFinder, weight: Any, reason: Reason) -> Optional[Candidate]:
     """A product that stays as it is, if ``weight`` is a weight at all."""
     source, transposed = weights.resolve(weight, through_selection=True)
     if source is None:
@@ -208,37 +206,38 @@ def _left_alone(node: fx.Node, weights: _WeightFinder, weight: Any, reason: Reas
     return Candidate(node, source.name, None, weight, None, source, transposed, shape[-2:], reason)  # type: ignore[arg-type]
 
 
-def _make(node: fx.Node, weights: _WeightFinder, x: Any, weight: Any, bias: Any, weight_is_nk: bool) -> Candidate:
+def _make(node: fx.Node, weights: WeightFinder, x: Any, weight: Any, bias: Any, weight_is_nk: bool) -> Candidate:
     source, transposed = weights.resolve(weight)
     if source is None:
         expert = _left_alone(node, weights, weight, Reason.NOT_CONSTANT)
         return expert or Candidate(
-            node, node.name, x, weight, bias, None, False, None, Reason.NOT_CONSTANT, tokens=_tokens(x)
+            node, node.name, x, weight, bias, None, False, None, Reason.NOT_CONSTANT, tokens=tokens_of(x)
         )
     tensor = weights.tensor(source)
     kept_kn = transposed if weight_is_nk else not transposed
     if tensor.dim() != 2:
         reason = Reason.EXPERTS if tensor.dim() == 3 else Reason.WEIGHT_RANK
-        return Candidate(node, source.name, x, weight, bias, source, kept_kn, None, reason, tokens=_tokens(x))
+        return Candidate(node, source.name, x, weight, bias, source, kept_kn, None, reason, tokens=tokens_of(x))
     n, k = reversed(tensor.shape) if kept_kn else tensor.shape
-    return Candidate(node, source.name, x, weight, bias, source, kept_kn, (n, k), tokens=_tokens(x))
+    return Candidate(node, source.name, x, weight, bias, source, kept_kn, (n, k), tokens=tokens_of(x))
 
 
-def _addmm(node: fx.Node, weights: _WeightFinder) -> Optional[Candidate]:
-    bias, x, weight = _arg(node, 0, "input"), _arg(node, 1, "mat1"), _arg(node, 2, "mat2")
+def _addmm(node: fx.Node, weights: WeightFinder) -> Optional[Candidate]:
+    bias, x, weight = argument(node, 0, "input"), argument(node, 1, "mat1"), argument(node, 2, "mat2")
     if weights.resolve(weight)[0] is None:
         return _left_alone(node, weights, x, Reason.LEFT_OPERAND)
     candidate = _make(node, weights, x, weight, bias, weight_is_nk=False)
     shape = candidate.shape
     value = example(bias)
-    if _arg(node, 3, "beta") not in (None, 1) or _arg(node, 4, "alpha") not in (None, 1):
+    if argument(node, 3, "beta") not in (None, 1) or argument(node, 4, "alpha") not in (None, 1):
         candidate.reason = Reason.SCALED_ADDMM
     elif shape is not None and (not isinstance(value, Tensor) or tuple(value.shape) != (shape[0],)):
         candidate.reason = Reason.BIAS_SHAPE
     return candidate
 
 
-def _tokens(x: Any) -> str:
+def tokens_of(x: Any) -> str:
+    """Rows of an activation: a number, or a symbol's text."""
     value = example(x)
     if not isinstance(value, Tensor) or value.dim() == 0:
         return "?"
@@ -248,7 +247,7 @@ def _tokens(x: Any) -> str:
     return str(count)
 
 
-def _reason(candidate: Candidate, weights: _WeightFinder, grad_enabled: bool) -> Optional[Reason]:
+def reason_against(candidate: Candidate, weights: WeightFinder, grad_enabled: bool) -> Optional[Reason]:
     """Why a product that could be quantized is not, or None."""
     assert candidate.source is not None and candidate.shape is not None
     tensor, settings = weights.tensor(candidate.source), weights.rewrite.settings
@@ -265,7 +264,7 @@ def _reason(candidate: Candidate, weights: _WeightFinder, grad_enabled: bool) ->
     return _plain_reason(candidate, tensor, weights, grad_enabled)
 
 
-def _plain_reason(candidate: Candidate, tensor: Tensor, weights: _WeightFinder, grad_enabled: bool) -> Optional[Reason]:
+def _plain_reason(candidate: Candidate, tensor: Tensor, weights: WeightFinder, grad_enabled: bool) -> Optional[Reason]:
     quantize_plain = weights.rewrite.settings.quantize_plain
     if isinstance(tensor, FakeTensor):
         return Reason.FAKE_WEIGHT
@@ -275,7 +274,7 @@ def _plain_reason(candidate: Candidate, tensor: Tensor, weights: _WeightFinder, 
         return Reason.TIED_EMBEDDING
     if candidate.name.split(".")[-2:-1] and candidate.name.split(".")[-2] in OUTPUT_NAMES:
         return Reason.OUTPUT_EMBEDDING
-    if "Router" in _module_class(candidate.node):
+    if _routes(candidate, weights):
         return Reason.ROUTER
     if tensor.dtype not in FLOATS:
         return Reason.WEIGHT_DTYPE
@@ -295,8 +294,11 @@ def is_left_out(tensor: Tensor) -> bool:
     return getattr(tensor, LEFT_OUT, False)
 
 
-def _module_class(node: fx.Node) -> str:
-    """Class name of the innermost module that the node was traced in."""
-    stack = node.meta.get("nn_module_stack") or {}
-    entries = list(stack.values())
-    return getattr(entries[-1][1], "__name__", str(entries[-1][1])) if entries else ""
+def _routes(candidate: Candidate, weights: WeightFinder) -> bool:
+    """Whether a product decides which experts a token sees: inside a router, or the ``gate`` beside ``experts``."""
+    module, _, leaf = candidate.name.rpartition(".")[0].rpartition(".")
+    if leaf in ROUTER_NAMES and module in weights.beside_experts:
+        return True
+    stack = candidate.node.meta.get("nn_module_stack") or {}
+    classes = [getattr(kind, "__name__", str(kind).rpartition(".")[2]) for _, kind in stack.values()]
+    return any(ROUTER_CLASS.search(name) for name in classes)

@@ -3,14 +3,15 @@
     y_i = linear(x, dequantize_weight(w_i), b_i)   for i in siblings
     =>  y = linear(x, dequantize_weight(concatenated w), concatenated b);  y_i = split(y)[i]
 
-Matches two or more Q/DQ linears with the same dequantized activation and the same weight format, all with a constant
-bias or all without. A sibling whose consumer views it in a way that a slice does not allow gets a copy.
+Matches two or more Q/DQ linears with the same dequantized activation and the same weight format, each with a constant
+bias or without. A sibling whose consumer views it in a way that a slice does not allow gets a copy.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
@@ -47,7 +48,7 @@ def merge_siblings(rewrite: GraphRewrite) -> int:
         key = _sibling_key(rewrite, node)
         if key is not None:
             groups[key].append(node)
-    siblings = [group for group in groups.values() if len(group) > 1]
+    siblings = [part for group in groups.values() for part in _by_bias_dtype(group) if len(part) > 1]
     for group in siblings:
         _merge(rewrite, group)
     return len(siblings)
@@ -76,17 +77,25 @@ def _sibling_key(rewrite: GraphRewrite, node: fx.Node) -> Optional[tuple]:
         tensor.scale.dtype,
         weight_recipe(weight).config == rewrite.settings.config,  # type: ignore[arg-type]
         weight.args[-1],  # type: ignore[union-attr]
-        None if bias is None else example(bias).dtype,
         node.meta["intscale_grad"],
     )
 
 
+def _by_bias_dtype(group: list[fx.Node]) -> Iterable[list[fx.Node]]:
+    """Split siblings by the dtype of their bias; those without one (Whisper's keys) join the first that has one."""
+    dtypes = [example(node.args[2]).dtype for node in group if node.args[2] is not None]
+    parts: dict[Optional[torch.dtype], list[fx.Node]] = defaultdict(list)
+    for node in group:
+        bias = node.args[2]
+        parts[example(bias).dtype if bias is not None else next(iter(dtypes), None)].append(node)
+    return parts.values()
+
+
 def _bias_source(rewrite: GraphRewrite, bias: object, node: fx.Node) -> Optional[WeightSource]:
     """Where a constant bias comes from; None where joining it would hide it from autograd or where it is computed."""
-    inputs = rewrite.placeholders()
-    if not isinstance(bias, fx.Node) or bias not in inputs:
+    if not isinstance(bias, fx.Node) or bias not in rewrite.input_index:
         return None
-    index = inputs.index(bias)
+    index = rewrite.input_index[bias]
     value = rewrite.example_inputs[index]
     constant = isinstance(value, torch.nn.Parameter) or (bias.meta.get("tensor_dict") or {}).get(
         "_dynamo_static_input_type"
@@ -97,18 +106,12 @@ def _bias_source(rewrite: GraphRewrite, bias: object, node: fx.Node) -> Optional
 
 def _merge(rewrite: GraphRewrite, group: list[fx.Node]) -> None:
     first = group[0]
-    x, first_weight, first_bias = first.args
+    x, first_weight, _ = first.args
     recipe: Packed = merged([weight_recipe(node.args[1]) for node in group])  # type: ignore[arg-type]
     packed = recipe.resolve(rewrite.example_inputs)
-    sizes = [node.args[1].args[3] for node in group]  # type: ignore[union-attr]
+    sizes: list[Any] = [node.args[1].args[3] for node in group]  # type: ignore[union-attr]
     with rewrite.graph.inserting_before(first):
-        bias = None
-        if first_bias is not None:
-            sources = [_bias_source(rewrite, node.args[2], node) for node in group]
-            joined = ConcatenatedBias(
-                tuple(s for s in sources if s is not None)
-            )  # none is None: _sibling_key saw to it
-            bias = rewrite.add_packed_input(joined, None, joined.resolve(rewrite.example_inputs))
+        bias = _joined_bias(rewrite, group, sizes)
         weight = dequantized_weight(rewrite, recipe, packed, first_weight.args[-1], first)  # type: ignore[union-attr, arg-type]
         y = rewrite.call(torch.nn.functional.linear, (x, weight, bias), like=first)
         pieces = rewrite.call(torch.split, (y, sizes), {"dim": -1}, like=first)
@@ -118,6 +121,20 @@ def _merge(rewrite: GraphRewrite, group: list[fx.Node]) -> None:
     for candidate in candidates:
         candidate.merged_into = " + ".join(c.name for c in candidates)
     _distribute(rewrite, group, pieces)
+
+
+def _joined_bias(rewrite: GraphRewrite, group: list[fx.Node], sizes: list[int]) -> Optional[fx.Node]:
+    """One input for the biases of all siblings, or None where none has one."""
+    sources, first_rows = [], []
+    for i, node in enumerate(group):
+        source = None if node.args[2] is None else _bias_source(rewrite, node.args[2], node)
+        if source is not None:
+            sources.append(source)
+            first_rows.append(sum(sizes[:i]))
+    if not sources:
+        return None
+    joined = ConcatenatedBias(tuple(sources), tuple(first_rows), sum(sizes))
+    return rewrite.add_packed_input(joined, None, joined.resolve(rewrite.example_inputs))
 
 
 def _distribute(rewrite: GraphRewrite, group: list[fx.Node], pieces: fx.Node) -> None:

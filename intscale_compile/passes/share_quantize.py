@@ -22,7 +22,7 @@ def share_quantize(rewrite: GraphRewrite) -> int:
         if node.target is quantize_per_token.OP:
             key = (node.target, node.args)
             kept = first.get(key)
-            if kept is not None and not _written_between(kept, node):
+            if kept is not None and not written_between(kept, node):
                 node.replace_all_uses_with(kept)
                 rewrite.graph.erase_node(node)
                 shared += 1
@@ -48,7 +48,7 @@ def _storage(node: object):
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
-def _written_between(first: fx.Node, last: fx.Node) -> bool:
+def written_between(first: fx.Node, last: fx.Node) -> bool:
     """Whether a node between the two may write in place into what both quantize."""
     storage, node = _storage(first.args[0]), first.next
     while node is not last:
