@@ -376,9 +376,7 @@ def test_new_process_gives_the_same_logits(tmp_path):
 
 
 def test_stacks_of_experts_are_saved(tmp_path):
-    """3-D weights keep their shape and bits; grouped products come in a later release, so only the parameters are
-    compared.
-    """
+    """3-D weights keep their shape and bits, and the model its logits."""
     model = small_mixtral()
     config = FqnToConfig({r"re:.*experts\.(gate_up_proj|down_proj)": QUICK, r"re:.*self_attn\.[qkvo]_proj": QUICK})
     quantize_(model, config, filter_fn=None)
@@ -389,6 +387,26 @@ def test_stacks_of_experts_are_saved(tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     for name in quantized_names(model):
         assert_same_state({name: again.get_parameter(name).data}, {name: model.get_parameter(name).data})
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_stacks_of_experts_are_quantized_on_load(tmp_path):
+    """TorchAoConfig takes patterns; a stack that is kept as [E, K, N] comes back so."""
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, head_dim=16)
+    shape |= dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=64, pad_token_id=0)
+    gpt_oss = transformers.GptOssConfig(**shape, layer_types=["full_attention"])
+    config = FqnToConfig({r"re:.*experts\.(gate_up_proj|down_proj)": QUICK})
+    for name, model in (("mixtral", small_mixtral()), ("gpt_oss", transformers.GptOssForCausalLM(gpt_oss).eval())):
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=transformers.TorchAoConfig(config)
+        )
+        assert len(quantized_names(loaded)) == 2
+        loaded.save_pretrained(tmp_path / "again" / name)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again" / name)
+        assert quantized_names(again) == quantized_names(loaded)
+        assert torch.equal(logits(again), logits(loaded))
 
 
 def test_quantize_on_load_is_the_same_as_quantize_(tmp_path):

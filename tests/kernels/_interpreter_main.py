@@ -15,8 +15,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 
+from intscale_compile.kernels.quantize_per_token import SMALLEST_AMAX, quantize_per_token_aten  # noqa: E402
 from intscale_compile.kernels.tiles import Tile  # noqa: E402
 from intscale_compile.kernels.triton_gemm import accumulate_cuda, linear_cuda  # noqa: E402
+from intscale_compile.kernels.triton_quantize import quantize_per_token_cuda  # noqa: E402
 from tests.support.weights import make_problem  # noqa: E402
 
 SMALL, TALL, WIDE = Tile(16, 64), Tile(64, 32), Tile(32, 128, group_n=1)
@@ -88,10 +90,22 @@ def check_not_a_number() -> None:
     assert y[2].isnan().all() and torch.equal(y[[0, 1, 3, 4]], problem.linear(False)[[0, 1, 3, 4]])
 
 
+def check_quantize() -> None:
+    """The eager quantizer has the bits of the reference: ties, zeros, any shape; a row that is not finite spoils itself."""
+    ties = torch.arange(-254, 255)[None] / 2
+    for x in (torch.randn(5, 100) * 3, torch.randn(2, 3, 1024).half(), torch.randn(7, 17).bfloat16(), ties, ties * 0):
+        for ours, reference in zip(quantize_per_token_cuda(x, SMALLEST_AMAX), quantize_per_token_aten(x)):
+            assert torch.equal(ours, reference), x.shape
+    x = torch.randn(4, 64)
+    x[1, 3], x[2, 5] = float("nan"), float("inf")
+    (xq, scale), (expected, _) = quantize_per_token_cuda(x, SMALLEST_AMAX), quantize_per_token_aten(x)
+    assert scale[1:3].isnan().all() and not scale[[0, 3]].isnan().any() and torch.equal(xq[[0, 3]], expected[[0, 3]])
+
+
 def main() -> int:
     failures = 0
     checks = [(name, lambda a=arguments: check(*a)) for name, *arguments in cases()]
-    for name, run in [*checks, ("shapes", check_shapes), ("nan", check_not_a_number)]:
+    for name, run in [*checks, ("shapes", check_shapes), ("nan", check_not_a_number), ("quantize", check_quantize)]:
         try:
             run()
             error = None

@@ -5,13 +5,22 @@ Needs a Triton whose Gluon they are written for (3.6 or 3.7); skipped under othe
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 triton = pytest.importorskip("triton")
 from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES  # noqa: E402
-from intscale_compile.kernels.gluon_tiles import fits_resident  # noqa: E402
+from intscale_compile.kernels.gluon_tiles import (  # noqa: E402
+    choose_gluon_tile,
+    deepest,
+    fits_resident,
+    gated_tile,
+    illegal,
+)
 from intscale_compile.kernels.tile_tables import SHIPPED, active_tiles  # noqa: E402
 from intscale_compile.kernels.tiles import Tile  # noqa: E402
+from tests.support.sass import disassemble  # noqa: E402
 
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 pytestmark = pytest.mark.skipif(RELEASE not in TRITON_RELEASES, reason=f"Gluon of Triton {triton.__version__}")
@@ -40,7 +49,7 @@ def descriptor(shape: list[int], dtype: str, swizzled: bool = True) -> str:
     return f"tensordesc<{dtype}{shape},{layout!r}>"
 
 
-def compile_tile(schedule: str, tile: Tile, k: int):
+def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none"):
     """Compile one kernel for sm_90 and return Triton's compiled object."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -61,13 +70,15 @@ def compile_tile(schedule: str, tile: Tile, k: int):
         constants["SCALES"] = "accumulate" if schedule == "fold" else schedule
     else:
         fn = gluon_gemm.gemm_pipelined if tile.kernel == "pipelined" else gluon_gemm.gemm_specialized
-        shapes = ([tile.block_m, 128], [64, 64], [tile.block_n // 64, 1, 64])
+        scales = [tile.block_n // 64, 1, 64] if gated == "none" else [2, tile.block_n // 128, 1, 64]
+        shapes = ([tile.block_m, 128], [64, 64], scales)
         constants.update(
             BLOCKS_PER_GROUP=1,
             GROUP_N=tile.group_n,
             SPLIT_K=tile.split_k,
-            UNROLL=4 if schedule == "fold" else 1,
+            UNROLL=4 if schedule in ("fold", "none") else 1,
             INT8=False,
+            GATED=gated,
         )
         if tile.split_k > 1:
             signature.update(partial_ptr="*i32", counter_ptr="*i32")
@@ -93,10 +104,35 @@ def test_there_are_tables():
 
 @pytest.mark.parametrize("schedule,tile,k", distinct_tiles() if RELEASE in TRITON_RELEASES else [], ids=str)
 def test_shipped_tiles_assemble_without_spills(schedule, tile, k, tmp_path):
-    from tests.support.sass import disassemble
+    check(disassemble(compile_tile(schedule, tile, k), tmp_path), tile)
 
-    code = disassemble(compile_tile(schedule, tile, k), tmp_path)
-    assert code.spill_bytes == 0
+
+def gated_tiles() -> list[tuple[str, Tile, int, str]]:
+    """Every tile that a shipped one, or one by rule, becomes in a gated launch, once; one of them with each activation."""
+    found = {(s, gated_tile(tile, s)): k for s, tile, k in distinct_tiles() if tile.kernel != "decode"}
+    for schedule, m in itertools.product(("fold", "accumulate", "none"), (17, 64, 300, 4096)):
+        found.setdefault((schedule, gated_tile(choose_gluon_tile(m, 28672, 4096, schedule), schedule)), 4096)
+    found["fold", deepest(Tile(128, 256, 8, kernel="specialized"), "fold")] = 4096
+    cases = [(schedule, tile, k, "silu") for (schedule, tile), k in found.items()]
+    wide = [case for case in cases if case[1].block_m == case[1].block_n == 128]
+    return cases + [(*case[:3], activation) for case in wide for activation in ("gelu", "gelu_tanh")]
+
+
+@pytest.mark.parametrize("schedule,tile,k,activation", gated_tiles() if RELEASE in TRITON_RELEASES else [], ids=str)
+def test_gated_tiles_assemble_without_spills(schedule, tile, k, activation, tmp_path):
+    assert illegal(tile, schedule, k) is None
+    compiled = compile_tile(schedule, tile, k, activation)
+    code = disassemble(compiled, tmp_path)
+    products = [i.address for i in code.instructions if i.base == "IGMMA"]
+    local = [i.address for i in code.instructions if i.base in ("LDL", "STL")]
+    assert not any(products[0] <= address <= products[-1] for address in local), "spills in the loop"
+    # Once a tile, GELU may spill in its 168 registers: 60 registers at most.
+    check(code, tile, spill_bytes=0 if activation == "silu" else 256)
+
+
+def check(code, tile: Tile, spill_bytes: int = 0) -> None:
+    """Tensor cores at work without waits between them, no spills, no conversions to float but those of the epilogue."""
+    assert code.spill_bytes <= spill_bytes
     dot = "IMMA" if tile.kernel == "decode" else "IGMMA"
     assert code.count(dot) > 0
     if tile.kernel != "decode":

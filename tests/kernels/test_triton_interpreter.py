@@ -27,7 +27,8 @@ def results() -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["g32-", "g64-", "g128-", "g256-", "g-1-", "w8a8-", "shape", "deep", "chosen", "shapes", "nan"]
+    "prefix",
+    ["g32-", "g64-", "g128-", "g256-", "g-1-", "w8a8-", "shape", "deep", "chosen", "shapes", "nan", "quantize"],
 )
 def test_kernel_is_exact(results, prefix):
     chosen = {name: error for name, error in results.items() if name.startswith(prefix)}

@@ -110,23 +110,40 @@ def test_merge_siblings_is_exact(bias, sizes, packing):
         assert torch.equal(y, linear(x, IntScaleTensor.from_hp(part.weight, config), part.bias))
 
 
-def test_merge_siblings_leaves_mixed_bias_and_formats_alone():
-    class Mixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(64, 32), nn.Linear(64, 32, bias=False)
-            self.c = nn.Linear(64, 32, bias=False)
-            self.requires_grad_(False)
+class Mixed(nn.Module):
+    def __init__(self, bias_dtypes):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(64, 32, bias=dtype is not None) for dtype in bias_dtypes)
+        for part, dtype in zip(self.parts, bias_dtypes):
+            part.bias = part.bias if dtype is None else nn.Parameter(torch.randn(32, dtype=dtype))
+        self.requires_grad_(False)
 
-        def forward(self, x):
-            return self.a(x), self.b(x), self.c(x)
+    def forward(self, x):
+        return tuple(part(x) for part in self.parts)
 
-    model = Mixed()
-    quantize_(model, IntScaleConfig(group_size=32), filter_fn=lambda m, n: n == "b")
-    quantize_(model, IntScaleConfig(group_size=64), filter_fn=lambda m, n: n in ("a", "c"))
+
+def test_merge_siblings_leaves_mixed_formats_alone():
+    model = Mixed([None, None, None])
+    for i, group_size in enumerate((32, 64, 128)):
+        name = f"parts.{i}"
+        quantize_(model, IntScaleConfig(group_size=group_size), filter_fn=lambda m, n, name=name: n == name)
     rewrite = capture(model, torch.randn(2, 64))
     apply_until(rewrite, "fuse")
     assert rewrite.counts["merge_siblings"] == 0 and count(rewrite, LINEAR_OP) == 3 and count(rewrite, QUANTIZE) == 1
+
+
+@pytest.mark.parametrize("places", [(True, False, True), (False, False, True), (False, True, False)])
+def test_merge_siblings_with_and_without_bias_is_exact(places):
+    """Whisper's keys have no bias, its queries and values have one."""
+    model, x = Mixed([torch.float32 if place else None for place in places]), torch.randn(3, 64)
+    x[0] = 0
+    merged = capture(model, x)
+    apply_until(merged, "fuse")
+    assert merged.counts["merge_siblings"] == 1 and count(merged, LINEAR_OP) == 1
+    assert_true_metadata(merged)
+    for part, y in zip(model.parts, run(merged)):
+        expected = linear(x, IntScaleTensor.from_hp(part.weight, IntScaleConfig()), part.bias)
+        assert torch.equal(y.view(torch.int32), expected.view(torch.int32))  # zeros keep their sign
 
 
 def test_fuse_leaves_no_qdq_behind():
@@ -213,7 +230,7 @@ class Checkpointed(nn.Module):
 LEFT_ALONE = {
     Reason.SUBGRAPH: Checkpointed,
     Reason.LEFT_OPERAND: lambda: Holder(lambda x, w: w @ x.t(), torch.randn(32, 64)),
-    Reason.EXPERTS: lambda: Holder(lambda x, w: torch.bmm(x.expand(4, -1, -1), w), torch.randn(4, 64, 32)),
+    Reason.EXPERTS: lambda: Holder(lambda x, w: torch.bmm(w, x.t().expand(4, -1, -1)), torch.randn(4, 32, 64)),
     Reason.UNKNOWN_FORM: lambda: Holder(lambda x, w: torch.einsum("mk,nk->mn", x, w), torch.randn(32, 64)),
     Reason.SCALED_ADDMM: lambda: Holder(
         lambda x, w, b: torch.addmm(b, x, w, alpha=2), torch.randn(64, 32), torch.randn(32)

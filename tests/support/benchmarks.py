@@ -11,11 +11,13 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SHAPES = ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096))
 
 
-def load() -> SimpleNamespace:
+GEMM = ("gemm", "gemm_report", "gemm_results", "gemm_peers", "roofline_svg", "timing")
+
+
+def load(names: tuple[str, ...] = GEMM) -> SimpleNamespace:
     """The benchmark's modules; ``benchmarks`` is no package, its scripts see each other as a user's command does."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        names = ("gemm", "gemm_report", "gemm_results", "gemm_peers", "roofline_svg", "timing")
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+        return SimpleNamespace(**{name.rsplit(".", 1)[-1]: importlib.import_module(name) for name in names})
     finally:
         sys.path.remove(str(BENCHMARKS))

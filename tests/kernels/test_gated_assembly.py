@@ -1,0 +1,69 @@
+"""Machine code of the plain-Triton gated kernel for GPUs that are not here: tensor cores, no spills, wide copies."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+
+from intscale_compile.kernels.tiles import Tile, choose_tile
+from intscale_compile.kernels.triton_gated import w4a8_gated_kernel
+from intscale_compile.kernels.triton_gemm import schedule_flags
+from tests.kernels.test_assembly import ACCUMULATE, FOLD, PER_CHANNEL, SIGNATURE, W8A8, check_loop
+from tests.support.sass import Sass, assemble, disassemble
+
+N, K = 28672, 4096
+
+
+def compile_kernel(schedule, tile: Tile, target: GPUTarget, activation: str = "silu", ptx: bool = True):
+    group_size, scale_bits, weight_bits = schedule
+    flags = schedule_flags(K, group_size, scale_bits, weight_bits, "tiled", tile)
+    signature = SIGNATURE | ({"qdata_ptr": "*i8"} if weight_bits == 8 else {})
+    constants = dict(bias_ptr=None, GATED=activation, HAS_BIAS=False, PTX=ptx, **flags)
+    aligned = [name for name in signature if name != "M"]
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return assemble(w4a8_gated_kernel, signature, constants, target, aligned=aligned, **options)
+
+
+def sass_of(schedule, tile: Tile, arch: int, tmp_path, activation: str = "silu") -> Sass:
+    return disassemble(compile_kernel(schedule, tile, GPUTarget("cuda", arch, 32), activation), tmp_path)
+
+
+@pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE, PER_CHANNEL, W8A8, (32, 4, 4)], ids=str)
+@pytest.mark.parametrize("m", [1, 64, 4096])
+def test_hopper(schedule, m, tmp_path):
+    code = sass_of(schedule, choose_tile(m, N, K, *schedule), 90, tmp_path)
+    check_loop(code, ("IGMMA",))
+    assert code.count("IMMA") == 0
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_other_activations(activation, tmp_path):
+    check_loop(sass_of(FOLD, choose_tile(4096, N, K, *FOLD), 90, tmp_path, activation), ("IGMMA",))
+
+
+@pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
+@pytest.mark.parametrize("arch", [80, 89, 100])
+@pytest.mark.parametrize("m", [64, 4096])
+def test_other_nvidia(arch, schedule, m, tmp_path):
+    tile = choose_tile(m, N, K, *schedule, arch)
+    code = sass_of(schedule, tile, arch, tmp_path)
+    loop = code.k_loop()
+    assert any(code.count(opcode, loop) for opcode in ("UTCIMMA", "IMMA")), code.opcodes(loop)
+    # ptxas keeps 128 registers on sm_80 and sm_89, for two programs on an SM, and moves two others around the loop.
+    assert code.spill_bytes <= 8 and code.count("STL", loop) == code.count("LDL", loop) == 0
+
+
+def test_weights_arrive_in_wide_asynchronous_copies(tmp_path):
+    """Rows from two halves of the weight must not hide from the compiler that each row is aligned."""
+    tile = choose_tile(4096, N, K, *FOLD)
+    code = sass_of(FOLD, tile, 90, tmp_path)
+    wide = [i for i in code.k_loop() if i.base == "LDGSTS" and i.opcode.endswith(".128")]
+    assert len(wide) >= tile.block_n * 64 // 16 // (32 * tile.num_warps)
+
+
+@pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
+def test_amd(schedule):
+    compiled = compile_kernel(schedule, Tile(64, 64, num_stages=2), GPUTarget("hip", "gfx942", 64), ptx=False)
+    assert "v_mfma_i32" in compiled.asm["amdgcn"] and len(compiled.asm["hsaco"]) > 0

@@ -1,0 +1,98 @@
+"""Machine code of the grouped kernel for GPUs that are not here: tensor cores, no spills, wide copies of weights."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+
+from intscale_compile.kernels.grouped_tiles import choose_grouped_tile
+from intscale_compile.kernels.tiles import Tile
+from intscale_compile.kernels.triton_gemm import schedule_flags
+from intscale_compile.kernels.triton_grouped import row_tiles, w4a8_grouped_kernel
+from tests.kernels.test_assembly import ACCUMULATE, FOLD, PER_CHANNEL, W8A8, check_loop
+from tests.support.sass import Sass, assemble, disassemble
+
+K, EXPERTS = 4096, 8
+SIGNATURE = dict(xq_ptr="*i8", token_scale_ptr="*fp32", qdata_ptr="*u8", scale_ptr="*u8", row_scale_ptr="*fp32")
+SIGNATURE |= dict(offsets_ptr="*i32", row_index_ptr="*i32", out_index_ptr="*i32", out_ptr="*bf16", rows="i32")
+SIGNATURE |= dict(experts="i32", N="i32", K="i32", xq_stride="i32", qdata_stride="i32", scale_stride="i32")
+ROWS = (2, 8, 32, 128, 256, 512, 1024, 4096, 32768)
+FEATURES = (768, 4096, 28672)
+
+
+def chosen_tiles(schedule, arch: int = 90) -> list[Tile]:
+    """Every tile that ``choose_grouped_tile`` returns for a schedule."""
+    tiles = {
+        choose_grouped_tile(rows, experts, n, K, *schedule, arch)
+        for rows, experts, n in itertools.product(ROWS, (8, 128), FEATURES)
+    }
+    return sorted(tiles, key=lambda tile: (tile.block_m, tile.block_n, tile.num_stages))
+
+
+def compile_kernel(schedule, tile: Tile, target: GPUTarget, packing: str = "tiled", ptx: bool = True):
+    group_size, scale_bits, weight_bits = schedule
+    flags = schedule_flags(K, group_size, scale_bits, weight_bits, packing, tile)
+    signature = SIGNATURE | ({"qdata_ptr": "*i8"} if weight_bits == 8 else {})
+    constants = dict(bias_ptr=None, DEQUANTIZE=True, HAS_BIAS=False, GATHER=True, SCATTER=True, PTX=ptx, GROUPS=16)
+    aligned = [name for name in signature if name not in ("rows", "experts")]
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return assemble(w4a8_grouped_kernel, signature, constants | flags, target, aligned=aligned, **options)
+
+
+def sass_of(schedule, tile: Tile, arch: int, tmp_path, packing: str = "tiled") -> Sass:
+    return disassemble(compile_kernel(schedule, tile, GPUTarget("cuda", arch, 32), packing), tmp_path)
+
+
+SM90_CASES = [(s, t) for s in (FOLD, ACCUMULATE, PER_CHANNEL) for t in chosen_tiles(s)]
+SM90_CASES += [(s, chosen_tiles(s)[-1]) for s in (W8A8, (32, 4, 4), (64, 8, 4), (256, 4, 4))]
+
+
+@pytest.mark.parametrize("schedule, tile", SM90_CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_hopper(schedule, tile, tmp_path):
+    code = sass_of(schedule, tile, 90, tmp_path)
+    check_loop(code, ("IGMMA",))
+    assert code.count("IMMA") == 0
+
+
+@pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
+@pytest.mark.parametrize("rows", [2, 256, 512, 8192])
+def test_ampere(schedule, rows, tmp_path):
+    tile = choose_grouped_tile(rows, EXPERTS, 28672, K, *schedule, 80)
+    check_loop(sass_of(schedule, tile, 80, tmp_path), ("IMMA",))
+
+
+def test_weights_arrive_in_wide_asynchronous_copies(tmp_path):
+    """The expert's offset in the stack must not hide from the compiler that its weights are aligned."""
+    tile = choose_grouped_tile(2, EXPERTS, 28672, K, *FOLD)
+    code = sass_of(FOLD, tile, 90, tmp_path)
+    wide = [i for i in code.k_loop() if i.base == "LDGSTS" and i.opcode.endswith(".128")]
+    assert len(wide) >= tile.block_n * 64 // 16 // (32 * tile.num_warps)
+
+
+@pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
+def test_amd(schedule):
+    compiled = compile_kernel(schedule, Tile(64, 64, num_stages=2), GPUTarget("hip", "gfx942", 64), ptx=False)
+    assert "v_mfma_i32" in compiled.asm["amdgcn"] and len(compiled.asm["hsaco"]) > 0
+
+
+def test_grid_covers_every_routing():
+    """The bound is reached, and never passed: all ways to give up to 9 rows to 3 experts and to none."""
+    for rows, block in itertools.product(range(1, 10), (1, 2, 4)):
+        needed = [
+            sum(-(-count // block) for count in counts)
+            for counts in itertools.product(range(rows + 1), repeat=4)
+            if sum(counts) == rows
+        ]
+        assert max(needed) == row_tiles(rows, 3, block)
+
+
+def test_decode_fills_the_gpu_and_prefill_uses_tall_tiles():
+    for n in (28672, 14336):
+        tile = choose_grouped_tile(2, 8, n, 4096, *FOLD)
+        assert tile.block_m == 16 and 2 * -(-n // tile.block_n) >= 132
+    assert choose_grouped_tile(8192, 8, 28672, 4096, *FOLD).block_m == 128
+    assert choose_grouped_tile(8192, 8, 28672, 4096, *ACCUMULATE).block_m == 64

@@ -1,0 +1,146 @@
+"""Products that no pass quantizes: each is listed with its weight's name and its reason, none is skipped."""
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn import functional as F
+from torchao.quantization import quantize_
+
+import intscale_compile
+from intscale_compile import IntScaleConfig
+from intscale_compile.kernels.w4a8_linear import LINEAR_OP
+from intscale_compile.passes import PASSES, apply_passes
+from intscale_compile.reasons import Reason
+from intscale_compile.versions import version_of
+from tests.support.graphs import capture, count
+
+
+class Layer(nn.Module):
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, torch.Tensor) else part)
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def weight(*shape):
+    return torch.randn(*shape)
+
+
+COMPUTED = {
+    "slice": lambda m, x: x @ m.w[:32].t(),
+    "scaled": lambda m, x: x.matmul(m.w * 2),
+    "addmm": lambda m, x: torch.addmm(m.w[0], x, m.w + 1),
+    "einsum": lambda m, x: torch.einsum("mk,nk->mn", x, m.w[:32] * 2),
+}
+
+
+def candidates(model, *inputs):
+    rewrite = capture(model, *inputs)
+    apply_passes(rewrite, PASSES)
+    return rewrite, {c.name: c.reason for c in rewrite.candidates}
+
+
+@pytest.mark.parametrize("form", COMPUTED)
+def test_computed_weight(form):
+    rewrite, found = candidates(Layer(COMPUTED[form], w=weight(64, 64)), torch.randn(4, 64))
+    assert found == {"w": Reason.NOT_CONSTANT} and count(rewrite, LINEAR_OP) == 0
+
+
+def test_products_without_a_matrix_parameter_are_no_candidates():
+    model = Layer(lambda m, x: x @ x.t() @ (x * m.scale), scale=weight(64))
+    assert candidates(model, torch.randn(64, 64))[1] == {}
+    rotary = Layer(lambda m, x: m.frequencies[None, :, None] @ x[None, None, 0], frequencies=weight(32))
+    assert candidates(rotary, torch.randn(4, 64))[1] == {}
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d])
+def test_convolution(kind):
+    rank = 3 if kind is nn.Conv2d else 2
+    model = Layer(lambda m, x: m.conv(x), conv=kind(64, 64, 1))
+    _, found = candidates(model, torch.randn(1, 64, *[8] * (rank - 1)))
+    assert found == {"conv.weight": Reason.CONVOLUTION}
+
+
+def test_attention_module_is_one_operator():
+    attention = nn.MultiheadAttention(64, 4, batch_first=True).eval()
+    model = Layer(lambda m, x: m.attention(x, x, x)[0], attention=attention)
+    _, found = candidates(model, torch.randn(2, 5, 64))
+    assert found == dict.fromkeys(["attention.in_proj_weight", "attention.out_proj.weight"], Reason.ONE_OPERATOR)
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    return nn.TransformerEncoder(layer, 1).eval().requires_grad_(False)
+
+
+def test_encoder_layer_is_one_operator():
+    _, found = candidates(encoder(), torch.randn(2, 5, 64))
+    assert len(found) == 4 and set(found.values()) == {Reason.ONE_OPERATOR}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_mend_of_the_encoder_layer(quantized):
+    model = encoder()
+    if quantized:
+        quantize_(model, IntScaleConfig())
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        _, found = candidates(model, torch.randn(2, 5, 64))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert {name for name, reason in found.items() if reason is None} == {
+        "layers.0.linear1.weight",
+        "layers.0.linear2.weight",
+    }
+
+
+def test_body_of_a_higher_order_operator_names_its_weights():
+    model = Layer(
+        lambda m, x: torch.utils.checkpoint.checkpoint(m.linear, x, use_reentrant=False), linear=nn.Linear(64, 32)
+    )
+    assert candidates(model, torch.randn(4, 64))[1] == {"linear.weight": Reason.SUBGRAPH}
+    report = intscale_compile.explain(model, torch.randn(4, 64))
+    assert [(layer.name, layer.reason) for layer in report.layers] == [("linear.weight", "SUBGRAPH")]
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(64, 64) for _ in range(3))
+        self.lstm = nn.LSTM(64, 64)
+        self.requires_grad_(False)
+
+    @torch._dynamo.disable
+    def outside(self, x):
+        return self.second(x)
+
+    def forward(self, x):
+        return self.outside(self.first(x))
+
+
+def test_explain_lists_what_no_graph_holds():
+    report = intscale_compile.explain(Broken(), torch.randn(4, 64))
+    left = {layer.name: layer.reason for layer in report.fallbacks}
+    names = ["second.weight", "third.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+    assert left == dict.fromkeys(names, "NOT_REACHED")
+    assert [layer.name for layer in report.layers if layer.quantized] == ["first.weight"]
+
+
+@pytest.mark.skipif(version_of("torch") < (2, 12), reason="after the graph break Dynamo fails inside torchao")
+def test_explain_of_a_quantized_encoder_whose_fast_path_breaks_the_graph():
+    model = encoder()
+    quantize_(model, IntScaleConfig())
+    report = intscale_compile.explain(model, torch.randn(2, 5, 64))
+    assert len(report.layers) == 4 and {layer.reason for layer in report.layers} == {"NOT_REACHED"}
+
+
+def test_bias_that_is_a_view_is_fused():
+    model = Layer(lambda m, x: F.linear(x, m.w, m.b[1]), w=weight(32, 64), b=weight(2, 32))
+    rewrite, found = candidates(model, torch.randn(4, 64))
+    assert found == {"w": None} and count(rewrite, LINEAR_OP) == 1
