@@ -1,0 +1,119 @@
+"""Ways to run the model: how it is quantized and how it is compiled."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way.
+
+    Attributes:
+        name, title: short and long.
+        quantize: changes the model in place; None leaves it in bf16.
+        backend, mode: of ``torch.compile``.
+        attention: of the model.
+    """
+
+    name: str
+    title: str
+    quantize: Optional[Callable[[nn.Module], Any]] = None
+    backend: str = "inductor"
+    mode: str = "reduce-overhead"
+    attention: str = "grouped_sdpa"
+
+
+def _torchao(make_config: Callable[[], Any]) -> Callable[[nn.Module], None]:
+    def quantize(model: nn.Module) -> None:
+        from torchao.quantization import quantize_
+
+        quantize_(model, make_config())
+
+    return quantize
+
+
+def _fp8() -> Any:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+
+
+def _int8() -> Any:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    return Int8DynamicActivationInt8WeightConfig()
+
+
+def _int4() -> Any:
+    from torchao.quantization import Int4WeightOnlyConfig
+
+    # The packing whose kernel is part of PyTorch; the default one needs another package.
+    return Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
+
+
+def _intscale(model: nn.Module, output_too: bool) -> None:
+    """All linears and expert stacks; the output embedding as well with ``output_too``, as torchao's own configs do it."""
+    from torchao.quantization import quantize_
+
+    import intscale_compile
+
+    config = intscale_compile.IntScaleConfig()
+    quantize_(model, config, filter_fn=intscale_compile.linears_and_experts)
+    if output_too:
+        quantize_(model, config, filter_fn=lambda module, name: module is model.lm_head)
+
+
+def _float_scales(model: nn.Module) -> None:
+    """Quantize as ours and run the same kernels with fp32 group scales: what W4A8 costs without integer scales."""
+    from intscale_compile.kernels import gluon_launch, gluon_tiles, triton_gemm
+
+    _intscale(model, True)
+    launch, scales = gluon_launch.launch_gluon, {}
+
+    def as_float(scale):
+        """In a thread of its own: Inductor forbids what stays alive in the pool that this thread allocates from."""
+        if scale.data_ptr() not in scales:
+            thread = threading.Thread(target=lambda: scales.update({scale.data_ptr(): scale.float()}))
+            thread.start()
+            thread.join()
+        return scales[scale.data_ptr()]
+
+    def launch_float(out, xq, token_scale, qdata, scale, row_scale, bias, group_size, scale_bits, tile, overlap=False,
+                     gated="none"):  # fmt: skip
+        # The tile of the schedule of the same form: a partial sum for each group, then a multiply-add.
+        tile = triton_gemm.pick_tile(xq.shape[0], qdata.shape[0], xq.shape[1], group_size, 8, 4, xq.device, True)
+        tile = tile if gated == "none" else gluon_tiles.gated_tile(tile, "float")
+        operands = (out, xq, token_scale, qdata, as_float(scale), row_scale, bias, group_size, scale_bits)
+        launch(*operands, tile, overlap, gated)
+
+    gluon_launch.launch_gluon = launch_float
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("bf16", "bf16, Inductor reduce-overhead"),
+        Peer("bf16_autotune", "bf16, Inductor max-autotune", mode="max-autotune"),
+        Peer("bf16_default", "bf16, transformers' default attention", attention="sdpa"),
+        Peer("fp8", "torchao fp8, dynamic, per row", _torchao(_fp8)),
+        Peer("int4", "torchao int4 weight-only, group 128", _torchao(_int4)),
+        Peer("int8", "torchao int8, dynamic", _torchao(_int8)),
+        Peer("float_scales", "ours with float group scales", _float_scales, "intscale"),
+        Peer("intscale", "ours", lambda m: _intscale(m, True), "intscale"),
+        Peer("intscale_head", "ours, output embedding left in bf16", lambda m: _intscale(m, False), "intscale"),
+        Peer("intscale_default", "ours, transformers' default attention", lambda m: _intscale(m, True), "intscale",
+             attention="sdpa"),
+    )
+}  # fmt: skip
+
+
+def compiled(peer: Peer, model: nn.Module) -> Callable:
+    """The model's forward, compiled as the peer asks for."""
+    return torch.compile(model, backend=peer.backend, mode=peer.mode, dynamic=False)
