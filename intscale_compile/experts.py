@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .kernels.quantize_per_token import OP as QUANTIZE_OP
-from .kernels.quantize_per_token import check_activation, quantize_per_token_aten
+from .kernels.quantize_per_token import check_activation
 from .kernels.w4a8_grouped import GROUPED_OP
-from .ops import KERNEL_ABI, register_inductor
+from .linear import quantize_activation
+from .ops import KERNEL_ABI
 from .tensor import IntScaleTensor
 
 IMPLEMENTATION = "intscale"
@@ -59,12 +59,7 @@ def grouped_linear(
         raise InputError(
             f"the activation has shape {tuple(x.shape)}, expected [rows, {weight.in_features}] for {weight!r}."
         )
-    if torch.compiler.is_compiling():
-        register_inductor()
-        with torch.no_grad():
-            xq, token_scale = quantize_per_token_aten(x)
-    else:
-        xq, token_scale = QUANTIZE_OP(x)
+    xq, token_scale = quantize_activation(x)
     return GROUPED_OP(
         xq,
         token_scale,

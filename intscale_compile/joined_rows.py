@@ -112,7 +112,9 @@ def _joined(name: str, tensors: Sequence[IntScaleTensor], parts: list[Tensor], f
     if found is None or any(part._base is not root for part in parts):  # one version counter for all
         ends = itertools.accumulate(part.shape[0] for part in parts)
         slices = [joined[end - part.shape[0] : end] for part, end in zip(parts, ends)]
-        for tensor, rows in zip(tensors, slices):
+        for tensor, part, rows in zip(tensors, parts, slices):
             setattr(tensor, name, rows)
+            if not part.is_inference():
+                part.set_(rows)  # Dynamo holds the former tensor until it has compiled: let go of the memory behind it
         setattr(slices[0]._base, SLICES, [weakref.ref(rows) for rows in slices])
     return joined

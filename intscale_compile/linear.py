@@ -43,12 +43,7 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
         raise InputError(f"the bias has shape {tuple(bias.shape)}, the weight {weight.out_features} output features.")
     if x.device != weight.device:
         raise InputError(f"the activation is on {x.device}, the weight on {weight.device}: move them together.")
-    if torch.compiler.is_compiling():
-        register_inductor()
-        with torch.no_grad():
-            xq, token_scale = quantize_per_token_aten(x)
-    else:
-        xq, token_scale = QUANTIZE_OP(x)
+    xq, token_scale = quantize_activation(x)
     return LINEAR_OP(
         xq,
         token_scale,
@@ -64,6 +59,15 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
         KERNEL_ABI,
         x if torch.is_grad_enabled() and x.requires_grad else None,
     )
+
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes and fp32 token scales of ``x``: our op in eager mode, its aten form where a compiler looks on."""
+    if torch.compiler.is_compiling():
+        register_inductor()
+        with torch.no_grad():
+            return quantize_per_token_aten(x)
+    return QUANTIZE_OP(x)
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:

@@ -6,12 +6,11 @@ A process of its own, because ``TRITON_INTERPRET`` is read when triton is import
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import sys
-import traceback
 
-os.environ["TRITON_INTERPRET"] = "1"
+from tests.support.interpreter import interpret, run_cases
+
+interpret()
 
 import torch  # noqa: E402
 
@@ -142,16 +141,7 @@ def main() -> int:
     checks = dict(SINGLE)
     for (name, shape), kind in itertools.product(SHAPES.items(), MASKS):
         checks[f"{name}/{kind}"] = lambda shape=shape, kind=kind: check(shape, kind)
-    failures = 0
-    for name, run in checks.items():
-        try:
-            run()
-            error = None
-        except Exception:
-            error = traceback.format_exc()
-            failures += 1
-        print(json.dumps({"case": name, "error": error}), flush=True)
-    return failures != 0
+    return run_cases(checks.items())
 
 
 if __name__ == "__main__":

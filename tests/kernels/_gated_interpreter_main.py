@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import os
 import sys
-import traceback
 
-os.environ["TRITON_INTERPRET"] = "1"
+from tests.support.interpreter import interpret, run_cases
+
+interpret()
 
 import torch  # noqa: E402
 
@@ -78,17 +77,8 @@ def check_shapes() -> None:
 
 
 def main() -> int:
-    failures = 0
     checks = [(name, lambda a=arguments: check(*a)) for name, *arguments in cases()]
-    for name, run in [*checks, ("exact", check_exact), ("shapes", check_shapes)]:
-        try:
-            run()
-            error = None
-        except Exception:
-            error = traceback.format_exc()
-            failures += 1
-        print(json.dumps({"case": name, "error": error}), flush=True)
-    return failures != 0
+    return run_cases([*checks, ("exact", check_exact), ("shapes", check_shapes)])
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ A process of its own, because ``TRITON_INTERPRET`` is read when triton is import
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import sys
-import traceback
 
-os.environ["TRITON_INTERPRET"] = "1"
+from tests.support.interpreter import interpret, run_cases
+
+interpret()
 
 import torch  # noqa: E402
 
@@ -81,17 +80,8 @@ def check_bad_offsets() -> None:
 
 
 def main() -> int:
-    failures = 0
     checks = [(name, lambda a=arguments: check(*a)) for name, *arguments in cases()]
-    for name, run in [*checks, ("many-experts", check_many_experts), ("bad-offsets", check_bad_offsets)]:
-        try:
-            run()
-            error = None
-        except Exception:
-            error = traceback.format_exc()
-            failures += 1
-        print(json.dumps({"case": name, "error": error}), flush=True)
-    return failures != 0
+    return run_cases([*checks, ("many-experts", check_many_experts), ("bad-offsets", check_bad_offsets)])
 
 
 if __name__ == "__main__":

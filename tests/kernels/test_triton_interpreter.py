@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
 from tests.support import interpreter_works
+from tests.support.interpreter import assert_passed, results_of
 
 pytestmark = interpreter_works
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, str | None]:
     """Error of every case, or None, by name."""
-    command = [sys.executable, "-m", "tests.kernels._interpreter_main"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert lines, done.stderr
-    return {line["case"]: line["error"] for line in lines}
+    return results_of("_interpreter_main")
 
 
 @pytest.mark.parametrize(
@@ -31,8 +22,4 @@ def results() -> dict[str, str | None]:
     ["g32-", "g64-", "g128-", "g256-", "g-1-", "w8a8-", "shape", "deep", "chosen", "shapes", "nan", "quantize"],
 )
 def test_kernel_is_exact(results, prefix):
-    chosen = {name: error for name, error in results.items() if name.startswith(prefix)}
-    assert chosen, f"no case named {prefix}*: {sorted(results)}"
-    failed = {name: error for name, error in chosen.items() if error is not None}
-    first = next(iter(failed.values()), None)
-    assert not failed, f"{len(failed)} of {len(chosen)} cases: {sorted(failed)}; the first:\n{first}"
+    assert_passed(results, prefix)
