@@ -36,7 +36,7 @@ def inductor_defaults(example_inputs: Sequence[Any], tokens: Optional[int] = Non
         # bf16 and fp16 values are rounded between operators, whatever was fused: a model decodes the same tokens with and
         # without CUDA graphs, alone and in a batch.
         defaults["emulate_precision_casts"] = True
-    if on_hopper_or_later(example_inputs) and _knows_pdl():
+    if on_hopper_or_later(example_inputs) and _knows_pdl() and not _has_backward(example_inputs):
         # Each kernel of a decoding step takes some microseconds, of which one is its launch: programmatic dependent launch
         # lets it overlap the kernel before, and kernels that do not depend on each other (rotary embedding of q and k, the
         # two cache updates) become one.
@@ -44,6 +44,11 @@ def inductor_defaults(example_inputs: Sequence[Any], tokens: Optional[int] = Non
     from torch._inductor import config
 
     return {name: value for name, value in defaults.items() if name in config.get_config_copy()}
+
+
+def _has_backward(example_inputs: Sequence[Any]) -> bool:
+    """Whether a backward graph may follow: Inductor compiles it later, outside of :func:`code_generation`."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
 
 
 def on_hopper_or_later(example_inputs: Sequence[Any]) -> bool:

@@ -132,6 +132,17 @@ def test_hopper_settings_only_from_hopper_on(capability, expected, monkeypatch):
     assert not inductor_defaults(tensors).keys() & HOPPER_ONLY
 
 
+@needs_pdl
+def test_no_early_launch_where_a_backward_graph_may_follow(monkeypatch):
+    """Inductor compiles it later, without the wait that :func:`code_generation` puts into every kernel."""
+    monkeypatch.setattr(inductor_settings, "on_hopper_or_later", lambda inputs: True)
+    trains = [torch.zeros(2, requires_grad=True)]
+    assert not inductor_defaults(trains).keys() & HOPPER_ONLY
+    with torch.no_grad():
+        assert inductor_defaults(trains).keys() & HOPPER_ONLY == HOPPER_ONLY
+    assert inductor_defaults([torch.zeros(2)]).keys() & HOPPER_ONLY == HOPPER_ONLY
+
+
 def test_nothing_of_it_on_a_cpu():
     defaults = inductor_defaults([torch.empty(2), 3])
     assert defaults.keys() == ({"split_reductions"} | ({"loop_ordering_after_fusion"} if old_torch() else set()))
