@@ -115,6 +115,7 @@ def _joined(name: str, tensors: Sequence[IntScaleTensor], parts: list[Tensor], f
         for tensor, part, rows in zip(tensors, parts, slices):
             setattr(tensor, name, rows)
             if not part.is_inference():
-                part.set_(rows)  # Dynamo holds the former tensor until it has compiled: let go of the memory behind it
+                # Dynamo holds the former tensor until it has compiled: let go of the memory behind it.
+                part.set_(rows.untyped_storage(), rows.storage_offset(), rows.shape, rows.stride())
         setattr(slices[0]._base, SLICES, [weakref.ref(rows) for rows in slices])
     return joined
