@@ -246,6 +246,10 @@ class IntScaleTensor(TorchAOBaseTensor):
             flat = self.__dict__["_flat"] = (list(self.tensor_data_names), attributes)
         return flat
 
+    def __getstate__(self) -> dict:
+        """What is stored: without what ``__tensor_flatten__`` keeps, which follows from the rest."""
+        return {name: value for name, value in self.__dict__.items() if name != "_flat"}
+
     def _stable_hash_for_caching(self) -> str:
         parts = [(n, tuple(getattr(self, n).shape), str(getattr(self, n).dtype)) for n in self.tensor_data_names]
         attributes = [(n, str(getattr(self, n))) for n in self.tensor_attribute_names]
@@ -262,6 +266,7 @@ class IntScaleTensor(TorchAOBaseTensor):
     def _set_checked_state(self, state) -> None:
         """Unpickling, also by ``torch.load``: the stored parts are checked."""
         torch._utils._set_obj_state(self, state)
+        self.__dict__.pop("_flat", None)  # never from a file: nothing would check it
         missing = [n for n in (*self.tensor_data_names, *self.tensor_attribute_names) if not hasattr(self, n)]
         if missing:
             raise CheckpointError(

@@ -265,6 +265,18 @@ def test_damaged_torch_file(name, weights_only, tmp_path):
         torch.load(tmp_path / "w.pt", weights_only=weights_only)
 
 
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_torch_file_holds_nothing_that_follows_from_the_rest(weights_only, tmp_path):
+    """What ``__tensor_flatten__`` keeps is not stored, and a file that brings it along is not believed."""
+    weight = IntScaleTensor.from_hp(torch.randn(64, 256))
+    kept = weight.__tensor_flatten__()
+    torch.save(weight, tmp_path / "weight.pt")
+    assert "_flat" not in torch.load(tmp_path / "weight.pt", weights_only=weights_only).__dict__
+
+    weight._set_checked_state({**weight.__dict__, "_flat": (["qdata"], {})})
+    assert weight.__tensor_flatten__() == kept
+
+
 def test_torch_file_that_lacks_a_part(tmp_path):
     tensor = IntScaleTensor.from_hp(torch.randn(70, 200), QUICK)
     del tensor.scale_bits

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PROMPT, CONTEXT = 128, 256  # tokens in the cache before decoding begins, and its length
-ROUNDS, STEPS = 7, 8  # replays timed: median of ROUNDS, each STEPS calls (decode) or one (prefill)
+ROUNDS = 7  # the median of so many means
+STEPS = {"decode": 8, "prefill": 2}  # calls in each mean
 PATIENCE = 150.0  # seconds to wait for the others
 
 
@@ -195,7 +196,7 @@ def _prefill_step(model: Any, forward: Callable, tokens: int, device: str) -> Ca
 def _time(result: PeerResult, point: Point, step: Any, device: str) -> None:
     import torch
 
-    steps = STEPS if point.kind == "decode" else 2
+    steps = STEPS[point.kind]
     times = []
     for _ in range(ROUNDS):
         step.rewind()

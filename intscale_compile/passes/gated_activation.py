@@ -26,8 +26,8 @@ from .match import function_name
 # tokens of Llama-3-8B that kernel took 91 us behind a GEMM of 355 us (H100).
 LEAST_TOKENS = 256
 
-# Without CUDA graphs the host pays for the call of the op what `kernels.template.GLUON_TOKENS` says, up to 192 us; a layer
-# of Llama-3-8B keeps an H100 busy for longer from about 1024 tokens on.
+# Without CUDA graphs the host pays for the call of the op what `kernels.template.GLUON_TOKENS` says, up to 192 us. An
+# estimate from that, not a measurement: a layer of Llama-3-8B keeps an H100 busy for longer from about 1024 tokens on.
 LEAST_TOKENS_WITHOUT_GRAPHS = 1024
 
 TILE_ROWS = 64
