@@ -98,15 +98,20 @@ def _measure(
 
     peer = PEERS[result.peer]
     with turns.alone(), torch.no_grad():
+
+        def quantize(module: Any) -> None:
+            _synchronize(device)
+            start = time.perf_counter()
+            peer.quantize(module)
+            _synchronize(device)
+            result.quantize_s += time.perf_counter() - start
+
         start = time.perf_counter()
-        model = build(model_name, layers, peer.attention, device)
+        model = build(model_name, layers, peer.attention, device, quantize if peer.by_layer else None)
         _synchronize(device)
-        result.build_s = time.perf_counter() - start
-        start = time.perf_counter()
+        result.build_s = time.perf_counter() - start - result.quantize_s
         if peer.quantize is not None:
-            peer.quantize(model)
-        _synchronize(device)
-        result.quantize_s = time.perf_counter() - start
+            quantize(model)
         _release(device)
         if device == "cuda":
             result.weights_bytes = torch.cuda.memory_allocated()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=512, max_position_embeddings=16384,
+    ),
+    "tiny-mixtral": dict(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=16384,
     ),
 }  # fmt: skip
 NORMAL = 0.02  # standard deviation of the weights
@@ -48,8 +53,13 @@ def register_attention() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
 
 
-def build(name: str, layers: int | None, attention: str, device: str) -> nn.Module:
-    """The model in bf16 with normal random weights, in eval mode, nothing requiring grad."""
+def build(
+    name: str, layers: int | None, attention: str, device: str, quantize: Callable[[nn.Module], Any] | None = None
+) -> nn.Module:
+    """The model in bf16 with normal random weights, in eval mode, nothing requiring grad.
+
+    ``quantize`` is called with each decoder layer as soon as it has weights: the whole model need not fit in bf16.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
     register_attention()
@@ -65,13 +75,18 @@ def build(name: str, layers: int | None, attention: str, device: str) -> nn.Modu
             model = (MixtralForCausalLM if mixture else LlamaForCausalLM)(config)
     finally:
         torch.set_default_dtype(default)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
-    for parameter_name, parameter in model.named_parameters():
-        if "norm" in parameter_name:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, NORMAL, generator=generator)
+    decoder = model.model
+    for module in (decoder.embed_tokens, *decoder.layers, decoder.norm, model.lm_head):
+        module.to_empty(device=device)
+        for parameter_name, parameter in module.named_parameters():
+            if "norm" in parameter_name or module is decoder.norm:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, NORMAL, generator=generator)
+        if quantize is not None and module is not model.lm_head and not isinstance(module, nn.Embedding):
+            quantize(module)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its buffers were on meta
     return model
 

@@ -18,6 +18,7 @@ class Peer:
     Attributes:
         name, title: short and long.
         quantize: changes the model in place; None leaves it in bf16.
+        by_layer: whether ``quantize`` takes a decoder layer as well, and then the model that holds the quantized layers.
         backend, mode: of ``torch.compile``.
         attention: of the model.
     """
@@ -28,6 +29,7 @@ class Peer:
     backend: str = "inductor"
     mode: str = "reduce-overhead"
     attention: str = "grouped_sdpa"
+    by_layer: bool = False
 
 
 def _torchao(make_config: Callable[[], Any]) -> Callable[[nn.Module], None]:
@@ -66,8 +68,9 @@ def _intscale(model: nn.Module, output_too: bool) -> None:
 
     config = intscale_compile.IntScaleConfig()
     quantize_(model, config, filter_fn=intscale_compile.linears_and_experts)
-    if output_too:
-        quantize_(model, config, filter_fn=lambda module, name: module is model.lm_head)
+    head = getattr(model, "lm_head", None)
+    if output_too and head is not None:
+        quantize_(model, config, filter_fn=lambda module, name: module is head)
 
 
 def _float_scales(model: nn.Module) -> None:
@@ -78,12 +81,16 @@ def _float_scales(model: nn.Module) -> None:
     launch, scales = gluon_launch.launch_gluon, {}
 
     def as_float(scale):
-        """In a thread of its own: Inductor forbids what stays alive in the pool that this thread allocates from."""
-        if scale.data_ptr() not in scales:
-            thread = threading.Thread(target=lambda: scales.update({scale.data_ptr(): scale.float()}))
+        """In a thread of its own: Inductor forbids what stays alive in the pool that this thread allocates from.
+
+        By size as well: compiling joins weights, and the joined one may lie where one of its parts was.
+        """
+        key = scale.data_ptr(), scale.shape
+        if key not in scales:
+            thread = threading.Thread(target=lambda: scales.update({key: scale.float()}))
             thread.start()
             thread.join()
-        return scales[scale.data_ptr()]
+        return scales[key]
 
     def launch_float(out, xq, token_scale, qdata, scale, row_scale, bias, group_size, scale_bits, tile, overlap=False,
                      gated="none"):  # fmt: skip
@@ -106,10 +113,11 @@ PEERS = {
         Peer("int4", "torchao int4 weight-only, group 128", _torchao(_int4)),
         Peer("int8", "torchao int8, dynamic", _torchao(_int8)),
         Peer("float_scales", "ours with float group scales", _float_scales, "intscale"),
-        Peer("intscale", "ours", lambda m: _intscale(m, True), "intscale"),
-        Peer("intscale_head", "ours, output embedding left in bf16", lambda m: _intscale(m, False), "intscale"),
+        Peer("intscale", "ours", lambda m: _intscale(m, True), "intscale", by_layer=True),
+        Peer("intscale_head", "ours, output embedding left in bf16", lambda m: _intscale(m, False), "intscale",
+             by_layer=True),
         Peer("intscale_default", "ours, transformers' default attention", lambda m: _intscale(m, True), "intscale",
-             attention="sdpa"),
+             attention="sdpa", by_layer=True),
     )
 }  # fmt: skip
 
