@@ -14,7 +14,7 @@ from torchao.prototype.safetensors.safetensors_support import flatten_tensor_sta
 
 from .config import IntScaleConfig
 from .errors import CheckpointError, ConfigError
-from .tensor import IntScaleTensor
+from .tensor import ABSENT, ALL_NAMES, IntScaleTensor
 
 PathLike = Union[str, Path]
 
@@ -25,7 +25,8 @@ def rebuild_tensor(**parts) -> IntScaleTensor:
     Raises:
         CheckpointError: parts are missing, unknown, or contradict each other.
     """
-    names = {*IntScaleTensor.tensor_data_names, *IntScaleTensor.tensor_attribute_names}
+    names = set(ALL_NAMES)
+    parts = {**ABSENT, **parts}
     if set(parts) != names:
         raise CheckpointError(
             f"a stored IntScaleTensor lacks {sorted(names - set(parts))} and has unknown {sorted(set(parts) - names)}."

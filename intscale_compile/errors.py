@@ -23,6 +23,10 @@ class InputError(IntScaleError, ValueError):
     """An activation handed to an intscale op has the wrong shape, dtype or device."""
 
 
+class CalibrationError(IntScaleError, ValueError):
+    """Calibration cannot go on: no data, NaN or Inf in it, or a model whose blocks are not known."""
+
+
 class CheckpointError(IntScaleError, ValueError):
     """Stored quantized data contradicts itself: truncated, out of range, or a header that does not fit the data."""
 

@@ -35,7 +35,9 @@ def grouped_linear(
     row_index: Optional[Tensor] = None,
     out_index: Optional[Tensor] = None,
 ) -> Tensor:
-    """Linear layers of several experts on rows that are sorted by expert, activations quantized per token to int8.
+    """Linear layers of several experts on rows that are sorted by expert, activations quantized to int8.
+
+    Per token, or with the static scale of the expert: a token that several experts see is then quantized for each of them.
 
     Args:
         x: fp32, bf16 or fp16 ``[tokens, K]``.
@@ -59,7 +61,11 @@ def grouped_linear(
         raise InputError(
             f"the activation has shape {tuple(x.shape)}, expected [rows, {weight.in_features}] for {weight!r}."
         )
-    xq, token_scale = quantize_activation(x)
+    static = weight.activation_scale
+    if static is not None:
+        x, row_index = (x, None) if row_index is None else (x[row_index], None)
+        static = scale_of_positions(static, offsets, x.shape[0])
+    xq, token_scale, watched = quantize_activation(x, weight.rotation, static)
     return GROUPED_OP(
         xq,
         token_scale,
@@ -76,8 +82,19 @@ def grouped_linear(
         KERNEL_ABI,
         row_index,
         out_index,
-        x if torch.is_grad_enabled() and x.requires_grad else None,
+        watched,
+        weight.zero_point,
     )
+
+
+def scale_of_positions(static: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    """Activation scale of every sorted position, fp32 ``[rows, 1]``, from those of the experts, ``[E, 1, 1]``.
+
+    Positions behind the last expert take its scale; their results are zeros.
+    """
+    positions = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
+    expert = torch.searchsorted(offsets, positions, right=True).clamp(max=static.shape[0] - 1)
+    return static.reshape(-1, 1).index_select(0, expert)
 
 
 def sort_by_expert(expert_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -139,7 +156,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     y = grouped_linear(hidden_states, up, offsets, up_bias, row_index=order // chosen)
     y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
     y = grouped_linear(y, down, offsets, down_bias, out_index=order)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # transformers 5.17 has no such attribute
         y = module.post_expert_norm(y)
     weighted = y * top_k_weights.reshape(-1, 1)
     return weighted.view(tokens, chosen, -1).sum(dim=1).to(hidden_states.dtype)

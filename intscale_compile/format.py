@@ -1,6 +1,8 @@
 """The stored format, version 1: nibble packing, padding, tiles, and the proof that the int32 accumulator cannot overflow.
 
-    W[n, k] = row_scale[n] * group_scale[n, k // group_size] * q[n, k]      q in [-8, 7], group_scale a positive integer
+    W[n, k] = row_scale[n] * group_scale[n, k // group_size] * (q[n, k] - zero_point[n, k // group_size])
+
+``q`` lies in [-8, 7], ``group_scale`` is a positive integer, ``zero_point`` in [-8, 7] and 0 where it is not stored.
 
 Everything here is a pure function of tensors. ``N`` is the number of output features, ``K`` of input features,
 ``Kp`` is ``K`` rounded up to :func:`padded_in_features`, ``G`` the number of groups (``Kp / group_size``, or 1 per channel).
@@ -11,10 +13,11 @@ high one, so a kernel gets two contiguous halves from one load. ``P`` is 128, an
 then lies within one group, whatever the group size, and is never shallower than the 32 that int8 tensor cores need.
 With 8-bit weights ``qdata`` is int8 ``[..., N, Kp]``, not packed.
 
-Padding codes are 0 and padding groups have scale 1.
+Padding codes are 0; padding groups have scale 1 and zero point 0. A padding code in a group with another zero point
+counts for nothing: kernels must not read an activation there.
 
 The tiled packing holds the same bytes as ``[N / 64][Kp / P][64 rows][P / 2 bytes]`` (``N`` padded to 64 with codes 0),
-and the group scales as ``[N / 64][G][64 rows]``; both keep the weight's number of dimensions.
+and the group scales and zero points as ``[N / 64][G][64 rows]``; all of them keep the weight's number of dimensions.
 """
 
 from __future__ import annotations
@@ -104,13 +107,33 @@ def expand_group_scale(group_scale: Tensor, padded_k: int) -> Tensor:
     return group_scale.repeat_interleave(padded_k // max(1, group_scale.shape[-1]), dim=-1)
 
 
+def centered_codes(codes: Tensor, zero_point: Tensor) -> Tensor:
+    """``codes - zero_point``: int8 ``[..., N, Kp]`` and int8 ``[..., N, G]`` to int8 in [-15, 15]."""
+    return codes - expand_group_scale(zero_point, codes.shape[-1])
+
+
+def schedule_bits(scale_bits: int, asymmetric: bool) -> int:
+    """The bits of group scales by which a kernel chooses its schedule: up to 4 they are multiplied into the int8 weight.
+
+    With zero points a code is up to 15 away from 0. Times 7 that fits int8, times 15 it does not: 4-bit scales count as 5.
+    """
+    return 5 if asymmetric and scale_bits == 4 else scale_bits
+
+
+def rotation_fits(size: object, in_features: int) -> bool:
+    """Whether ``size`` is a block Hadamard size for ``in_features``: 0, or a power of two above 1 that divides them."""
+    if not isinstance(size, int) or isinstance(size, bool):
+        return False
+    return size == 0 or (size > 1 and size & (size - 1) == 0 and in_features % size == 0)
+
+
 def accumulator_bound(codes: Tensor, group_scale: Tensor) -> Tensor:
     """Largest magnitude that the integer accumulator of each row can reach, over all int8 activations.
 
     ``127 * sum_g group_scale[n, g] * sum_{k in g} |q[n, k]|`` bounds every partial sum too, in any order of summation.
 
     Args:
-        codes: int8 ``[..., N, Kp]``.
+        codes: int8 ``[..., N, Kp]``, less their zero points.
         group_scale: integer ``[..., N, G]``.
 
     Returns:

@@ -21,7 +21,6 @@ from .kernels.cpu_gemm import forget
 from .reasons import log_once
 from .tensor import IntScaleTensor
 
-DATA_NAMES = tuple(IntScaleTensor.tensor_data_names)
 SLICES = "_intscale_slices"  # attribute of a joined tensor: weak references to the row slices that we gave to weights
 ALIGNMENT = 16  # bytes; GPU kernels are compiled for inputs that are aligned so
 
@@ -33,7 +32,8 @@ def joined_in_place(tensors: Sequence[IntScaleTensor]) -> Optional[IntScaleTenso
     former memory is then free. Reads through any other alias of that memory would miss later updates, so a weight that
     has one is not touched. The result is never transposed, whatever the sources are.
     """
-    columns = {name: [getattr(t, name) for t in tensors] for name in DATA_NAMES}
+    names = [name for name in tensors[0].data_names if name != "act_pre_scale"]  # one for all rows, which need no join
+    columns = {name: [getattr(t, name) for t in tensors] for name in names}
     obstacle = _obstacle(tensors, columns)
     if obstacle is None:
         with torch.no_grad(), torch.inference_mode(False):  # inference tensors could not be written to later
@@ -59,6 +59,11 @@ def joined_in_place(tensors: Sequence[IntScaleTensor]) -> Optional[IntScaleTenso
 
 def _obstacle(tensors: Sequence[IntScaleTensor], columns: dict[str, list[Tensor]]) -> Optional[str]:
     first = tensors[0]
+    if any(t.data_names != first.data_names or t.rotation != first.rotation for t in tensors):
+        return "their formats differ"
+    static = first.act_pre_scale
+    if static is not None and any(not torch.equal(t.act_pre_scale, static) for t in tensors[1:]):  # type: ignore[arg-type]
+        return "they have static activation scales of their own"
     parts = [part for column in columns.values() for part in column]
     if any(type(part) is not Tensor for part in parts):
         return "their data are not plain tensors"

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .kernels.hadamard import HADAMARD_OP, HADAMARD_QUANTIZE_OP
 from .kernels.quantize_per_token import OP as QUANTIZE_OP
 from .kernels.quantize_per_token import check_activation, quantize_per_token_aten
+from .kernels.quantize_static import STATIC_OP, quantize_static_aten
 from .kernels.w4a8_linear import LINEAR_OP
 from .ops import KERNEL_ABI, register_inductor
 from .tensor import IntScaleTensor
 
 
 def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> Tensor:
-    """``x @ weight.T + bias`` with activations quantized per token to int8.
+    """``x @ weight.T + bias`` with activations quantized to int8: per token, or with the weight's static scale.
+
+    Where the weight is rotated, the activation is rotated first: block Hadamard transforms, see ``kernels.hadamard``.
 
     Args:
         x: fp32, bf16 or fp16 ``[..., K]``.
@@ -43,7 +47,7 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
         raise InputError(f"the bias has shape {tuple(bias.shape)}, the weight {weight.out_features} output features.")
     if x.device != weight.device:
         raise InputError(f"the activation is on {x.device}, the weight on {weight.device}: move them together.")
-    xq, token_scale = quantize_activation(x)
+    xq, token_scale, watched = quantize_activation(x, weight.rotation, weight.activation_scale)
     return LINEAR_OP(
         xq,
         token_scale,
@@ -57,17 +61,34 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
         weight.packing_format,
         _result_dtype(x),
         KERNEL_ABI,
-        x if torch.is_grad_enabled() and x.requires_grad else None,
+        watched,
+        zero_point=weight.zero_point,
     )
 
 
-def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes and fp32 token scales of ``x``: our op in eager mode, its aten form where a compiler looks on."""
+def quantize_activation(
+    x: Tensor, rotation: int = 0, activation_scale: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """int8 codes and fp32 token scales of ``x``, rotated in blocks of ``rotation`` where that is not 0.
+
+    Our ops in eager mode; where a compiler looks on, the aten form of the quantizers. The third result is the tensor that
+    the gradient of the product goes to: ``x``, rotated, or None where autograd does not watch.
+    """
+    watched = torch.is_grad_enabled() and x.requires_grad
+    if rotation and not watched:
+        return *HADAMARD_QUANTIZE_OP(x, rotation, activation_scale), None
+    rotated = HADAMARD_OP(x, rotation) if rotation else x
     if torch.compiler.is_compiling():
         register_inductor()
         with torch.no_grad():
-            return quantize_per_token_aten(x)
-    return QUANTIZE_OP(x)
+            quantized = _quantize_aten(rotated, activation_scale)
+    else:
+        quantized = QUANTIZE_OP(rotated) if activation_scale is None else STATIC_OP(rotated, activation_scale)
+    return *quantized, rotated if watched else None
+
+
+def _quantize_aten(x: Tensor, activation_scale: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    return quantize_per_token_aten(x) if activation_scale is None else quantize_static_aten(x, activation_scale)
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:

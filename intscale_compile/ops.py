@@ -4,13 +4,15 @@ It stands here and not in ``kernels/__init__.py`` because that folder is linked 
 ``__init__`` it would be a package named ``kernels`` there and hide Hugging Face's, which transformers looks for.
 """
 
-from .kernels import dequantize, quantize_per_token, w4a8_gated, w4a8_grouped, w4a8_linear
+from .kernels import dequantize, hadamard, quantize_per_token, quantize_static, w4a8_gated, w4a8_grouped, w4a8_linear
 from .kernels.abi import KERNEL_ABI
 
 __all__ = [
     "KERNEL_ABI",
     "dequantize",
+    "hadamard",
     "quantize_per_token",
+    "quantize_static",
     "register_inductor",
     "w4a8_gated",
     "w4a8_grouped",
@@ -32,6 +34,7 @@ def register_inductor() -> None:
     from .kernels.template import register_lowerings
 
     register_decomposition([quantize_per_token.OP])(quantize_per_token.quantize_per_token_aten)
+    register_decomposition([quantize_static.STATIC_OP])(quantize_static.quantize_static_aten)
     register_decomposition([dequantize.TOKEN_OP])(dequantize.dequantize_per_token_aten)
     register_lowerings()
     # Inductor copies its table at first use, which an import may be (torch.distributed.tensor.debug): a copy made before

@@ -8,27 +8,27 @@ passes decide which packed tensors go in: an update in place, a parameter exchan
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
 from .config import IntScaleConfig
-from .joined_rows import DATA_NAMES, joined_in_place
-from .tensor import IntScaleTensor
+from .errors import CompileError
+from .joined_rows import joined_in_place
+from .tensor import DATA_NAMES, IntScaleTensor
 from .tensor_ops import concatenate
 
 
 def version_of(tensor: Tensor) -> tuple:
     """Something that changes when the tensor's values may have changed. Ask inside ``DisableTorchFunctionSubclass``."""
     if isinstance(tensor, IntScaleTensor):  # a write through a slice moves only the wrapper's version
-        parts = _data(tensor)
+        parts = [part for part in _data(tensor) if part is not None]
         return (_version(tensor), *map(id, parts), *map(_version, parts))
     return (_version(tensor),)
 
@@ -140,6 +140,38 @@ def merged(recipes: Sequence[Packed]) -> Packed:
 
 
 @dataclass(frozen=True)
+class ActivationScale:
+    """Recipe for the static activation scale of one weight, or of several that read one quantized activation.
+
+    The weights then share one tensor, so that a write to it is seen by all of them, and a scale of one's own is noticed.
+    """
+
+    sources: tuple[WeightSource, ...]
+
+    @property
+    def key(self) -> tuple:
+        """Tells this recipe from the others of one graph."""
+        return "activation_scale", self.sources
+
+    def resolve(self, args: Sequence[Any]) -> IntScaleTensor:
+        """A weight with the scale, among the arguments of a call.
+
+        Raises:
+            CompileError: the weights have different scales, though they had one when the graph was compiled.
+        """
+        first, *others = (cast(IntScaleTensor, source.tensor(args)) for source in self.sources)
+        for source, other in zip(self.sources[1:], others):
+            if other.act_pre_scale is not first.act_pre_scale:
+                if not torch.equal(other.act_pre_scale, first.act_pre_scale):  # type: ignore[arg-type]
+                    raise CompileError(
+                        f"{self.sources[0].name} and {source.name} share one activation in the compiled graph, but no "
+                        "longer one static activation scale: calibrate them on one input, or call torch._dynamo.reset()."
+                    )
+                other.act_pre_scale = first.act_pre_scale
+        return first
+
+
+@dataclass(frozen=True)
 class ConcatenatedBias:
     """Recipe for the bias of merged siblings: constant vectors ``[N_i]`` at their first rows, zero for siblings without.
 
@@ -208,6 +240,7 @@ class BoundGraph:
         self._bindings: dict[tuple[int, ...], _Binding] = {}
         self._quantized: Optional[Callable[[Sequence[Any]], tuple]] = None
         self._plain: Callable[[Sequence[Any]], tuple]
+        self._parts: list[Callable[[IntScaleTensor], tuple]]
 
     def inputs(self, args: Sequence[Any], convert: Callable[[Tensor], Tensor] = lambda value: value) -> list[Any]:
         """The arguments of the compiled graph for those of the original one; ``convert`` sees the packed ones."""
@@ -225,11 +258,13 @@ class BoundGraph:
 
     def _inner(self, args: Sequence[Any]) -> list[Tensor]:
         """Inner tensors of the quantized weights among the arguments."""
-        if self._quantized is None:  # Dynamo guards the types of inputs, so the first call decides
+        if self._quantized is None:  # Dynamo guards types and attributes of inputs, so the first call decides
             watched = sorted({s.index for recipe, _ in self._packed for s in recipe.sources if s.index is not None})
             self._plain = _picker([i for i in watched if not isinstance(args[i], IntScaleTensor)])
-            self._quantized = _picker([i for i in watched if isinstance(args[i], IntScaleTensor)])
-        return [*itertools.chain.from_iterable(map(_data, self._quantized(args)))]
+            quantized = [i for i in watched if isinstance(args[i], IntScaleTensor)]
+            self._quantized = _picker(quantized)
+            self._parts = [operator.attrgetter(*args[i].data_names) for i in quantized]
+        return [part for parts, weight in zip(self._parts, self._quantized(args)) for part in parts(weight)]
 
     def _bind(self, args: Sequence[Any]) -> _Binding:
         given, copied = [], set()

@@ -31,6 +31,7 @@ from .reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from .tensor import IntScaleTensor, check_weight
 
 LEFT_OUT = "_intscale_left_out"  # attribute of a parameter that a quantize_ call did not select
+ROTATION = "_intscale_rotation"  # attribute of a module that rotates its input: the size of the Hadamard blocks
 PLAN_KEY = "__intscale_plan__"
 _torchao_quantize_code = quant_api.quantize_.__code__
 _is_linear = quant_api._is_linear
@@ -232,6 +233,8 @@ def _quantize_parameter(
         tensor = IntScaleTensor.from_hp(weight.mT, config, name=name).transpose(-2, -1)
     else:
         tensor = IntScaleTensor.from_hp(weight, config, name=name)
+    if parameter_name == "weight" and (size := getattr(module, ROTATION, 0)):  # the tensor rotates from now on
+        tensor = tensor.replaced(rotation=size)
     if plan is not None and plan.may_fail:
         plan.undo.append(functools.partial(setattr, module, parameter_name, parameter))
         plan.undo.append(functools.partial(module.__dict__.pop, "extra_repr", None))

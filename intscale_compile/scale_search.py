@@ -7,7 +7,7 @@ instead (arXiv 2405.14597) keeps the codes and is available as ``amplifier``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -104,12 +104,13 @@ def _searched(groups: Tensor, absmax: Tensor, config: IntScaleConfig, scale_max:
     return codes, group_scale, row_scale
 
 
-def search_integer_scales(groups: Tensor, scale_max: int) -> tuple[Tensor, Tensor]:
+def search_integer_scales(groups: Tensor, scale_max: int, weights: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """Try every candidate row scale and, for each, every integer scale of every group; keep the least squared error.
 
     Args:
         groups: fp32 ``[R, G, g]``, rows normalised to a largest magnitude of 1.
         scale_max: largest integer scale.
+        weights: fp32 ``[G, g]``, what the squared error of each column counts: mean squares of the activation. None: 1.
 
     Returns:
         Row steps fp32 ``[R, 1]`` (row scales of the normalised rows) and integer scales fp32 ``[R, G]``.
@@ -117,7 +118,7 @@ def search_integer_scales(groups: Tensor, scale_max: int) -> tuple[Tensor, Tenso
     if groups.is_cuda:
         from .kernels.scale_search import search_integer_scales_gpu
 
-        return search_integer_scales_gpu(groups, scale_max, ROW_FRACTIONS, PLAIN_STEP)
+        return search_integer_scales_gpu(groups, scale_max, ROW_FRACTIONS, PLAIN_STEP, weights)
     best_total = groups.new_full((groups.shape[0], 1), float("inf"))
     best_step = torch.ones_like(best_total)
     best_scales = groups.new_ones(groups.shape[:2])
@@ -127,7 +128,7 @@ def search_integer_scales(groups: Tensor, scale_max: int) -> tuple[Tensor, Tenso
         least = groups.new_full(groups.shape[:2], float("inf"))
         scales = torch.ones_like(least)
         for scale in range(1, scale_max + 1):
-            error = _squared_error(groups, step * scale, work)
+            error = _squared_error(groups, step * scale, work, weights)
             better = error < least
             torch.where(better, error, least, out=least)
             scales.masked_fill_(better, float(scale))
@@ -139,12 +140,13 @@ def search_integer_scales(groups: Tensor, scale_max: int) -> tuple[Tensor, Tenso
     return best_step, best_scales
 
 
-def _squared_error(groups: Tensor, step: float, work: Tensor) -> Tensor:
+def _squared_error(groups: Tensor, step: float, work: Tensor, weights: Optional[Tensor]) -> Tensor:
     """Squared rounding error ``[R, G]`` of the groups for one step."""
     torch.mul(groups, 1.0 / step, out=work)
     work.round_().clamp_(fmt.CODE_MIN, fmt.CODE_MAX)
     torch.sub(groups, work, alpha=step, out=work)
-    return work.square_().sum(-1)
+    work.square_()
+    return (work if weights is None else work.mul_(weights)).sum(-1)
 
 
 def _round_codes(groups: Tensor, steps: Tensor, low: int = fmt.CODE_MIN, high: int = fmt.CODE_MAX) -> Tensor:
@@ -162,7 +164,7 @@ def _absmax_scales(groups: Tensor, scale_max: int) -> tuple[Tensor, Tensor]:
 def _clipped_scales(groups: Tensor, scale_max: int) -> tuple[Tensor, Tensor]:
     """Wide integer ranges: one row step, and for each group the best of the integers nearest to its clipping fractions."""
     plain = groups.abs().amax(-1) / PLAIN_STEP
-    float_steps = _best_clipped_step(groups, plain)
+    float_steps = search_float_steps(groups, plain)
     steps = float_steps.amax(-1, keepdim=True) / scale_max
     steps = torch.where(steps > 0, steps, torch.ones_like(steps))
     best = (plain / steps).round().clamp(1, scale_max)
@@ -175,17 +177,29 @@ def _clipped_scales(groups: Tensor, scale_max: int) -> tuple[Tensor, Tensor]:
     return steps, torch.where(plain > 0, best, torch.ones_like(best))
 
 
-def _error_of_steps(groups: Tensor, steps: Tensor, low: int = fmt.CODE_MIN, high: int = fmt.CODE_MAX) -> Tensor:
+def _error_of_steps(
+    groups: Tensor, steps: Tensor, low: int = fmt.CODE_MIN, high: int = fmt.CODE_MAX, weights: Optional[Tensor] = None
+) -> Tensor:
     wide = steps.clamp(min=SMALLEST_STEP).unsqueeze(-1)
     codes = (groups / wide).round_().clamp_(low, high)
-    return (groups - codes.mul_(wide)).square_().sum(-1)
+    error = (groups - codes.mul_(wide)).square_()
+    return (error if weights is None else error.mul_(weights)).sum(-1)
 
 
-def _best_clipped_step(groups: Tensor, plain: Tensor, low: int = fmt.CODE_MIN, high: int = fmt.CODE_MAX) -> Tensor:
-    """Best float step ``[R, G]`` among the clipping fractions of the plain step."""
-    best, least = plain, _error_of_steps(groups, plain, low, high)
+def search_float_steps(
+    groups: Tensor,
+    plain: Tensor,
+    low: int = fmt.CODE_MIN,
+    high: int = fmt.CODE_MAX,
+    weights: Optional[Tensor] = None,
+) -> Tensor:
+    """Best float step ``[R, G]`` of groups ``[R, G, g]`` among the clipping fractions of the plain step ``[R, G]``.
+
+    ``weights``: fp32 ``[G, g]``, what the squared error of each column counts, or None.
+    """
+    best, least = plain, _error_of_steps(groups, plain, low, high, weights)
     for fraction in CLIP_FRACTIONS:
-        error = _error_of_steps(groups, plain * fraction, low, high)
+        error = _error_of_steps(groups, plain * fraction, low, high, weights)
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, plain * fraction, best)
     return best
@@ -197,7 +211,7 @@ def _per_channel(
     """One group per row, integer scale 1."""
     steps = groups.abs().amax(-1) / plain_step
     if config.scale_search == "mse":
-        steps = _best_clipped_step(groups, steps, low, high)
+        steps = search_float_steps(groups, steps, low, high)
     steps = torch.where(steps > 0, steps, torch.ones_like(steps))
     steps = torch.maximum(steps, SMALLEST_STEP / absmax)
     codes = _round_codes(groups, steps, low, high)
@@ -222,7 +236,7 @@ def _amplified(groups: Tensor, absmax: Tensor, config: IntScaleConfig, amplifier
 
 def _float_steps(groups: Tensor, config: IntScaleConfig) -> Tensor:
     plain = groups.abs().amax(-1) / PLAIN_STEP
-    return _best_clipped_step(groups, plain) if config.scale_search == "mse" else plain
+    return search_float_steps(groups, plain) if config.scale_search == "mse" else plain
 
 
 def _amplifier(rows: Tensor, config: IntScaleConfig, step: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .config import IntScaleConfig
 from .errors import CheckpointError, ConfigError, UnsupportedOpError, WeightError
 from .kernels.dequantize import WEIGHT_OP
 from .scale_search import quantize_weight
+from .weight_checks import check_weight
 
 SCALE_DTYPES = (torch.uint8, torch.int16)
 QDATA_DTYPES = (torch.uint8, torch.int8)
@@ -22,15 +23,17 @@ QDATA_DTYPES = (torch.uint8, torch.int8)
 class IntScaleTensor(TorchAOBaseTensor):
     """A 2-D weight ``[N, K]`` or a stack ``[E, N, K]`` (experts), quantized with integer group scales.
 
-        W[n, k] = row_scale[n] * group_scale[n, k // group_size] * q[n, k]
+        W[n, k] = row_scale[n] * group_scale[n, k // group_size] * (q[n, k] - zero_point[n, k // group_size])
 
     The tensors inside all have the weight's number of dimensions. Their names are those that transformers reloads;
-    ``group_scale`` and ``row_scale`` are the readable ones. ``format`` describes the layout.
+    ``group_scale``, ``row_scale`` and ``activation_scale`` are the readable ones. ``format`` describes the layout.
 
     Tensor data:
         qdata: uint8 ``[..., N, Kp / 2]``, two 4-bit codes a byte, or int8 ``[..., N, Kp]`` for 8-bit weights.
         scale: integer group scales, uint8 or int16 ``[..., N, G]``, at least 1.
         per_tensor_scale: row scales, fp32 ``[..., N, 1]``.
+        zero_point: int8 ``[..., N, G]`` in [-8, 7], for 4-bit weights; None: the weight is symmetric.
+        act_pre_scale: the static scale of the activation, fp32 ``[..., 1, 1]``; None: dynamic, per token.
 
     Attributes:
         block_size: ``[1, ..., group_size]`` as elsewhere in torchao; the last entry is -1 per channel.
@@ -39,6 +42,8 @@ class IntScaleTensor(TorchAOBaseTensor):
         packing_format: ``"plain"`` or ``"tiled"``.
         transposed: whether the tensor stands for the transpose of its stored rows, shape ``[..., K, N]``.
         dtype: the dtype that the tensor claims, and of ``dequantize()``.
+        rotation: size of the block Hadamard transform that is applied to the activation before it is quantized; the
+            stored weight is already multiplied by it. 0: none.
 
     Raises:
         CheckpointError: the parts contradict each other.
@@ -54,6 +59,8 @@ class IntScaleTensor(TorchAOBaseTensor):
         "transposed",
         "dtype",
     ]
+    optional_tensor_data_names = ["zero_point", "act_pre_scale"]
+    optional_tensor_attribute_names = ["rotation"]
 
     def __new__(  # noqa: D102  (the class says what the arguments are)
         cls,
@@ -67,6 +74,9 @@ class IntScaleTensor(TorchAOBaseTensor):
         packing_format: str,
         transposed: bool,
         dtype: torch.dtype,
+        zero_point: Optional[Tensor] = None,
+        act_pre_scale: Optional[Tensor] = None,
+        rotation: int = 0,
     ):
         matrix = (in_features, out_features) if transposed else (out_features, in_features)
         shape = (*qdata.shape[:-2], *matrix)
@@ -84,6 +94,9 @@ class IntScaleTensor(TorchAOBaseTensor):
         packing_format: str,
         transposed: bool,
         dtype: torch.dtype,
+        zero_point: Optional[Tensor] = None,
+        act_pre_scale: Optional[Tensor] = None,
+        rotation: int = 0,
     ):
         super().__init__()
         self.qdata = qdata
@@ -95,6 +108,9 @@ class IntScaleTensor(TorchAOBaseTensor):
         self.scale_bits = scale_bits
         self.packing_format = packing_format
         self.transposed = transposed
+        self.zero_point = zero_point
+        self.act_pre_scale = act_pre_scale
+        self.rotation = rotation
 
     @property
     def group_scale(self) -> Tensor:
@@ -105,6 +121,23 @@ class IntScaleTensor(TorchAOBaseTensor):
     def row_scale(self) -> Tensor:
         """Float row scales, fp32 ``[..., N, 1]``."""
         return self.per_tensor_scale
+
+    @property
+    def activation_scale(self) -> Optional[Tensor]:
+        """The static activation scale, fp32 ``[..., 1, 1]``; None where activations are quantized per token."""
+        return self.act_pre_scale
+
+    @property
+    def group_zero_point(self) -> Optional[Tensor]:
+        """Zero points int8 ``[..., N, G]``, plain row order; None where the weight is symmetric."""
+        if self.zero_point is None or self.packing_format == "plain":
+            return self.zero_point
+        return fmt.untile_rows(self.zero_point, self.out_features, 1)
+
+    @property
+    def data_names(self) -> list[str]:
+        """Names of the inner tensors that are there."""
+        return self.__tensor_flatten__()[0]
 
     @property
     def group_size(self) -> int:
@@ -161,6 +194,32 @@ class IntScaleTensor(TorchAOBaseTensor):
         )
         return tensor.to_packing(resolve_packing(config.packing_format, weight.device))
 
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        group_scale: Tensor,
+        *,
+        group_size: int,
+        zero_point: Optional[Tensor] = None,
+        scale_bits: int = 8,
+        amplifier: Union[str, int] = "row",
+        weight_bits: int = 4,
+        dtype: torch.dtype = torch.bfloat16,
+        packing_format: str = "auto",
+        name: str = "weight",
+    ) -> IntScaleTensor:
+        """A weight that is quantized already, with its codes as they are: only the float scales become integers.
+
+        See :func:`~intscale_compile.from_codes.from_codes`.
+        """
+        from .from_codes import from_codes
+
+        return from_codes(
+            codes, group_scale, group_size=group_size, zero_point=zero_point, scale_bits=scale_bits, amplifier=amplifier,
+            weight_bits=weight_bits, dtype=dtype, packing_format=packing_format, name=name,
+        )  # fmt: skip
+
     def to_packing(self, packing_format: str) -> IntScaleTensor:
         """The same weight in ``"plain"`` or ``"tiled"`` packing; lossless, and a no-op where it is so packed already."""
         if packing_format not in ("plain", "tiled"):
@@ -171,18 +230,53 @@ class IntScaleTensor(TorchAOBaseTensor):
         if packing_format == "tiled":
             zero = 0 if self.weight_bits == 8 else fmt.ZERO_BYTE
             qdata, scale = fmt.tile_rows(self.qdata, columns, zero), fmt.tile_rows(self.scale, 1, 1)
+            zero_point = None if self.zero_point is None else fmt.tile_rows(self.zero_point, 1, 0)
         else:
             qdata = fmt.untile_rows(self.qdata, self.out_features, columns)
-            scale = fmt.untile_rows(self.scale, self.out_features, 1)
-        return self.replaced(qdata=qdata, scale=scale, packing_format=packing_format)
+            scale, zero_point = self.group_scale, self.group_zero_point
+        return self.replaced(qdata=qdata, scale=scale, zero_point=zero_point, packing_format=packing_format)
 
     def replaced(self, **parts) -> IntScaleTensor:
         """A tensor like this one with some of its data or attributes exchanged."""
-        names = (*self.tensor_data_names, *self.tensor_attribute_names)
-        return type(self)(*(parts[name] if name in parts else getattr(self, name) for name in names))
+        return type(self)(*(parts[name] if name in parts else getattr(self, name) for name in ALL_NAMES))
+
+    def with_activation_scale(self, scale: Union[Tensor, float, None]) -> IntScaleTensor:
+        """This weight with a static activation scale: ``xq = clamp(round(x / scale), -127, 127)`` for every token.
+
+        Args:
+            scale: positive and finite; one number, or one per expert ``[E, 1, 1]``. None: dynamic, per token.
+
+        Raises:
+            WeightError: the scale is not a positive finite number, or has another shape.
+        """
+        if scale is None:
+            return self.replaced(act_pre_scale=None)
+        given = torch.as_tensor(scale, dtype=torch.float32, device=self.device).detach()
+        shape = (*self.qdata.shape[:-2], 1, 1)
+        if given.numel() != 1 and given.shape != shape:
+            raise WeightError(f"the activation scale has shape {tuple(given.shape)}: give one number, or {shape}.")
+        if not bool((torch.isfinite(given) & (given > 0)).all()):
+            raise WeightError("the activation scale is not a positive finite number: calibrate with other inputs.")
+        return self.replaced(act_pre_scale=given.expand(shape).contiguous() if given.numel() == 1 else given.clone())
+
+    def with_rotation(self, size: int) -> IntScaleTensor:
+        """This weight, marked as multiplied by a block Hadamard transform of ``size`` already; its codes do not change.
+
+        Raises:
+            WeightError: ``size`` is neither 0 nor a power of two from 2 on that divides the number of input features.
+        """
+        if not fmt.rotation_fits(size, self.in_features):
+            raise WeightError(
+                f"rotation={size!r} does not fit {self.in_features} input features: use 0, or a power of two that divides them."
+            )
+        return self.replaced(rotation=size)
 
     def dequantize(self, output_dtype: Optional[torch.dtype] = None) -> Tensor:
-        """The weight in floating point, in this tensor's shape; ``output_dtype`` defaults to its dtype."""
+        """The weight in floating point, in this tensor's shape; ``output_dtype`` defaults to its dtype.
+
+        It is the weight that multiplies the unrotated activation: a rotation is undone.
+        """
+        dtype = self.dtype if output_dtype is None else output_dtype
         dense = WEIGHT_OP(
             self.qdata,
             self.scale,
@@ -191,8 +285,13 @@ class IntScaleTensor(TorchAOBaseTensor):
             self.in_features,
             self.group_size,
             self.packing_format,
-            self.dtype if output_dtype is None else output_dtype,
+            torch.float32 if self.rotation else dtype,
+            self.zero_point,
         )
+        if self.rotation:
+            from .kernels.hadamard import hadamard_transform
+
+            dense = hadamard_transform(dense, self.rotation).to(dtype)
         return dense.transpose(-2, -1) if self.transposed else dense
 
     def accumulator_bound(self) -> Tensor:
@@ -200,12 +299,15 @@ class IntScaleTensor(TorchAOBaseTensor):
         if self.dim() == 3:  # expert by expert: unpacked codes of a stack are large
             stored = self.transpose(-2, -1) if self.transposed else self
             return torch.stack([expert.accumulator_bound() for expert in stored.unbind(0)])  # type: ignore[attr-defined]
-        codes = fmt.pad_codes(self.codes, self.in_features, self.group_size)
+        codes, zero_point = fmt.pad_codes(self.codes, self.in_features, self.group_size), self.group_zero_point
+        if zero_point is not None:
+            centered = fmt.centered_codes(codes, zero_point)[..., : self.in_features]
+            codes = fmt.pad_codes(centered, self.in_features, self.group_size)
         return fmt.accumulator_bound(codes, self.group_scale)
 
     def nbytes_packed(self) -> int:
-        """Bytes that codes and scales take together."""
-        return sum(getattr(self, name).nbytes for name in self.tensor_data_names)
+        """Bytes that codes, scales and zero points take together."""
+        return sum(getattr(self, name).nbytes for name in self.data_names)
 
     def validate(self, name: str = "weight") -> IntScaleTensor:
         """Check stored data as far as it can be checked: shapes, dtypes, ranges, the overflow proof. Reads all of it.
@@ -228,7 +330,7 @@ class IntScaleTensor(TorchAOBaseTensor):
 
     def __deepcopy__(self, memo) -> IntScaleTensor:
         """A copy that owns its data: a row slice of a merged weight would take the whole of it along."""
-        for name in self.tensor_data_names:
+        for name in self.data_names:
             part = getattr(self, name)
             if part.untyped_storage().nbytes() != part.nbytes:
                 memo.setdefault(id(part), part.clone())
@@ -242,8 +344,10 @@ class IntScaleTensor(TorchAOBaseTensor):
         """
         flat = self.__dict__.get("_flat")
         if flat is None:
-            attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
-            flat = self.__dict__["_flat"] = (list(self.tensor_data_names), attributes)
+            attributes = {name: getattr(self, name) for name in ATTRIBUTE_NAMES}
+            present = [name for name in DATA_NAMES if getattr(self, name) is not None]
+            attributes["data_names"] = present  # Dynamo guards attributes, and a graph holds for certain parts only
+            flat = self.__dict__["_flat"] = (present, attributes)
         return flat
 
     def __getstate__(self) -> dict:
@@ -251,13 +355,16 @@ class IntScaleTensor(TorchAOBaseTensor):
         return {name: value for name, value in self.__dict__.items() if name != "_flat"}
 
     def _stable_hash_for_caching(self) -> str:
-        parts = [(n, tuple(getattr(self, n).shape), str(getattr(self, n).dtype)) for n in self.tensor_data_names]
-        attributes = [(n, str(getattr(self, n))) for n in self.tensor_attribute_names]
+        parts = [(n, tuple(getattr(self, n).shape), str(getattr(self, n).dtype)) for n in self.data_names]
+        attributes = [(n, str(getattr(self, n))) for n in ATTRIBUTE_NAMES]
         return f"IntScaleTensor{parts}{attributes}{self.device}"
 
     def __repr__(self, *, tensor_contents=None) -> str:
         group = "per channel" if self.group_size == -1 else f"group_size={self.group_size}"
         flag = ", transposed" if self.transposed else ""
+        flag += ", asymmetric" if self.zero_point is not None else ""
+        flag += ", static activation scale" if self.act_pre_scale is not None else ""
+        flag += f", rotation={self.rotation}" if self.rotation else ""
         return (
             f"IntScaleTensor(shape={tuple(self.shape)}, int{self.weight_bits}, {group}, scale_bits={self.scale_bits}, "
             f"{self.packing_format}{flag}, dtype={self.dtype}, device={self.device})"
@@ -267,6 +374,8 @@ class IntScaleTensor(TorchAOBaseTensor):
         """Unpickling, also by ``torch.load``: the stored parts are checked."""
         torch._utils._set_obj_state(self, state)
         self.__dict__.pop("_flat", None)  # never from a file: nothing would check it
+        for name, absent in ABSENT.items():  # files from before these parts existed
+            self.__dict__.setdefault(name, absent)
         missing = [n for n in (*self.tensor_data_names, *self.tensor_attribute_names) if not hasattr(self, n)]
         if missing:
             raise CheckpointError(
@@ -274,6 +383,16 @@ class IntScaleTensor(TorchAOBaseTensor):
             )
         self.validate()
 
+
+DATA_NAMES = (*IntScaleTensor.tensor_data_names, *IntScaleTensor.optional_tensor_data_names)
+ATTRIBUTE_NAMES = (*IntScaleTensor.tensor_attribute_names, *IntScaleTensor.optional_tensor_attribute_names)
+ALL_NAMES = (  # in the order of the constructor
+    *IntScaleTensor.tensor_data_names,
+    *IntScaleTensor.tensor_attribute_names,
+    *IntScaleTensor.optional_tensor_data_names,
+    *IntScaleTensor.optional_tensor_attribute_names,
+)
+ABSENT = {"zero_point": None, "act_pre_scale": None, "rotation": 0}  # what absent parts mean
 
 # torchao's base class installs its own, unchecked one on every subclass, over what the class body says.
 IntScaleTensor.__setstate__ = IntScaleTensor._set_checked_state  # type: ignore[method-assign]
@@ -286,7 +405,7 @@ def _stacked(experts: Iterator[IntScaleTensor], count: int) -> IntScaleTensor:
     data: dict[str, Tensor] = {}
     scale_bits = 1
     for e, expert in enumerate(experts):
-        for name in expert.tensor_data_names:
+        for name in expert.data_names:
             part = getattr(expert, name)
             data.setdefault(name, part.new_empty((count, *part.shape)))[e] = part
         scale_bits = max(scale_bits, expert.scale_bits)
@@ -296,23 +415,3 @@ def _stacked(experts: Iterator[IntScaleTensor], count: int) -> IntScaleTensor:
 def resolve_packing(packing_format: str, device: torch.device) -> str:
     """``"auto"`` becomes tiled on a GPU and plain elsewhere."""
     return ("tiled" if device.type == "cuda" else "plain") if packing_format == "auto" else packing_format
-
-
-def check_weight(weight: Tensor, name: str) -> None:
-    """Raise ``WeightError`` unless ``weight`` can be quantized."""
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        raise WeightError(f"{name} is {weight.dtype}; only floating point weights of 16 bits or more can be quantized.")
-    if weight.dim() not in (2, 3) or 0 in weight.shape:
-        raise WeightError(f"{name} has shape {tuple(weight.shape)}; a non-empty [N, K] or [E, N, K] weight is needed.")
-    if weight.device.type == "meta":
-        raise WeightError(f"{name} is on the meta device and has no data: load the checkpoint (or to_empty) first.")
-    if not _is_finite(weight):
-        raise WeightError(
-            f"{name} has NaN or Inf entries: repair the checkpoint, or leave this layer out with filter_fn."
-        )
-
-
-def _is_finite(weight: Tensor) -> bool:
-    # The least and the greatest entry are NaN where any entry is; nothing of the size of the weight is allocated for them.
-    # float64 is quantized in float32, where 1e300 is Inf.
-    return bool(torch.isfinite(torch.stack(torch.aminmax(weight)).float()).all())

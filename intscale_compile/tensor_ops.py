@@ -13,7 +13,7 @@ from . import format as fmt
 from .errors import UnsupportedOpError
 from .kernels.cpu_gemm import forget
 from .linear import linear
-from .tensor import IntScaleTensor
+from .tensor import DATA_NAMES, IntScaleTensor
 
 aten = torch.ops.aten
 implements = IntScaleTensor.implements
@@ -98,8 +98,9 @@ def _slice(func, args, kwargs):
         return _view(func, args, kwargs, tensor.replaced())
     if stored == tensor.dim() - 1:
         return _slice_features(func, args, kwargs, tensor, start, end, step)
-    columns = {name: getattr(tensor, name) for name in tensor.tensor_data_names}
+    columns = {name: getattr(tensor, name) for name in tensor.data_names}
     if stored == tensor.dim() - 2:
+        columns.pop("act_pre_scale", None)  # one for all rows
         if tensor.packing_format == "tiled" and (
             step != 1 or start % fmt.TILE_N or (end % fmt.TILE_N and end != length)
         ):
@@ -118,14 +119,18 @@ def _slice_features(func, args, kwargs, tensor: IntScaleTensor, start: int, end:
         raise _refuse(
             f"input features {start}:{end}:{step} of {tensor.packing_format} packing are not multiples of {align}"
         )
+    if tensor.rotation and (start % tensor.rotation or end % tensor.rotation):
+        raise _refuse(f"input features {start}:{end} cut through blocks of rotation={tensor.rotation}", DENSE_MEND)
     last = tensor.dim() - 1
     padded_end = start + fmt.padded_in_features(end - start, tensor.group_size)
     per_column = 1 if tensor.weight_bits == 8 else 2
     qdata = aten.slice.Tensor(tensor.qdata, last, start // per_column, padded_end // per_column)
-    scale = tensor.scale
-    if tensor.group_size != -1:
-        scale = aten.slice.Tensor(scale, last, start // tensor.group_size, padded_end // tensor.group_size)
-    return _view(func, args, kwargs, tensor.replaced(qdata=qdata, scale=scale, in_features=end - start))
+    parts = {"qdata": qdata}
+    for name in ("scale", "zero_point") if tensor.group_size != -1 else ():
+        part = getattr(tensor, name)
+        if part is not None:
+            parts[name] = aten.slice.Tensor(part, last, start // tensor.group_size, padded_end // tensor.group_size)
+    return _view(func, args, kwargs, tensor.replaced(**parts, in_features=end - start))
 
 
 @implements(aten.slice.Tensor)
@@ -152,7 +157,7 @@ def _require_stack(tensor: IntScaleTensor, dim: int, what: str) -> None:
 
 def _select(tensor: IntScaleTensor, dim: int, index: int) -> IntScaleTensor:
     _require_stack(tensor, dim, "select")
-    parts = {name: aten.select.int(getattr(tensor, name), 0, index) for name in tensor.tensor_data_names}
+    parts = {name: aten.select.int(getattr(tensor, name), 0, index) for name in tensor.data_names}
     return tensor.replaced(**parts, block_size=list(tensor.block_size[1:]))
 
 
@@ -177,7 +182,8 @@ def _gather_rows(tensor: IntScaleTensor, dim: int, index: torch.Tensor) -> IntSc
     is_rows = stored == tensor.dim() - 2
     if is_rows and tensor.packing_format == "tiled":
         raise _refuse("single rows of tiled packing cannot be gathered")
-    parts = {name: aten.index_select.default(getattr(tensor, name), stored, index) for name in tensor.tensor_data_names}
+    names = [name for name in tensor.data_names if not (is_rows and name == "act_pre_scale")]  # one for all rows
+    parts = {name: aten.index_select.default(getattr(tensor, name), stored, index) for name in names}
     return tensor.replaced(**parts, **({"out_features": index.shape[0]} if is_rows else {}))
 
 
@@ -222,7 +228,7 @@ def _(func, types, args, kwargs):
     first = tensors[0]
     if not all(isinstance(t, IntScaleTensor) for t in tensors):
         raise _refuse("cat of quantized and plain tensors", "quantize or dequantize all of them")
-    same = ("block_size", "in_features", "transposed", "dtype", "weight_bits")
+    same = ("block_size", "in_features", "transposed", "dtype", "weight_bits", "rotation")
     for name in same:
         if any(getattr(t, name) != getattr(first, name) for t in tensors):
             raise _refuse(f"cat of weights that differ in {name}", "quantize them with one configuration")
@@ -230,24 +236,56 @@ def _(func, types, args, kwargs):
     if stored == first.dim() - 1:
         raise _refuse("cat along input features: every part has row scales of its own", "concatenate before quantizing")
     is_rows = stored == first.dim() - 2
+    if any((t.act_pre_scale is None) != (first.act_pre_scale is None) for t in tensors):
+        raise _refuse("cat of weights with static and with dynamic activation scales", "calibrate all of them alike")
     return concatenate(tensors, stored) if is_rows else _concatenate_experts(tensors)
+
+
+@implements(aten.stack.default)
+def _(func, types, args, kwargs):
+    tensors, dim = fill_defaults(args, 2, [0])
+    if kwargs.get("dim", dim) != 0 or not all(isinstance(t, IntScaleTensor) and t.dim() == 2 for t in tensors):
+        raise _refuse("stack of anything but matrices along a new first dimension")
+    return aten.cat.default([_as_stack(tensor) for tensor in tensors], 0)
+
+
+def _as_stack(tensor: IntScaleTensor) -> IntScaleTensor:
+    """A matrix as a stack of one expert."""
+    parts = {name: getattr(tensor, name).unsqueeze(0) for name in tensor.data_names}
+    return tensor.replaced(**parts, block_size=[1, *tensor.block_size])
 
 
 def concatenate(tensors, stored: int) -> IntScaleTensor:
     """Concatenate output rows; the result is tiled where all parts are tiled and end on tile boundaries."""
-    first = tensors[0]
     tiled = all(t.packing_format == "tiled" for t in tensors)
     whole = all(t.out_features % fmt.TILE_N == 0 for t in tensors[:-1])
     parts = list(tensors) if tiled and whole else [t.to_packing("plain") for t in tensors]
-    data = {name: torch.cat([_widened(t, name, parts) for t in parts], dim=stored) for name in first.tensor_data_names}
+    _require_one_activation_scale(parts)
+    rows = [name for name in _joined_names(parts) if name != "act_pre_scale"]
+    data = {name: torch.cat([_widened(t, name, parts) for t in parts], dim=stored) for name in rows}
     joined = parts[0].replaced(
         **data, out_features=sum(t.out_features for t in parts), scale_bits=max(t.scale_bits for t in parts)
     )
     return joined.to_packing("tiled") if tiled else joined
 
 
+def _require_one_activation_scale(tensors) -> None:
+    """Rows that are joined read one activation, which is quantized once."""
+    first = tensors[0].act_pre_scale
+    for other in (t.act_pre_scale for t in tensors[1:]):
+        if other is not first and (other is None or first is None or not torch.equal(other, first)):
+            raise _refuse("cat of rows with different static activation scales", "calibrate them with one input")
+
+
+def _joined_names(tensors) -> list[str]:
+    """Names of the inner tensors that a join of ``tensors`` has: those that one of them has."""
+    return [name for name in DATA_NAMES if any(getattr(t, name) is not None for t in tensors)]
+
+
 def _widened(tensor: IntScaleTensor, name: str, among) -> torch.Tensor:
     part = getattr(tensor, name)
+    if name == "zero_point" and part is None:
+        return torch.zeros_like(tensor.scale, dtype=torch.int8)
     wide = name == "scale" and any(t.scale.dtype == torch.int16 for t in among)
     return part.to(torch.int16) if wide else part
 
@@ -256,7 +294,7 @@ def _concatenate_experts(tensors) -> IntScaleTensor:
     first = tensors[0]
     same = all(t.packing_format == first.packing_format for t in tensors)
     parts = list(tensors) if same else [t.to_packing("plain") for t in tensors]
-    data = {name: torch.cat([_widened(t, name, parts) for t in parts], dim=0) for name in first.tensor_data_names}
+    data = {name: torch.cat([_widened(t, name, parts) for t in parts], dim=0) for name in _joined_names(parts)}
     return parts[0].replaced(**data, scale_bits=max(t.scale_bits for t in parts))
 
 
@@ -296,14 +334,16 @@ def _(func, types, args, kwargs):
         raise _refuse(
             f"view of {tuple(tensor.shape)} as {tuple(size)}: only experts and output rows can be merged or split"
         )
-    parts = {n: getattr(tensor, n).view(*size[:-1], getattr(tensor, n).shape[-1]) for n in tensor.tensor_data_names}
+    if tensor.act_pre_scale is not None:
+        raise _refuse("view of a weight with a static activation scale, which is one per expert", DENSE_MEND)
+    parts = {n: getattr(tensor, n).view(*size[:-1], getattr(tensor, n).shape[-1]) for n in tensor.data_names}
     block_size = [1] * (len(size) - 1) + [tensor.group_size]
     return _view(func, args, kwargs, tensor.replaced(**parts, out_features=size[-2], block_size=block_size))
 
 
 @implements_torch_function(torch.Tensor.share_memory_)
 def _(func, types, args, kwargs):
-    for name in args[0].tensor_data_names:
+    for name in args[0].data_names:
         getattr(args[0], name).share_memory_()
     return args[0]
 
@@ -317,13 +357,16 @@ def _(func, types, args, kwargs):
     if not isinstance(target, IntScaleTensor) or not isinstance(source, IntScaleTensor):
         raise _refuse("copy_ between a quantized and a plain tensor", "use IntScaleTensor.from_hp or dequantize()")
     source = source.to_packing(target.packing_format)
-    for name in ("shape", "block_size", "transposed", "weight_bits"):
+    for name in ("shape", "block_size", "transposed", "weight_bits", "rotation", "data_names"):
         if getattr(target, name) != getattr(source, name):
             raise _refuse(f"copy_ from {name} {getattr(source, name)} into {getattr(target, name)}", "make them alike")
     if source.scale_bits > target.scale_bits or source.scale.dtype != target.scale.dtype:
         raise _refuse(f"copy_ of {source.scale_bits}-bit scales into {target.scale_bits} bits", "make them alike")
-    for name in target.tensor_data_names:
+    for name in target.data_names:
         part = getattr(target, name)
+        if name == "act_pre_scale":  # siblings may share theirs: the copy gets one of its own
+            target.act_pre_scale = getattr(source, name).to(part.device, copy=True)
+            continue
         part.copy_(getattr(source, name))
         if type(part) is torch.Tensor and not part.is_inference():
             torch.autograd.graph.increment_version(part)  # autograd does not see what happens in here
@@ -339,7 +382,7 @@ def _(func, types, args, kwargs):
     if not dtype.is_floating_point:
         raise _refuse(f"conversion to {dtype}", "a quantized weight claims a floating point dtype")
     move = lambda part: part.to(device, non_blocking=options["non_blocking"], copy=True)  # noqa: E731
-    parts = {name: move(getattr(tensor, name)) for name in tensor.tensor_data_names}
+    parts = {name: move(getattr(tensor, name)) for name in tensor.data_names}
     moved = tensor.replaced(**parts, dtype=dtype)
     # A GPU reads tiles faster; at rest, on a CPU, rows are plain.
     if device.type != tensor.device.type and device.type in ("cuda", "cpu"):

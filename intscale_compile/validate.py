@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import format as fmt
 from .config import GROUP_SIZES
 from .errors import CheckpointError
-from .tensor import QDATA_DTYPES, SCALE_DTYPES, IntScaleTensor
+from .tensor import ABSENT, DATA_NAMES, QDATA_DTYPES, SCALE_DTYPES, IntScaleTensor
 
 MEND = "the checkpoint is damaged or was written by another version: save it again from the original model."
 
@@ -27,6 +27,10 @@ def validate_tensor(tensor: IntScaleTensor, name: str) -> None:
 
 
 def _check_attributes(tensor: IntScaleTensor, name: str) -> None:
+    for part in DATA_NAMES:
+        value = getattr(tensor, part)
+        given = isinstance(value, torch.Tensor) or (value is None and part in ABSENT)
+        _require(given, name, f"{part} is {type(value).__name__}, not a tensor")
     block_size = tensor.block_size
     _require(isinstance(block_size, (list, tuple)) and len(block_size) > 0, name, f"block_size is {block_size!r}")
     dims = tensor.qdata.dim()
@@ -42,6 +46,13 @@ def _check_attributes(tensor: IntScaleTensor, name: str) -> None:
     _require(tensor.qdata.dtype in QDATA_DTYPES, name, f"codes are {tensor.qdata.dtype}")
     _require(tensor.scale.dtype in SCALE_DTYPES, name, f"group scales are {tensor.scale.dtype}")
     _require(tensor.per_tensor_scale.dtype == torch.float32, name, f"row scales are {tensor.per_tensor_scale.dtype}")
+    if tensor.zero_point is not None:
+        _require(tensor.zero_point.dtype == torch.int8, name, f"zero points are {tensor.zero_point.dtype}")
+        _require(tensor.weight_bits == 4, name, "8-bit codes with zero points")
+    if tensor.act_pre_scale is not None:
+        _require(tensor.act_pre_scale.dtype == torch.float32, name, f"activation scale is {tensor.act_pre_scale.dtype}")
+    fits = fmt.rotation_fits(tensor.rotation, tensor.in_features)
+    _require(fits, name, f"rotation={tensor.rotation!r} does not fit {tensor.in_features} input features")
     _require(tensor.weight_bits == 4 or tensor.group_size == -1, name, "8-bit codes with group scales")
 
 
@@ -55,8 +66,12 @@ def _check_shapes(tensor: IntScaleTensor, name: str) -> None:
         "qdata": (*lead, rows, padded if tensor.weight_bits == 8 else padded // 2),
         "scale": (*lead, rows, fmt.num_groups(k, g)),
         "per_tensor_scale": (*lead, n, 1),
+        "zero_point": (*lead, rows, fmt.num_groups(k, g)),
+        "act_pre_scale": (*lead, 1, 1),
     }
     for part, shape in wanted.items():
+        if getattr(tensor, part) is None:  # one of the parts that may be absent
+            continue
         found = tuple(getattr(tensor, part).shape)
         _require(
             found == shape, name, f"{part} has shape {found} where {n} x {k} weights in groups of {g} need {shape}"
@@ -72,5 +87,13 @@ def _check_values(tensor: IntScaleTensor, name: str) -> None:
     )
     rows = tensor.per_tensor_scale
     _require(bool(torch.isfinite(rows).all() and (rows > 0).all()), name, "a row scale is not a positive finite number")
+    if tensor.zero_point is not None:
+        low, high = int(tensor.zero_point.min()), int(tensor.zero_point.max())
+        within = low >= fmt.CODE_MIN and high <= fmt.CODE_MAX
+        _require(within, name, f"zero points from {low} to {high}, beyond [-8, 7]")
+    if tensor.act_pre_scale is not None:
+        static = tensor.act_pre_scale
+        good = bool((torch.isfinite(static) & (static > 0)).all())
+        _require(good, name, "a static activation scale is not a positive finite number")
     bound = int(tensor.accumulator_bound().max())
     _require(bound <= fmt.INT32_MAX, name, f"the int32 accumulator could reach {bound}, over 2**31 - 1")

@@ -49,7 +49,7 @@ def assert_same_state(found, wanted):
     for name, tensor in wanted.items():
         if isinstance(tensor, IntScaleTensor):
             assert repr(found[name]) == repr(tensor)
-            for part in tensor.tensor_data_names:
+            for part in tensor.data_names:
                 assert torch.equal(getattr(found[name], part), getattr(tensor, part)), (name, part)
         else:
             assert torch.equal(found[name], tensor), name
@@ -175,7 +175,10 @@ DAMAGE = {
     "text dtype": (set_field(dtype="float32"), "cannot be rebuilt"),
     "integer dtype": (set_field(dtype={"_type": "torch.dtype", "_data": "int64"}), "claims the dtype torch.int64"),
     "missing field": (lambda tensors, header: header["_data"].pop("scale_bits") and None, "lacks \\['scale_bits'\\]"),
-    "unknown field": (set_field(zero_point=0), "unknown \\['zero_point'\\]"),
+    "unknown field": (set_field(zero_points=0), "unknown \\['zero_points'\\]"),
+    "zero point no tensor": (set_field(zero_point=0), "zero_point is int, not a tensor"),
+    "rotation of 3": (set_field(rotation=3), "rotation=3 does not fit"),
+    "rotation a list": (set_field(rotation=[64]), "rotation=\\[64\\] does not fit"),
     "missing part": (lambda tensors, header: tensors.pop("0._weight_scale") is None or None, "data missing"),
     "extra part": (lambda tensors, header: tensors.update({"0._weight_extra": torch.zeros(2)}), "data missing|extra"),
     "extra tensor": (lambda tensors, header: tensors.update({"9.weight": torch.zeros(2)}), "9.weight"),

@@ -6,6 +6,7 @@ A weight costs one more byte per code while it is in use on a CPU. `benchmarks/c
 from __future__ import annotations
 
 import functools
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -53,48 +54,54 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _int8_weight(
-    qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str, fold: bool
-) -> tuple[Tensor, Tensor]:
-    """Codes (times scales where they fold) as int8 ``[N, Kp]``, and plain group scales."""
-    codes, plain_scale = unpack_weight(qdata, scale, out_features, group_size, packing)
+    qdata: Tensor, scale: Tensor, zero_point: Optional[Tensor], out_features: int, group_size: int, packing: str, fold: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Codes less zero points (times scales where they fold) as int8 ``[N, Kp]``, and plain group scales."""
+    codes, plain_scale = unpack_weight(qdata, scale, out_features, group_size, packing, zero_point)
     if fold:
         codes = codes * fmt.expand_group_scale(plain_scale, codes.shape[-1]).to(torch.int8)
     return codes.contiguous(), plain_scale
 
 
 def _kept_weight(
-    qdata: Tensor, scale: Tensor, expert: int, out_features: int, group_size: int, packing: str, fold: bool
-) -> tuple[Tensor, Tensor]:
+    qdata: Tensor, scale: Tensor, zero_point: Optional[Tensor], expert: int, out_features: int, group_size: int, packing: str,
+    fold: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`_int8_weight` of a matrix, or of one expert of a stack; unpacked at the first call, and when it changed."""
-    matrix = (qdata, scale) if qdata.dim() == 2 else (qdata[expert], scale[expert])
+    matrix = (qdata, scale, zero_point)
+    if qdata.dim() == 3:
+        matrix = (qdata[expert], scale[expert], None if zero_point is None else zero_point[expert])
     if qdata.dtype == torch.int8 and packing == "plain":  # ready for use; to keep it here would keep it alive for ever
         return _int8_weight(*matrix, out_features, group_size, packing, fold)
-    versions = (_version(qdata), _version(scale))
+    versions = (_version(qdata), _version(scale), None if zero_point is None else _version(zero_point))
     kept = _unpacked.get(qdata)
-    if kept is None or kept[0] != versions or kept[1] is not scale or kept[2] != fold:
-        kept = _unpacked[qdata] = (versions, scale, fold, {})
+    same = kept is not None and kept[0] == versions and kept[1][0] is scale and kept[1][1] is zero_point
+    if not same or kept[2] != fold:
+        kept = _unpacked[qdata] = (versions, (scale, zero_point), fold, {})
     if expert not in kept[3]:
         kept[3][expert] = _int8_weight(*matrix, out_features, group_size, packing, fold)
     return kept[3][expert]
 
 
 def accumulate_cpu(
-    xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, group_size: int, scale_bits: int, packing: str
-) -> Tensor:
+    xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, group_size: int, scale_bits: int, packing: str,
+    zero_point: Optional[Tensor] = None,
+) -> Tensor:  # fmt: skip
     """The accumulator of ``w4a8_linear``: int8 ``[..., K]`` to int32 ``[..., N]``, exact."""
     x = xq.reshape(-1, xq.shape[-1])
     if x.shape[0] == 0:
         return xq.new_empty((*xq.shape[:-1], out_features), dtype=torch.int32)
-    acc = accumulate_expert_cpu(x, qdata, scale, 0, out_features, group_size, scale_bits, packing)
+    acc = accumulate_expert_cpu(x, qdata, scale, 0, out_features, group_size, scale_bits, packing, zero_point)
     return acc.view(*xq.shape[:-1], out_features)
 
 
 def accumulate_expert_cpu(
-    x: Tensor, qdata: Tensor, scale: Tensor, expert: int, out_features: int, group_size: int, scale_bits: int, packing: str
+    x: Tensor, qdata: Tensor, scale: Tensor, expert: int, out_features: int, group_size: int, scale_bits: int, packing: str,
+    zero_point: Optional[Tensor] = None,
 ) -> Tensor:  # fmt: skip
     """The accumulator of a matrix, or of one expert of a stack: int8 ``[M, K]`` to int32 ``[M, N]``, exact, M > 0."""
-    fold = scale_bits <= 4 and qdata.dtype == torch.uint8
-    weight, plain_scale = _kept_weight(qdata, scale, expert, out_features, group_size, packing, fold)
+    fold = fmt.schedule_bits(scale_bits, zero_point is not None) <= 4 and qdata.dtype == torch.uint8
+    weight, plain_scale = _kept_weight(qdata, scale, zero_point, expert, out_features, group_size, packing, fold)
     return _product(x, weight, plain_scale, group_size, fold)
 
 

@@ -5,6 +5,8 @@ They make the quantized graph readable and runnable in plain PyTorch before it i
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ torch.library.define("intscale::dequantize_per_token", "(Tensor xq, Tensor token
 torch.library.define(
     "intscale::dequantize_weight",
     "(Tensor qdata, Tensor scale, Tensor row_scale, int out_features, int in_features, int group_size, str packing, "
-    "ScalarType dtype) -> Tensor",
+    "ScalarType dtype, Tensor? zero_point=None) -> Tensor",
 )
 TOKEN_OP = torch.ops.intscale.dequantize_per_token.default
 WEIGHT_OP = torch.ops.intscale.dequantize_weight.default
@@ -26,14 +28,19 @@ def dequantize_per_token_aten(xq: Tensor, token_scale: Tensor, dtype: torch.dtyp
 
 
 def unpack_weight(
-    qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str
+    qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str, zero_point: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
-    """Plain int8 codes ``[..., N, Kp]`` and group scales ``[..., N, G]`` of a stored weight in either packing."""
+    """Plain int8 codes ``[..., N, Kp]`` and group scales ``[..., N, G]`` of a stored weight in either packing.
+
+    Zero points are subtracted from the codes, which then lie in [-15, 15]; padding codes must meet no activation.
+    """
     if packing == "tiled":
         bits = 8 if qdata.dtype == torch.int8 else 4
         qdata = fmt.untile_rows(qdata, out_features, fmt.code_block_columns(group_size, bits))
         scale = fmt.untile_rows(scale, out_features, 1)
-    return (qdata if qdata.dtype == torch.int8 else fmt.unpack_int4(qdata, group_size)), scale
+        zero_point = None if zero_point is None else fmt.untile_rows(zero_point, out_features, 1)
+    codes = qdata if qdata.dtype == torch.int8 else fmt.unpack_int4(qdata, group_size)
+    return (codes if zero_point is None else fmt.centered_codes(codes, zero_point)), scale
 
 
 @torch.library.impl("intscale::dequantize_per_token", "CompositeExplicitAutograd")
@@ -56,8 +63,9 @@ def _dequantize_weight(
     group_size: int,
     packing: str,
     dtype: torch.dtype,
+    zero_point: Optional[Tensor] = None,
 ) -> Tensor:
-    codes, scale = unpack_weight(qdata, scale, out_features, group_size, packing)
+    codes, scale = unpack_weight(qdata, scale, out_features, group_size, packing, zero_point)
     # The product of code and integer scale is exact; the row scale is the only rounding in fp32.
     exact = codes.to(torch.float32) * fmt.expand_group_scale(scale, codes.shape[-1]).to(torch.float32)
     return (exact[..., :in_features] * row_scale).to(dtype)
@@ -73,5 +81,6 @@ def _dequantize_weight_fake(
     group_size: int,
     packing: str,
     dtype: torch.dtype,
+    zero_point: Optional[Tensor] = None,
 ) -> Tensor:
     return qdata.new_empty((*qdata.shape[:-2], out_features, in_features), dtype=dtype)

@@ -46,9 +46,11 @@ def missing_feature(capability: int) -> Optional[str]:
 
 
 def unsupported_format(
-    in_features: int, group_size: int, weight_bits: int, scale_bits: int, packing: str
+    in_features: int, group_size: int, weight_bits: int, scale_bits: int, packing: str, asymmetric: bool = False
 ) -> Optional[str]:
     """Why a weight's format has no Gluon kernel, or None."""
+    if asymmetric:
+        return "zero points"
     if packing != "tiled":
         return "the weight is not in tiled packing"
     if in_features % 128:

@@ -7,6 +7,7 @@ Eager PyTorch would move about 60 bytes per weight and candidate pair through me
 from __future__ import annotations
 
 import contextlib
+from typing import Optional
 
 import torch
 import triton
@@ -17,8 +18,8 @@ BLOCK_WEIGHTS = 2048  # weights held by one program at a time: 16 registers a th
 
 
 @triton.jit
-def _least_errors(w, row_step, SCALE_MAX: tl.constexpr):
-    """Least squared error of every group over the integers 1..SCALE_MAX, and the integer. ``w`` is [groups, g]."""
+def _least_errors(w, counts, row_step, SCALE_MAX: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Least squared error of every group over the integers 1..SCALE_MAX, and the integer. ``w``, ``counts``: [groups, g]."""
     least = tl.full([w.shape[0]], float("inf"), tl.float32)
     best = tl.full([w.shape[0]], 1, tl.int32)
     for scale in range(1, SCALE_MAX + 1):
@@ -26,7 +27,7 @@ def _least_errors(w, row_step, SCALE_MAX: tl.constexpr):
         clamped = tl.minimum(tl.maximum(w * (1.0 / step), -8.0), 7.0)
         codes = (clamped + 12582912.0) - 12582912.0  # to the nearest integer, ties to even
         rest = w - codes * step
-        error = tl.sum(rest * rest, axis=1)
+        error = tl.sum(rest * rest * counts if WEIGHTED else rest * rest, axis=1)
         better = error < least
         least = tl.where(better, error, least)
         best = tl.where(better, scale, best)
@@ -34,8 +35,8 @@ def _least_errors(w, row_step, SCALE_MAX: tl.constexpr):
 
 
 @triton.jit
-def _search_kernel(w_ptr, fractions_ptr, step_ptr, scale_ptr, base_step, G, FRACTIONS: tl.constexpr,
-                   SCALE_MAX: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+def _search_kernel(w_ptr, counts_ptr, fractions_ptr, step_ptr, scale_ptr, base_step, G, FRACTIONS: tl.constexpr,
+                   SCALE_MAX: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, WEIGHTED: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     in_group = tl.arange(0, GROUP)[None, :]
     best_total = float("inf")
@@ -46,7 +47,10 @@ def _search_kernel(w_ptr, fractions_ptr, step_ptr, scale_ptr, base_step, G, FRAC
         for start in range(0, G, BLOCK_G):
             g = start + tl.arange(0, BLOCK_G)
             w = tl.load(w_ptr + row * G * GROUP + g[:, None] * GROUP + in_group, mask=g[:, None] < G, other=0.0)
-            least, _ = _least_errors(w, row_step, SCALE_MAX)
+            counts = w
+            if WEIGHTED:
+                counts = tl.load(counts_ptr + g[:, None] * GROUP + in_group, mask=g[:, None] < G, other=0.0)
+            least, _ = _least_errors(w, counts, row_step, SCALE_MAX, WEIGHTED)
             total += tl.sum(least, axis=0)
         better = total < best_total
         best_total = tl.where(better, total, best_total)
@@ -55,14 +59,20 @@ def _search_kernel(w_ptr, fractions_ptr, step_ptr, scale_ptr, base_step, G, FRAC
     for start in range(0, G, BLOCK_G):
         g = start + tl.arange(0, BLOCK_G)
         w = tl.load(w_ptr + row * G * GROUP + g[:, None] * GROUP + in_group, mask=g[:, None] < G, other=0.0)
-        _, scales = _least_errors(w, best_step, SCALE_MAX)
+        counts = w
+        if WEIGHTED:
+            counts = tl.load(counts_ptr + g[:, None] * GROUP + in_group, mask=g[:, None] < G, other=0.0)
+        _, scales = _least_errors(w, counts, best_step, SCALE_MAX, WEIGHTED)
         tl.store(scale_ptr + row * G + g, scales.to(tl.float32), mask=g < G)
 
 
 def search_integer_scales_gpu(
-    groups: Tensor, scale_max: int, fractions: tuple[float, ...], plain_step: float
+    groups: Tensor, scale_max: int, fractions: tuple[float, ...], plain_step: float, weights: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
-    """Row steps fp32 ``[R, 1]`` and integer scales fp32 ``[R, G]`` for normalised groups fp32 ``[R, G, g]``."""
+    """Row steps fp32 ``[R, 1]`` and integer scales fp32 ``[R, G]`` for normalised groups fp32 ``[R, G, g]``.
+
+    ``weights``: fp32 ``[G, g]``, what the squared error of each column counts, or None.
+    """
     rows, count, group = groups.shape
     steps = groups.new_empty(rows, 1)
     scales = groups.new_empty(rows, count)
@@ -70,7 +80,8 @@ def search_integer_scales_gpu(
     block = max(1, min(BLOCK_WEIGHTS // group, triton.next_power_of_2(count)))
     with torch.cuda.device(groups.device) if groups.is_cuda else contextlib.nullcontext():
         _search_kernel[(rows,)](
-            groups.contiguous(), table, steps, scales, 1.0 / (plain_step * scale_max), count,
-            FRACTIONS=len(fractions), SCALE_MAX=scale_max, GROUP=group, BLOCK_G=block, num_warps=4,
+            groups.contiguous(), groups if weights is None else weights.contiguous(), table, steps, scales,
+            1.0 / (plain_step * scale_max), count, FRACTIONS=len(fractions), SCALE_MAX=scale_max, GROUP=group,
+            BLOCK_G=block, WEIGHTED=weights is not None, num_warps=4,
         )  # fmt: skip
     return steps, scales

@@ -23,6 +23,7 @@ from torch._inductor.utils import triton_type
 from torch._inductor.virtualized import V
 
 from ..errors import CompileError
+from ..format import schedule_bits
 from ..reasons import log_once
 from .tiles import choose_tile
 from .triton_gemm import capability, gluon_obstacle, schedule_flags, use_ptx
@@ -39,13 +40,8 @@ GLUON_TOKENS = 4096
 UNKNOWN_TOKENS = 256
 
 _KERNEL = """
-{% if DEQUANTIZE and HAS_BIAS %}
-{{def_kernel("XQ", "QDATA", "SCALE", "TOKEN_SCALE", "ROW_SCALE", "BIAS")}}
-{% elif DEQUANTIZE %}
-{{def_kernel("XQ", "QDATA", "SCALE", "TOKEN_SCALE", "ROW_SCALE")}}
-{% else %}
-{{def_kernel("XQ", "QDATA", "SCALE")}}
-{% endif %}
+{{def_kernel(*(["XQ", "QDATA", "SCALE"] + (["ZERO_POINT"] if ASYMMETRIC else [])
+    + (["TOKEN_SCALE", "ROW_SCALE"] if DEQUANTIZE else []) + (["BIAS"] if HAS_BIAS else [])))}}
     M = {{size("XQ", 0)}}
     K = {{size("XQ", 1)}}
     N = {{size(None, 1)}}
@@ -55,8 +51,8 @@ _KERNEL = """
     rows_m = tl.where(m < M, m, 0)
     rows_n = tl.where(n < N, n, 0)
     acc = accumulate_tile(
-        XQ, {{stride("XQ", 0)}}, QDATA, SCALE, rows_m, rows_n, K,
-        GROUP_SIZE, PACK, WEIGHT_BITS, FOLD, TIMES16, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
+        XQ, {{stride("XQ", 0)}}, QDATA, SCALE, {{ "ZERO_POINT" if ASYMMETRIC else "None" }}, rows_m, rows_n, K,
+        GROUP_SIZE, PACK, WEIGHT_BITS, FOLD, TIMES16, ASYMMETRIC, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
     )
     {% if DEQUANTIZE %}
     acc = dequantize_tile(acc, TOKEN_SCALE, {{stride("TOKEN_SCALE", 0)}}, ROW_SCALE, rows_m, rows_n)
@@ -115,6 +111,7 @@ def _gemm(
     scale_bits: int,
     packing: str,
     dtype: torch.dtype,
+    zero_point: Optional[ir.TensorBox],
 ) -> ir.TensorBox:
     """Template call for ``xq`` ``[..., K]``; ``scales`` (token, row) is None for the bare accumulator."""
     lead, device = xq.get_size()[:-1], xq.get_device_or_error()
@@ -125,9 +122,13 @@ def _gemm(
     in_features = _static(k)
     weight_bits = 8 if qdata.get_dtype() is torch.int8 else 4
     tokens = V.graph.sizevars.optimization_hint(m, fallback=UNKNOWN_TOKENS)
-    tile = choose_tile(tokens, out_features, in_features, group_size, scale_bits, weight_bits, capability(device))
+    asymmetric = zero_point is not None
+    bits = schedule_bits(scale_bits, asymmetric)
+    tile = choose_tile(tokens, out_features, in_features, group_size, bits, weight_bits, capability(device))
     activation = ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(rows))
     inputs = [activation, _contiguous(qdata), _contiguous(scale)]
+    if zero_point is not None:
+        inputs.append(_contiguous(zero_point))
     if scales is not None:
         token_scale, row_scale = scales
         inputs += [ir.ExternKernel.realize_input(_as_rows(token_scale)), _contiguous(row_scale)]
@@ -145,7 +146,7 @@ def _gemm(
         ACC_TYPE="tl.int32" if scales is None else "tl.float32",
         OUT_DTYPE=triton_type(dtype),
         PTX=use_ptx(device),
-        **schedule_flags(in_features, group_size, scale_bits, weight_bits, packing, tile),
+        **schedule_flags(in_features, group_size, scale_bits, weight_bits, packing, tile, asymmetric),
     )
     if not choices:
         raise CompileError(f"Inductor refused the W4A8 template: {refusal}. Report it; backend='eager' still runs.")
@@ -154,8 +155,9 @@ def _gemm(
 
 
 def prefers_gluon(
-    xq: ir.TensorBox, qdata: ir.TensorBox, scale: ir.TensorBox, group_size: int, scale_bits: int, packing: str
-) -> bool:
+    xq: ir.TensorBox, qdata: ir.TensorBox, scale: ir.TensorBox, group_size: int, scale_bits: int, packing: str,
+    asymmetric: bool,
+) -> bool:  # fmt: skip
     """Whether a linear is better left to the op, which calls the Gluon kernels and picks a tile at each call.
 
     They are faster than the template, but nothing is fused behind them; what follows a linear of a language model (the
@@ -166,32 +168,34 @@ def prefers_gluon(
         return False
     weight_bits = 8 if qdata.get_dtype() is torch.int8 else 4
     features, device = _static(xq.get_size()[-1]), xq.get_device_or_error()
-    obstacle = gluon_obstacle(features, group_size, scale_bits, weight_bits, packing, device)
+    obstacle = gluon_obstacle(features, group_size, scale_bits, weight_bits, packing, device, asymmetric)
     if obstacle:
         log_once(logging.INFO, f"plain Triton instead of Gluon: {obstacle}")
     return obstacle is None
 
 
-def lower_w4a8_accumulate(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi) -> ir.TensorBox:
+def lower_w4a8_accumulate(
+    xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point=None
+) -> ir.TensorBox:
     """CUDA lowering of ``intscale::w4a8_accumulate``: int32 ``[..., N]``."""
-    return _gemm(xq, None, qdata, scale, None, out_features, group_size, scale_bits, packing, torch.int32)
+    return _gemm(xq, None, qdata, scale, None, out_features, group_size, scale_bits, packing, torch.int32, zero_point)
 
 
 def lower_w4a8_linear(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, zero_point
 ) -> ir.TensorBox:  # fmt: skip
     """The template for ``intscale::w4a8_linear`` on a GPU."""
     scales = (token_scale, row_scale)
-    return _gemm(xq, scales, qdata, scale, bias, out_features, group_size, scale_bits, packing, dtype)
+    return _gemm(xq, scales, qdata, scale, bias, out_features, group_size, scale_bits, packing, dtype, zero_point)
 
 
 def decompose_w4a8_linear(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi
+    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, zero_point
 ) -> ir.TensorBox:  # fmt: skip
     """CPU lowering of ``intscale::w4a8_linear``: the accumulator is opaque, its scales join the surrounding C++."""
     aten, to_dtype = torch.ops.aten, torch.ops.prims.convert_element_type.default
     mul, view, convert = lowerings[aten.mul.Tensor], lowerings[aten.view.default], lowerings[to_dtype]
-    acc = lowerings[ACCUMULATE_OP](xq, qdata, scale, out_features, group_size, scale_bits, packing, abi)
+    acc = lowerings[ACCUMULATE_OP](xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point)
     y = mul(mul(convert(acc, torch.float32), token_scale), view(row_scale, [out_features]))
     if bias is not None:
         y = lowerings[aten.add.Tensor](y, convert(bias, torch.float32))
@@ -217,13 +221,13 @@ def register_lowerings() -> None:
     @register_lowering(LINEAR_OP, type_promotion_kind=None)
     def linear(
         xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi,
-        ste_input=None, overlap=False,
+        ste_input=None, overlap=False, zero_point=None,
     ):  # fmt: skip
         # ste_input only carries gradients: left unread, it vanishes.
         operands = (xq, token_scale, qdata, scale, row_scale, bias)
         form = (out_features, group_size, scale_bits, packing, dtype, abi)
         if xq.get_device().type != "cuda":
-            return decompose_w4a8_linear(*operands, *form)
-        if prefers_gluon(xq, qdata, scale, group_size, scale_bits, packing):
+            return decompose_w4a8_linear(*operands, *form, zero_point)
+        if prefers_gluon(xq, qdata, scale, group_size, scale_bits, packing, zero_point is not None):
             return linear_extern(*operands, *form, None, overlap)
-        return lower_w4a8_linear(*operands, *form)
+        return lower_w4a8_linear(*operands, *form, zero_point)

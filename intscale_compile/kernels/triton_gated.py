@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..format import schedule_bits
 from . import gluon_launch
 from .gluon_tiles import DECODE_TOKENS, gated_tile
 from .tiles import Tile, schedule_name
@@ -38,10 +39,11 @@ def gate_activation(gate, GATED: tl.constexpr):
 
 @triton.jit
 def w4a8_gated_kernel(
-    xq_ptr, token_scale_ptr, qdata_ptr, scale_ptr, row_scale_ptr, bias_ptr, out_ptr, M, N, K, xq_stride,
+    xq_ptr, token_scale_ptr, qdata_ptr, scale_ptr, zero_ptr, row_scale_ptr, bias_ptr, out_ptr, M, N, K, xq_stride,
     GATED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_SIZE: tl.constexpr, PACK: tl.constexpr,
-    WEIGHT_BITS: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr, TILED: tl.constexpr, EVEN_K: tl.constexpr,
-    PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr, ASYMMETRIC: tl.constexpr,
+    TILED: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``out[m, i]``, contiguous ``[M, N/2]``: the activation of a gate row times its up row."""
     HALF: tl.constexpr = BLOCK_N // 2
@@ -54,8 +56,8 @@ def w4a8_gated_kernel(
     column = tile_n * HALF + row % HALF
     rows_n = tl.where(column < columns, column, 0) + row // HALF * columns
     acc = accumulate_tile(
-        xq_ptr, xq_stride, qdata_ptr, scale_ptr, rows_m, rows_n, K,
-        GROUP_SIZE, PACK, WEIGHT_BITS, FOLD, TIMES16, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
+        xq_ptr, xq_stride, qdata_ptr, scale_ptr, zero_ptr, rows_m, rows_n, K,
+        GROUP_SIZE, PACK, WEIGHT_BITS, FOLD, TIMES16, ASYMMETRIC, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     y = dequantize_tile(acc, token_scale_ptr, 1, row_scale_ptr, rows_m, rows_n)
     if HAS_BIAS:
@@ -78,12 +80,13 @@ def pick_gated_tile(
 
 
 def gated_obstacle(
-    n: int, k: int, group_size: int, scale_bits: int, weight_bits: int, packing: str, device: torch.device
-) -> Optional[str]:
+    n: int, k: int, group_size: int, scale_bits: int, weight_bits: int, packing: str, device: torch.device,
+    asymmetric: bool = False,
+) -> Optional[str]:  # fmt: skip
     """Why the Gluon kernels cannot run a gated linear of ``n`` rows of gate and up together, or None."""
     if n % 128:
         return f"{n // 2} gated output features are not whole tiles of 64"
-    return gluon_obstacle(k, group_size, scale_bits, weight_bits, packing, device)
+    return gluon_obstacle(k, group_size, scale_bits, weight_bits, packing, device, asymmetric)
 
 
 def gated_linear_cuda(
@@ -101,6 +104,7 @@ def gated_linear_cuda(
     dtype: torch.dtype,
     tile: Optional[Tile] = None,
     overlap: bool = False,
+    zero_point: Optional[Tensor] = None,
 ) -> Tensor:
     """``act(gate) * up`` of int8 ``[..., K]`` and a packed weight ``[2 I, K]``, fp32 rounded once to ``dtype``; ``[..., I]``.
 
@@ -113,16 +117,18 @@ def gated_linear_cuda(
     result = out.view(*xq.shape[:-1], columns)
     if m == 0 or columns == 0:
         return result
-    weight_bits = 8 if qdata.dtype is torch.int8 else 4
+    weight_bits, asymmetric = 8 if qdata.dtype is torch.int8 else 4, zero_point is not None
     if tile is None:
         gluon = (
-            gated_obstacle(out_features, k, group_size, scale_bits, weight_bits, packing, xq.device) is None
+            gated_obstacle(out_features, k, group_size, scale_bits, weight_bits, packing, xq.device, asymmetric) is None
             and scale.dtype is not torch.int16
             and gluon_launch.addressable(x)
         )
-        tile = pick_gated_tile(m, out_features, k, group_size, scale_bits, weight_bits, xq.device, gluon)
+        bits = schedule_bits(scale_bits, asymmetric)
+        tile = pick_gated_tile(m, out_features, k, group_size, bits, weight_bits, xq.device, gluon)
     token_scale, qdata, scale = token_scale.reshape(-1).contiguous(), qdata.contiguous(), scale.contiguous()
     row_scale, bias = row_scale.contiguous(), None if bias is None else bias.contiguous()
+    zero_point = None if zero_point is None else zero_point.contiguous()
     with torch.cuda.device(xq.device) if xq.is_cuda else contextlib.nullcontext():
         if tile.kernel != "triton":
             gluon_launch.launch_gluon(
@@ -131,12 +137,12 @@ def gated_linear_cuda(
             return result
         grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(columns, tile.block_n // 2),)
         w4a8_gated_kernel[grid](
-            x, token_scale, qdata, scale, row_scale, bias, out, m, out_features, k, x.stride(0),
+            x, token_scale, qdata, scale, zero_point, row_scale, bias, out, m, out_features, k, x.stride(0),
             GATED=activation,
             HAS_BIAS=bias is not None,
             PTX=use_ptx(xq.device),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            **schedule_flags(k, group_size, scale_bits, weight_bits, packing, tile),
+            **schedule_flags(k, group_size, scale_bits, weight_bits, packing, tile, asymmetric),
         )  # fmt: skip
     return result

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..format import k_alignment, pack_block
+from ..format import k_alignment, pack_block, schedule_bits
 from . import gluon_launch
 from .tiles import Tile, choose
 from .triton_tile import accumulate_tile, add_bias, dequantize_tile, tile_position
@@ -24,10 +24,11 @@ FOLD_SCALE_BITS = 4  # 8 * 15 = 120 is the largest product of code and scale tha
 
 @triton.jit
 def w4a8_kernel(
-    xq_ptr, token_scale_ptr, qdata_ptr, scale_ptr, row_scale_ptr, bias_ptr, out_ptr, M, N, K, xq_stride,
+    xq_ptr, token_scale_ptr, qdata_ptr, scale_ptr, zero_ptr, row_scale_ptr, bias_ptr, out_ptr, M, N, K, xq_stride,
     DEQUANTIZE: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_SIZE: tl.constexpr, PACK: tl.constexpr,
-    WEIGHT_BITS: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr, TILED: tl.constexpr, EVEN_K: tl.constexpr,
-    PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr, ASYMMETRIC: tl.constexpr,
+    TILED: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``out[m, n]``, contiguous ``[M, N]``: int32 accumulator, or its dequantized value if DEQUANTIZE."""
     tile_m, tile_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_N)
@@ -36,8 +37,8 @@ def w4a8_kernel(
     rows_m = tl.where(m < M, m, 0)
     rows_n = tl.where(n < N, n, 0)
     acc = accumulate_tile(
-        xq_ptr, xq_stride, qdata_ptr, scale_ptr, rows_m, rows_n, K,
-        GROUP_SIZE, PACK, WEIGHT_BITS, FOLD, TIMES16, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
+        xq_ptr, xq_stride, qdata_ptr, scale_ptr, zero_ptr, rows_m, rows_n, K,
+        GROUP_SIZE, PACK, WEIGHT_BITS, FOLD, TIMES16, ASYMMETRIC, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     out_ptrs = out_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
     mask = (m < M)[None, :] & (n < N)[:, None]
@@ -51,10 +52,16 @@ def w4a8_kernel(
 
 
 def schedule_flags(
-    in_features: int, group_size: int, scale_bits: int, weight_bits: int, packing: str, tile: Tile
+    in_features: int,
+    group_size: int,
+    scale_bits: int,
+    weight_bits: int,
+    packing: str,
+    tile: Tile,
+    asymmetric: bool = False,
 ) -> dict[str, object]:
     """Compile-time flags of ``accumulate_tile`` for one problem; the same for the eager kernel and the template."""
-    fold = weight_bits == 4 and group_size != -1 and scale_bits <= FOLD_SCALE_BITS
+    fold = weight_bits == 4 and group_size != -1 and schedule_bits(scale_bits, asymmetric) <= FOLD_SCALE_BITS
     if group_size == -1:
         # Per channel the x16 sum runs over all of K: |16 q| and |x| are at most 128 each.
         times16 = in_features * 128 * 128 < 2**31
@@ -66,7 +73,8 @@ def schedule_flags(
         PACK=pack_block(group_size),
         WEIGHT_BITS=weight_bits,
         FOLD=fold,
-        TIMES16=weight_bits == 4 and not fold and times16,
+        TIMES16=weight_bits == 4 and not fold and times16 and not asymmetric,  # 16 * 15 is no int8
+        ASYMMETRIC=asymmetric,
         TILED=packing == "tiled",
         EVEN_K=in_features % k_alignment(group_size) == 0,
         BLOCK_M=tile.block_m,
@@ -89,13 +97,14 @@ def capability(device: torch.device) -> int:
 
 
 def gluon_obstacle(
-    in_features: int, group_size: int, scale_bits: int, weight_bits: int, packing: str, device: torch.device
-) -> Optional[str]:
+    in_features: int, group_size: int, scale_bits: int, weight_bits: int, packing: str, device: torch.device,
+    asymmetric: bool = False,
+) -> Optional[str]:  # fmt: skip
     """Why the Gluon kernels cannot serve a weight on this machine, or None."""
     if triton.knobs.runtime.interpret:
         return "Triton's interpreter does not run Gluon"
     return gluon_launch.missing_feature(capability(device)) or gluon_launch.unsupported_format(
-        in_features, group_size, weight_bits, scale_bits, packing
+        in_features, group_size, weight_bits, scale_bits, packing, asymmetric
     )
 
 
@@ -126,19 +135,21 @@ def _launch(
     packing: str,
     tile: Optional[Tile],
     overlap: bool,
+    zero_point: Optional[Tensor],
 ) -> None:
     """Fill ``out`` ``[M, N]`` from 2-D activations ``[M, K]`` with contiguous rows."""
     (m, k), n = xq.shape, out.shape[1]
     if m == 0 or n == 0:
         return
-    weight_bits = 8 if qdata.dtype is torch.int8 else 4
+    weight_bits, asymmetric = 8 if qdata.dtype is torch.int8 else 4, zero_point is not None
     if tile is None:
         gluon = (
-            gluon_obstacle(k, group_size, scale_bits, weight_bits, packing, xq.device) is None
+            gluon_obstacle(k, group_size, scale_bits, weight_bits, packing, xq.device, asymmetric) is None
             and scale.dtype is not torch.int16
             and gluon_launch.addressable(xq)
         )
-        tile = pick_tile(m, n, k, group_size, scale_bits, weight_bits, xq.device, gluon)
+        bits = schedule_bits(scale_bits, asymmetric)
+        tile = pick_tile(m, n, k, group_size, bits, weight_bits, xq.device, gluon)
     with torch.cuda.device(xq.device) if xq.is_cuda else contextlib.nullcontext():
         if tile.kernel != "triton":
             gluon_launch.launch_gluon(
@@ -147,13 +158,13 @@ def _launch(
             return
         grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
         w4a8_kernel[grid](
-            xq, token_scale, qdata, scale, row_scale, bias, out, m, n, k, xq.stride(0),
+            xq, token_scale, qdata, scale, zero_point, row_scale, bias, out, m, n, k, xq.stride(0),
             DEQUANTIZE=token_scale is not None,
             HAS_BIAS=bias is not None,
             PTX=use_ptx(xq.device),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            **schedule_flags(k, group_size, scale_bits, weight_bits, packing, tile),
+            **schedule_flags(k, group_size, scale_bits, weight_bits, packing, tile, asymmetric),
         )  # fmt: skip
 
 
@@ -173,15 +184,19 @@ def accumulate_cuda(
     packing: str,
     tile: Optional[Tile] = None,
     overlap: bool = False,
+    zero_point: Optional[Tensor] = None,
 ) -> Tensor:
     """Integer accumulator ``[..., N]`` int32 of int8 activations ``[..., K]`` and a packed weight.
+
+    Weights with zero points run in the plain-Triton kernel everywhere.
 
     ``tile`` overrides the choice of :func:`pick_tile`; the result does not depend on it. ``overlap`` is that of
     :func:`~intscale_compile.kernels.gluon_launch.launch_gluon`.
     """
     out = xq.new_empty((xq.shape[:-1].numel(), out_features), dtype=torch.int32)
     operands = (rows_of(xq), None, qdata.contiguous(), scale.contiguous(), None, None)
-    _launch(out, *operands, group_size, scale_bits, packing, tile, overlap)
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    _launch(out, *operands, group_size, scale_bits, packing, tile, overlap, zero_point)
     return out.view(*xq.shape[:-1], out_features)
 
 
@@ -199,6 +214,7 @@ def linear_cuda(
     dtype: torch.dtype,
     tile: Optional[Tile] = None,
     overlap: bool = False,
+    zero_point: Optional[Tensor] = None,
 ) -> Tensor:
     """``acc * token_scale * row_scale (+ bias)``, computed in fp32 and rounded once to ``dtype``; ``[..., N]``."""
     out = xq.new_empty((xq.shape[:-1].numel(), out_features), dtype=dtype)
@@ -215,5 +231,6 @@ def linear_cuda(
         packing,
         tile,
         overlap,
+        None if zero_point is None else zero_point.contiguous(),
     )
     return out.view(*xq.shape[:-1], out_features)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..format import schedule_bits
 from .grouped_tiles import choose_grouped_tile
 from .tiles import Tile
 from .triton_gemm import capability, schedule_flags, use_ptx
@@ -62,17 +63,18 @@ def store_rows(out_ptr, values, out_index_ptr, positions, valid, n, N, SCATTER: 
 
 @triton.jit
 def w4a8_grouped_kernel(
-    xq_ptr, token_scale_ptr, qdata_ptr, scale_ptr, row_scale_ptr, bias_ptr, offsets_ptr, row_index_ptr, out_index_ptr,
+    xq_ptr, token_scale_ptr, qdata_ptr, scale_ptr, zero_ptr, row_scale_ptr, bias_ptr, offsets_ptr, row_index_ptr, out_index_ptr,
     out_ptr, rows, experts, N, K, xq_stride, qdata_stride, scale_stride,
     DEQUANTIZE: tl.constexpr, HAS_BIAS: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GROUPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr, PACK: tl.constexpr, WEIGHT_BITS: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr,
-    TILED: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP_N: tl.constexpr,
+    ASYMMETRIC: tl.constexpr, TILED: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of one expert: int32 accumulator, or its dequantized value if DEQUANTIZE; ``out`` is ``[rows, N]``.
 
     GATHER: row ``p`` of the sorted order is row ``row_index[p]`` of ``xq``. SCATTER: it goes to row ``out_index[p]`` of
-    ``out``. Strides of ``qdata`` and ``scale`` are those from expert to expert.
+    ``out``. Strides of ``qdata`` and ``scale`` are those from expert to expert;
+    zero points lie as the scales do.
     """
     group, start, end, local = find_group(
         tl.program_id(0), offsets_ptr, rows, experts, tl.cdiv(N, BLOCK_N), GROUPS, BLOCK_M
@@ -92,9 +94,11 @@ def w4a8_grouped_kernel(
     if GATHER:
         rows_m = tl.load(row_index_ptr + positions)
     expert = group.to(tl.int64)
+    zeros_of_expert = zero_ptr + expert * scale_stride if ASYMMETRIC else zero_ptr
     acc = accumulate_tile(
-        xq_ptr, xq_stride, qdata_ptr + expert * qdata_stride, scale_ptr + expert * scale_stride, rows_m, rows_n, K,
-        GROUP_SIZE, PACK, WEIGHT_BITS, FOLD, TIMES16, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
+        xq_ptr, xq_stride, qdata_ptr + expert * qdata_stride, scale_ptr + expert * scale_stride, zeros_of_expert,
+        rows_m, rows_n, K,
+        GROUP_SIZE, PACK, WEIGHT_BITS, FOLD, TIMES16, ASYMMETRIC, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if DEQUANTIZE:
         y = dequantize_tile(acc, token_scale_ptr, 1, row_scale_ptr + expert * N, rows_m, rows_n)
@@ -129,6 +133,7 @@ def _launch(
     out_index: Optional[Tensor],
     form: GroupedForm,
     tile: Optional[Tile],
+    zero_point: Optional[Tensor],
 ) -> None:
     """Fill ``out`` ``[rows, N]``."""
     (rows, n), k, experts = out.shape, xq.shape[1], qdata.shape[0]
@@ -136,14 +141,15 @@ def _launch(
         return
     xq = xq if xq.stride(1) == 1 else xq.contiguous()
     qdata, scale = qdata.contiguous(), scale.contiguous()
-    weight_bits = 8 if qdata.dtype is torch.int8 else 4
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    weight_bits, asymmetric = 8 if qdata.dtype is torch.int8 else 4, zero_point is not None
     if tile is None:
-        schedule = (form.group_size, form.scale_bits, weight_bits)
+        schedule = (form.group_size, schedule_bits(form.scale_bits, asymmetric), weight_bits)
         tile = choose_grouped_tile(rows, experts, n, k, *schedule, capability(xq.device))
     grid = (row_tiles(rows, experts, tile.block_m) * triton.cdiv(n, tile.block_n),)
     with torch.cuda.device(xq.device) if xq.is_cuda else contextlib.nullcontext():
         w4a8_grouped_kernel[grid](
-            xq, token_scale, qdata, scale, row_scale, bias, offsets.to(torch.int32).contiguous(), _index(row_index),
+            xq, token_scale, qdata, scale, zero_point, row_scale, bias, offsets.to(torch.int32).contiguous(), _index(row_index),
             _index(out_index), out, rows, experts, n, k, xq.stride(0), qdata.stride(0), scale.stride(0),
             DEQUANTIZE=token_scale is not None,
             HAS_BIAS=bias is not None,
@@ -153,7 +159,7 @@ def _launch(
             PTX=use_ptx(xq.device),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            **schedule_flags(k, form.group_size, form.scale_bits, weight_bits, form.packing, tile),
+            **schedule_flags(k, form.group_size, form.scale_bits, weight_bits, form.packing, tile, asymmetric),
         )  # fmt: skip
 
 
@@ -166,6 +172,7 @@ def grouped_accumulate_cuda(
     row_index: Optional[Tensor] = None,
     out_index: Optional[Tensor] = None,
     tile: Optional[Tile] = None,
+    zero_point: Optional[Tensor] = None,
 ) -> Tensor:
     """Integer accumulator ``[rows, N]`` int32; operands as in ``intscale::w4a8_grouped_linear``. For tests and sweeps.
 
@@ -173,7 +180,7 @@ def grouped_accumulate_cuda(
     """
     rows = xq.shape[0] if row_index is None else row_index.shape[0]
     out = xq.new_empty((rows, form.out_features), dtype=torch.int32)
-    _launch(out, xq, None, qdata, scale, None, None, offsets, row_index, out_index, form, tile)
+    _launch(out, xq, None, qdata, scale, None, None, offsets, row_index, out_index, form, tile, zero_point)
     return out
 
 
@@ -190,11 +197,13 @@ def grouped_linear_cuda(
     row_index: Optional[Tensor] = None,
     out_index: Optional[Tensor] = None,
     tile: Optional[Tile] = None,
+    zero_point: Optional[Tensor] = None,
 ) -> Tensor:
     """``acc * token_scale * row_scale (+ bias)``, computed in fp32 and rounded once to ``dtype``; ``[rows, N]``."""
     rows = xq.shape[0] if row_index is None else row_index.shape[0]
     out = xq.new_empty((rows, form.out_features), dtype=dtype)
     token_scale, row_scale = token_scale.reshape(-1).contiguous(), row_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    _launch(out, xq, token_scale, qdata, scale, row_scale, bias, offsets, row_index, out_index, form, tile)
+    weight = (qdata, scale, row_scale, bias)
+    _launch(out, xq, token_scale, *weight, offsets, row_index, out_index, form, tile, zero_point)
     return out

@@ -16,6 +16,7 @@ WEIGHT_BITS    4 (packed uint8) or 8 (int8 codes)
 FOLD           multiply the group scale into the int8 weight (needs scales of at most 15) instead of the accumulator
 TIMES16        leave codes in the high half of their byte, 16 times too large, and shift the sum right by 4
 TILED          rows of qdata and scale are reordered as ``format.tile_rows`` does
+ASYMMETRIC     groups have zero points; FOLD then needs scales of at most 7, and TIMES16 is False
 EVEN_K         K is a whole number of steps, so activation loads need no mask
 PTX            use NVIDIA inline assembly; the plain twin serves AMD and the interpreter
 =============  =====================================================================================================
@@ -146,6 +147,60 @@ def fold_codes(packed, scales, TWO_SCALES: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def center_codes(packed, factors, PTX: tl.constexpr):
+    """Expand uint8 ``[BLOCK_N, P/2]`` into ``(code - zero point) * scale`` of its two halves, int8 each.
+
+    ``factors`` is int32 ``[BLOCK_N]`` of :func:`load_factors`: for each half the scale ``s``, at most 7, and ``s`` times the
+    zero point, both unsigned and a byte each.
+    """
+    # Four bytes at once, as in fold_codes: u * s + (128 - s * zero) lies in [23, 233].
+    if PTX:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, u, a, b, c, d;
+            and.b32 a, $3, 0xFF;
+            bfe.u32 c, $3, 8, 8;
+            bfe.u32 b, $3, 16, 8;
+            shr.u32 d, $3, 24;
+            mad.lo.u32 c, c, 0xFEFEFEFF, 0x80808080;
+            mad.lo.u32 d, d, 0xFEFEFEFF, 0x80808080;
+            shr.u32 u, $2, 4;
+            and.b32 t, $2, 0x0F0F0F0F;
+            and.b32 u, u, 0x0F0F0F0F;
+            mad.lo.u32 t, t, a, c;
+            mad.lo.u32 u, u, b, d;
+            xor.b32 $0, t, 0x80808080;
+            xor.b32 $1, u, 0x80808080;
+            }""",
+            "=&r,=r,r,r,r,r,r",
+            [packed, tl.broadcast_to(factors[:, None], packed.shape)],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = ((packed & 15).to(tl.int32) * (factors & 255)[:, None] - (factors >> 8 & 255)[:, None]).to(tl.int8)
+        high = ((packed >> 4).to(tl.int32) * (factors >> 16 & 255)[:, None] - (factors >> 24)[:, None]).to(tl.int8)
+    return low, high
+
+
+@triton.jit
+def load_factors(scale_pointers, zero_pointers, FOLD: tl.constexpr, TWO_GROUPS: tl.constexpr, STRIDE: tl.constexpr):
+    """``factors`` of :func:`center_codes` for one step: scale and scale * zero of the low half and, above, of the high.
+
+    Without FOLD the scale in there is 1. Zero points are stored signed; ``+ 8`` puts them on the scale of packed codes.
+    """
+    zero = tl.load(zero_pointers).to(tl.int32) + 8
+    scale = tl.load(scale_pointers).to(tl.int32) if FOLD else zero * 0 + 1
+    low = scale | (scale * zero << 8)
+    if TWO_GROUPS:
+        zero = tl.load(zero_pointers + STRIDE).to(tl.int32) + 8
+        scale = tl.load(scale_pointers + STRIDE).to(tl.int32) if FOLD else scale
+        return low | (scale << 16) | (scale * zero << 24)
+    return low | (low << 16)
+
+
+@triton.jit
 def load_scales(pointers, TWO_SCALES: tl.constexpr, STRIDE: tl.constexpr):
     """Scales of one step as int32 ``[BLOCK_N]``: one, or the two of a packing block of 64 as ``low | high << 16``."""
     scales = tl.load(pointers).to(tl.int32)
@@ -156,7 +211,7 @@ def load_scales(pointers, TWO_SCALES: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def load_activations(pointers, first_k, K, DEPTH: tl.constexpr, EVEN_K: tl.constexpr):
-    """Load int8 ``[DEPTH, BLOCK_M]``; beyond K the values are 0 (their codes are 0 too, but the memory is not ours)."""
+    """Load int8 ``[DEPTH, BLOCK_M]``; beyond K the values are 0: it is not our memory, and codes there need not be 0."""
     if EVEN_K:
         return tl.load(pointers)
     return tl.load(pointers, mask=(first_k + tl.arange(0, DEPTH) < K)[:, None], other=0)
@@ -176,9 +231,9 @@ def weight_offsets(rows, columns, TILED: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def accumulate_int4(
-    xq_ptr, xq_stride, qdata_ptr, scale_ptr, rows_m, rows_n, K,
-    GROUP_SIZE: tl.constexpr, PACK: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr, TILED: tl.constexpr,
-    EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    xq_ptr, xq_stride, qdata_ptr, scale_ptr, zero_ptr, rows_m, rows_n, K,
+    GROUP_SIZE: tl.constexpr, PACK: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr, ASYMMETRIC: tl.constexpr,
+    TILED: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """K loop over packed 4-bit weights; returns int32 ``[BLOCK_N, BLOCK_M]``, unscaled (and x16) if GROUP_SIZE is -1.
 
@@ -194,8 +249,13 @@ def accumulate_int4(
     half_range = tl.arange(0, HALF)
     w_ptrs = qdata_ptr + weight_offsets(rows_n, steps * (BLOCKS * HALF), TILED, HALF)[:, None] + half_range[None, :]
     x_ptrs = xq_ptr + rows_m.to(tl.int64)[None, :] * xq_stride + half_range[:, None]
-    s_ptrs = scale_ptr + weight_offsets(rows_n, steps * GROUPS, TILED, 1)
+    # One group per row is the same address plain or tiled.
+    s_offsets = rows_n if PER_CHANNEL else weight_offsets(rows_n, steps * GROUPS, TILED, 1)
+    s_ptrs = scale_ptr + s_offsets
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
+    if ASYMMETRIC:
+        z_ptrs = zero_ptr + s_offsets
+        next_factors = load_factors(s_ptrs, z_ptrs, FOLD, GROUPS == 2, S_STEP)
     if not PER_CHANNEL:
         next_scales = load_scales(s_ptrs, GROUPS == 2, S_STEP)
     for step in tl.range(0, steps):
@@ -204,6 +264,11 @@ def accumulate_int4(
             scales = next_scales
             next_step = tl.minimum(step + 1, steps - 1)
             next_scales = load_scales(s_ptrs + next_step * (GROUPS * S_STEP), GROUPS == 2, S_STEP)
+        if ASYMMETRIC:
+            factors = next_factors
+            if not PER_CHANNEL:
+                group = tl.minimum(step + 1, steps - 1) * (GROUPS * S_STEP)
+                next_factors = load_factors(s_ptrs + group, z_ptrs + group, FOLD, GROUPS == 2, S_STEP)
         if not (PER_CHANNEL or FOLD):
             partial = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
         for block in tl.static_range(BLOCKS):
@@ -212,14 +277,19 @@ def accumulate_int4(
             x_low = load_activations(x_ptrs + block * PACK, first_k, K, HALF, EVEN_K)
             x_high = load_activations(x_ptrs + (block * PACK + HALF), first_k + HALF, K, HALF, EVEN_K)
             if PER_CHANNEL or FOLD:
-                if PER_CHANNEL:
+                if ASYMMETRIC:
+                    low, high = center_codes(packed, factors, PTX)
+                elif PER_CHANNEL:
                     low, high = unpack_codes(packed, TIMES16, PTX)
                 else:
                     low, high = fold_codes(packed, scales, GROUPS == 2, PTX)
                 acc = tl.dot(low, x_low, acc, out_dtype=tl.int32)
                 acc = tl.dot(high, x_high, acc, out_dtype=tl.int32)
             else:
-                low, high = unpack_codes(packed, TIMES16, PTX)
+                if ASYMMETRIC:
+                    low, high = center_codes(packed, factors, PTX)
+                else:
+                    low, high = unpack_codes(packed, TIMES16, PTX)
                 partial = tl.dot(low, x_low, partial, out_dtype=tl.int32)
                 if GROUPS == 2:
                     acc += (partial >> 4 if TIMES16 else partial) * (scales & 65535)[:, None]
@@ -253,9 +323,10 @@ def accumulate_int8(
 
 @triton.jit
 def accumulate_tile(
-    xq_ptr, xq_stride, qdata_ptr, scale_ptr, rows_m, rows_n, K,
+    xq_ptr, xq_stride, qdata_ptr, scale_ptr, zero_ptr, rows_m, rows_n, K,
     GROUP_SIZE: tl.constexpr, PACK: tl.constexpr, WEIGHT_BITS: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr,
-    TILED: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ASYMMETRIC: tl.constexpr, TILED: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Integer accumulator of one tile, int32 ``[BLOCK_N, BLOCK_M]``, exact for every schedule.
 
@@ -263,14 +334,15 @@ def accumulate_tile(
         xq_ptr: int8 activations ``[M, K]`` with row stride ``xq_stride`` and contiguous rows.
         qdata_ptr: uint8 ``[N, Kp/2]`` or int8 ``[N, Kp]``, plain or tiled.
         scale_ptr: uint8 or int16 ``[N, G]``, plain or tiled like ``qdata``.
+        zero_ptr: int8 like the scales where ASYMMETRIC; not read otherwise.
         rows_m, rows_n: rows of this tile, ``[BLOCK_M]`` and ``[BLOCK_N]``, clamped into range.
     """
     if WEIGHT_BITS == 8:
         acc = accumulate_int8(xq_ptr, xq_stride, qdata_ptr, rows_m, rows_n, K, PACK, TILED, EVEN_K, BLOCK_M, BLOCK_N)
     else:
         acc = accumulate_int4(
-            xq_ptr, xq_stride, qdata_ptr, scale_ptr, rows_m, rows_n, K,
-            GROUP_SIZE, PACK, FOLD, TIMES16, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
+            xq_ptr, xq_stride, qdata_ptr, scale_ptr, zero_ptr, rows_m, rows_n, K,
+            GROUP_SIZE, PACK, FOLD, TIMES16, ASYMMETRIC, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if GROUP_SIZE == -1:
         if TIMES16:
@@ -298,6 +370,8 @@ DEVICE_FUNCTIONS = (
     tile_position,
     unpack_codes,
     fold_codes,
+    center_codes,
+    load_factors,
     load_scales,
     load_activations,
     weight_offsets,

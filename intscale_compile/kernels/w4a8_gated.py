@@ -22,7 +22,7 @@ from .w4a8_linear import WEIGHT_ARGS, apply_scales, check_operands, reference_ac
 torch.library.define(
     "intscale::w4a8_gated_linear",
     "(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, str activation, "
-    f"{WEIGHT_ARGS}, ScalarType dtype, int abi, bool overlap=False) -> Tensor",
+    f"{WEIGHT_ARGS}, ScalarType dtype, int abi, bool overlap=False, Tensor? zero_point=None) -> Tensor",
 )
 GATED_OP = torch.ops.intscale.w4a8_gated_linear.default
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -53,43 +53,44 @@ def gate(y: Tensor, activation: str) -> Tensor:
 def reference_gated(
     xq: Tensor, token_scale: Tensor, qdata: Tensor, scale: Tensor, row_scale: Tensor, bias: Optional[Tensor],
     activation: str, out_features: int, group_size: int, packing: str, dtype: torch.dtype,
+    zero_point: Optional[Tensor] = None,
 ) -> Tensor:  # fmt: skip
     """The op in plain PyTorch, any device, ``[..., I]``. Slow; the oracle."""
-    acc = reference_accumulate(xq, qdata, scale, out_features, group_size, packing)
+    acc = reference_accumulate(xq, qdata, scale, out_features, group_size, packing, zero_point)
     return gate(apply_scales(acc, token_scale, row_scale, bias, torch.float32), activation).to(dtype)
 
 
 @torch.library.impl("intscale::w4a8_gated_linear", "CPU")
 def _gated_cpu(
     xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype, abi,
-    overlap=False,
+    overlap=False, zero_point=None,
 ):  # fmt: skip
-    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
     check_gated(activation, out_features)
-    acc = accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing)
+    acc = accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing, zero_point)
     return gate(apply_scales(acc, token_scale, row_scale, bias, torch.float32), activation).to(dtype)
 
 
 @torch.library.impl("intscale::w4a8_gated_linear", "CUDA")
 def _gated_cuda(
     xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype, abi,
-    overlap=False,
+    overlap=False, zero_point=None,
 ):  # fmt: skip
     from .triton_gated import gated_linear_cuda
 
-    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
     check_gated(activation, out_features)
     return gated_linear_cuda(
         xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype,
-        overlap=overlap,
+        overlap=overlap, zero_point=zero_point,
     )  # fmt: skip
 
 
 @torch.library.register_fake("intscale::w4a8_gated_linear")
 def _gated_fake(
     xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype, abi,
-    overlap=False,
+    overlap=False, zero_point=None,
 ):  # fmt: skip
-    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
     check_gated(activation, out_features)
     return xq.new_empty((*xq.shape[:-1], out_features // 2), dtype=dtype)

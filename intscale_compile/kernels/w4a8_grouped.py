@@ -1,6 +1,6 @@
 """``intscale::w4a8_grouped_linear``: the fused linear layer of a stack of experts, rows sorted by expert.
 
-    acc[p, n] = sum_g scale[e, n, g] * sum_{k in g} q[e, n, k] * xq[t, k]                 int32, exact
+    acc[p, n] = sum_g scale[e, n, g] * sum_{k in g} (q[e, n, k] - zero_point[e, n, g]) * xq[t, k]   int32, exact
     y[o, n]   = float(acc[p, n]) * token_scale[t] * row_scale[e, n] (+ bias[e, n])        one conversion
 
 for every position ``p`` of the sorted order. Expert ``e`` has the positions ``offsets[e - 1] <= p < offsets[e]``, as in
@@ -29,12 +29,13 @@ INDEX_ARGS = "Tensor? row_index=None, Tensor? out_index=None"
 torch.library.define(
     "intscale::w4a8_grouped_linear",
     "(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, Tensor offsets, "
-    f"{WEIGHT_ARGS}, ScalarType dtype, int abi, {INDEX_ARGS}, Tensor? ste_input=None) -> Tensor",
+    f"{WEIGHT_ARGS}, ScalarType dtype, int abi, {INDEX_ARGS}, Tensor? ste_input=None, "
+    "Tensor? zero_point=None) -> Tensor",
 )
 torch.library.define(
     "intscale::w4a8_grouped_input_grad",
     "(Tensor grad, Tensor qdata, Tensor scale, Tensor row_scale, Tensor offsets, int rows, int out_features, "
-    f"int in_features, int group_size, str packing, {INDEX_ARGS}) -> Tensor",
+    f"int in_features, int group_size, str packing, {INDEX_ARGS}, Tensor? zero_point=None) -> Tensor",
 )
 GROUPED_OP = torch.ops.intscale.w4a8_grouped_linear.default
 INPUT_GRAD_OP = torch.ops.intscale.w4a8_grouped_input_grad.default
@@ -44,7 +45,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 def check_grouped_operands(
     xq: Tensor, token_scale: Tensor, qdata: Tensor, scale: Tensor, row_scale: Tensor, bias: Optional[Tensor],
     offsets: Tensor, out_features: int, group_size: int, packing: str, row_index: Optional[Tensor],
-    out_index: Optional[Tensor],
+    out_index: Optional[Tensor], zero_point: Optional[Tensor],
 ) -> None:  # fmt: skip
     """Raise ``InputError`` unless the operands have the shapes and dtypes that the schema promises to a kernel."""
     if xq.dim() != 2:
@@ -54,9 +55,12 @@ def check_grouped_operands(
             f"w4a8_grouped: qdata has {qdata.dim()} and scale {scale.dim()} dimensions, expected stacks of matrices, 3."
         )
     experts, rows = qdata.shape[0], output_rows(xq, row_index)
-    check_operands(xq, qdata[0], scale[0], out_features, group_size, packing)
+    check_operands(
+        xq, qdata[0], scale[0], out_features, group_size, packing, None if zero_point is None else zero_point[0]
+    )
     for name, tensor, shape in (
         ("scale", scale, (experts, *scale.shape[1:])),
+        ("zero_point", zero_point, scale.shape),
         ("row_scale", row_scale, (experts, out_features, 1)),
         ("bias", bias, (experts, out_features)),
         ("offsets", offsets, (experts,)),
@@ -90,32 +94,34 @@ def expert_ranges(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
 
 def reference_grouped(
     xq: Tensor, qdata: Tensor, scale: Tensor, offsets: Tensor, out_features: int, group_size: int, packing: str,
-    row_index: Optional[Tensor] = None, out_index: Optional[Tensor] = None,
+    row_index: Optional[Tensor] = None, out_index: Optional[Tensor] = None, zero_point: Optional[Tensor] = None,
 ) -> Tensor:  # fmt: skip
     """The accumulator ``[rows, N]`` in plain PyTorch, int32, any device, exact. Slow; the oracle."""
     x = xq if row_index is None else xq[row_index]
     acc = xq.new_zeros((x.shape[0], out_features), dtype=torch.int32)
     for expert, part in expert_ranges(offsets, x.shape[0]):
-        acc[part] = reference_accumulate(x[part], qdata[expert], scale[expert], out_features, group_size, packing)
+        zero = None if zero_point is None else zero_point[expert]
+        acc[part] = reference_accumulate(x[part], qdata[expert], scale[expert], out_features, group_size, packing, zero)
     return acc if out_index is None else torch.empty_like(acc).index_copy_(0, out_index.long(), acc)
 
 
 @torch.library.impl("intscale::w4a8_grouped_linear", "CPU")
 def _grouped_cpu(
     xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, scale_bits, packing, dtype, abi,
-    row_index=None, out_index=None, ste_input=None,
+    row_index=None, out_index=None, ste_input=None, zero_point=None,
 ):  # fmt: skip
     check_grouped_operands(
-        xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, packing, row_index, out_index
-    )
+        xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, packing, row_index, out_index,
+        zero_point,
+    )  # fmt: skip
     rows = output_rows(xq, row_index)
     out = xq.new_empty((rows, out_features), dtype=dtype)
     end = 0
     for expert, part in expert_ranges(offsets, rows):
         tokens = part if row_index is None else row_index[part]
         acc = accumulate_expert_cpu(
-            xq[tokens], qdata, scale, expert, out_features, group_size, scale_bits, packing
-        )  # fmt: skip
+            xq[tokens], qdata, scale, expert, out_features, group_size, scale_bits, packing, zero_point
+        )
         y = apply_scales(acc, token_scale[tokens], row_scale[expert], None if bias is None else bias[expert], dtype)
         out[part if out_index is None else out_index[part]] = y
         end = part.stop
@@ -127,41 +133,55 @@ def _grouped_cpu(
 @torch.library.impl("intscale::w4a8_grouped_linear", "CUDA")
 def _grouped_cuda(
     xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, scale_bits, packing, dtype, abi,
-    row_index=None, out_index=None, ste_input=None,
+    row_index=None, out_index=None, ste_input=None, zero_point=None,
 ):  # fmt: skip
     from .triton_grouped import GroupedForm, grouped_linear_cuda
 
     check_grouped_operands(
-        xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, packing, row_index, out_index
-    )
+        xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, packing, row_index, out_index,
+        zero_point,
+    )  # fmt: skip
     form = GroupedForm(out_features, group_size, scale_bits, packing)
     return grouped_linear_cuda(
-        xq, token_scale, qdata, scale, row_scale, bias, offsets, form, dtype, row_index, out_index
-    )  # fmt: skip
+        xq,
+        token_scale,
+        qdata,
+        scale,
+        row_scale,
+        bias,
+        offsets,
+        form,
+        dtype,
+        row_index,
+        out_index,
+        zero_point=zero_point,
+    )
 
 
 @torch.library.register_fake("intscale::w4a8_grouped_linear")
 def _grouped_fake(
     xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, scale_bits, packing, dtype, abi,
-    row_index=None, out_index=None, ste_input=None,
+    row_index=None, out_index=None, ste_input=None, zero_point=None,
 ):  # fmt: skip
     check_grouped_operands(
-        xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, packing, row_index, out_index
-    )
+        xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, packing, row_index, out_index,
+        zero_point,
+    )  # fmt: skip
     return xq.new_empty((output_rows(xq, row_index), out_features), dtype=dtype)
 
 
 @torch.library.impl("intscale::w4a8_grouped_input_grad", "CompositeExplicitAutograd")
 def _input_grad(
     grad, qdata, scale, row_scale, offsets, rows, out_features, in_features, group_size, packing,
-    row_index=None, out_index=None,
+    row_index=None, out_index=None, zero_point=None,
 ):  # fmt: skip
     grad = grad if out_index is None else grad[out_index]
     grad_input = grad.new_zeros((rows, in_features))
     for expert, part in expert_ranges(offsets, grad.shape[0]):
         weight = WEIGHT_OP(
-            qdata[expert], scale[expert], row_scale[expert], out_features, in_features, group_size, packing, grad.dtype
-        )
+            qdata[expert], scale[expert], row_scale[expert], out_features, in_features, group_size, packing, grad.dtype,
+            None if zero_point is None else zero_point[expert],
+        )  # fmt: skip
         if row_index is None:
             grad_input[part] = grad[part] @ weight
         else:
@@ -172,16 +192,15 @@ def _input_grad(
 @torch.library.register_fake("intscale::w4a8_grouped_input_grad")
 def _input_grad_fake(
     grad, qdata, scale, row_scale, offsets, rows, out_features, in_features, group_size, packing,
-    row_index=None, out_index=None,
+    row_index=None, out_index=None, zero_point=None,
 ):  # fmt: skip
     return grad.new_empty((rows, in_features))
 
 
 def _save_weight(ctx, inputs, output):
-    xq, _, qdata, scale, row_scale, bias, offsets, n, group_size, _, packing, _, _, row_index, out_index, ste_input = (
-        inputs
-    )
-    ctx.save_for_backward(qdata, scale, row_scale, offsets, row_index, out_index)
+    xq, _, qdata, scale, row_scale, bias, offsets, n, group_size, _, packing, _, _, *optional = inputs
+    row_index, out_index, ste_input, zero_point = optional
+    ctx.save_for_backward(qdata, scale, row_scale, offsets, row_index, out_index, zero_point)
     ctx.weight_args = (xq.shape[0], n, xq.shape[1], group_size, packing)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.input_dtype = None if ste_input is None else ste_input.dtype
@@ -189,18 +208,19 @@ def _save_weight(ctx, inputs, output):
 
 def _straight_through(ctx, grad):
     """``grad_x = grad @ W`` of each row's expert; rounding of the activation counts as the identity."""
-    qdata, scale, row_scale, offsets, row_index, out_index = ctx.saved_tensors
+    qdata, scale, row_scale, offsets, row_index, out_index, zero_point = ctx.saved_tensors
     grad_input = grad_bias = None
     if ctx.input_dtype is not None and ctx.needs_input_grad[15]:
         weight = (qdata, scale, row_scale, offsets)
-        grad_input = INPUT_GRAD_OP(grad, *weight, *ctx.weight_args, row_index, out_index).to(ctx.input_dtype)
+        indices = (row_index, out_index, zero_point)
+        grad_input = INPUT_GRAD_OP(grad, *weight, *ctx.weight_args, *indices).to(ctx.input_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         positions = torch.arange(grad.shape[0], device=grad.device)
         expert = torch.searchsorted(offsets.long(), positions, right=True)  # E for rows that belong to none
         sums = grad.new_zeros((offsets.shape[0] + 1, grad.shape[1]), dtype=torch.float32)
         ordered = grad if out_index is None else grad[out_index]
         grad_bias = sums.index_add(0, expert, ordered.float())[:-1].to(ctx.bias_dtype)
-    return (*(None,) * 5, grad_bias, *(None,) * 9, grad_input)
+    return (*(None,) * 5, grad_bias, *(None,) * 9, grad_input, None)
 
 
 torch.library.register_autograd("intscale::w4a8_grouped_linear", _straight_through, setup_context=_save_weight)

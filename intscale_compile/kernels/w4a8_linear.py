@@ -1,11 +1,12 @@
 """``intscale::w4a8_linear`` and its integer half ``intscale::w4a8_accumulate``: the fused linear layer.
 
-    acc[m, n] = sum_g scale[n, g] * sum_{k in g} q[n, k] * xq[m, k]                      int32, exact
+    acc[m, n] = sum_g scale[n, g] * sum_{k in g} (q[n, k] - zero_point[n, g]) * xq[m, k]  int32, exact
     y[m, n]   = float(acc[m, n]) * token_scale[m] * row_scale[n] (+ bias[n])             one conversion
 
 The accumulator is the same to the bit on every device, tile and batch. Weights are 2-D; ``qdata`` is uint8 (packed int4)
 or int8 (8-bit weights). See ``format`` for both packings. ``scale_bits`` bounds the group scales: up to 4 they are folded
-into the int8 weight. ``abi`` is :data:`~intscale_compile.kernels.abi.KERNEL_ABI`; it only separates cache entries.
+into the int8 weight. ``zero_point`` is None or int8 like ``scale``, for 4-bit weights; scales of 4 bits do not fold then.
+``abi`` is :data:`~intscale_compile.kernels.abi.KERNEL_ABI`; it only separates cache entries.
 ``ste_input`` is the activation before quantization: unused in the forward pass, it receives the straight-through gradient.
 ``overlap`` lets a GPU kernel begin to read the weight before the kernels launched before it have ended. The passes set it:
 in a compiled graph the activation is quantized by a kernel of that graph, so whoever wrote the weight has long ended.
@@ -25,19 +26,23 @@ from .dequantize import WEIGHT_OP, unpack_weight
 
 WEIGHT_ARGS = "int out_features, int group_size, int scale_bits, str packing"
 torch.library.define(
-    "intscale::w4a8_accumulate", f"(Tensor xq, Tensor qdata, Tensor scale, {WEIGHT_ARGS}, int abi) -> Tensor"
+    "intscale::w4a8_accumulate",
+    f"(Tensor xq, Tensor qdata, Tensor scale, {WEIGHT_ARGS}, int abi, Tensor? zero_point=None) -> Tensor",
 )
 torch.library.define(
     "intscale::w4a8_linear",
     f"(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, {WEIGHT_ARGS}, "
-    "ScalarType dtype, int abi, Tensor? ste_input=None, bool overlap=False) -> Tensor",
+    "ScalarType dtype, int abi, Tensor? ste_input=None, bool overlap=False, Tensor? zero_point=None) -> Tensor",
 )
 ACCUMULATE_OP = torch.ops.intscale.w4a8_accumulate.default
 LINEAR_OP = torch.ops.intscale.w4a8_linear.default
 FOLD_SCALE_BITS = 4  # |q * scale| <= 8 * 15 fits int8
 
 
-def check_operands(xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str) -> None:
+def check_operands(
+    xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str,
+    zero_point: Optional[Tensor] = None,
+) -> None:  # fmt: skip
     """Raise ``InputError`` unless the operands have the shapes and dtypes that the schema promises to a kernel."""
     if xq.dtype != torch.int8:
         raise InputError(f"w4a8: xq is {xq.dtype}, expected int8 from quantize_per_token.")
@@ -55,6 +60,15 @@ def check_operands(xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, 
             f"w4a8: qdata {tuple(qdata.shape)} and scale {tuple(scale.shape)} do not describe {out_features} rows "
             f"of {groups} groups in {packing} packing."
         )
+    if zero_point is not None and (
+        zero_point.dtype != torch.int8 or zero_point.shape != scale.shape or qdata.dtype != torch.uint8
+    ):
+        raise InputError(
+            f"w4a8: zero_point is {zero_point.dtype} {tuple(zero_point.shape)} for {qdata.dtype} codes, expected int8 "
+            f"{tuple(scale.shape)} and packed 4-bit codes."
+        )
+    if zero_point is not None and zero_point.device != xq.device:
+        raise InputError(f"w4a8: activation on {xq.device}, zero_point on {zero_point.device}: move them together.")
     if not xq.device == qdata.device == scale.device:
         raise InputError(
             f"w4a8: activation on {xq.device}, weight on {qdata.device}, scale on {scale.device}: move them together."
@@ -62,10 +76,11 @@ def check_operands(xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, 
 
 
 def reference_accumulate(
-    xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str
-) -> Tensor:
+    xq: Tensor, qdata: Tensor, scale: Tensor, out_features: int, group_size: int, packing: str,
+    zero_point: Optional[Tensor] = None,
+) -> Tensor:  # fmt: skip
     """The accumulator in plain PyTorch, any device, exact: float64 holds every integer below 2**53. Slow; the oracle."""
-    codes, scale = unpack_weight(qdata, scale, out_features, group_size, packing)
+    codes, scale = unpack_weight(qdata, scale, out_features, group_size, packing, zero_point)
     weight = codes.double() * fmt.expand_group_scale(scale, codes.shape[-1]).double()
     return (xq.double() @ weight[:, : xq.shape[-1]].t()).to(torch.int32)
 
@@ -79,61 +94,61 @@ def apply_scales(
 
 
 @torch.library.impl("intscale::w4a8_accumulate", "CPU")
-def _accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi):
-    check_operands(xq, qdata, scale, out_features, group_size, packing)
-    return accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing)
+def _accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point=None):
+    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
+    return accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing, zero_point)
 
 
 @torch.library.impl("intscale::w4a8_accumulate", "CUDA")
-def _accumulate_cuda(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi):
+def _accumulate_cuda(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point=None):
     from .triton_gemm import accumulate_cuda
 
-    check_operands(xq, qdata, scale, out_features, group_size, packing)
-    return accumulate_cuda(xq, qdata, scale, out_features, group_size, scale_bits, packing)
+    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
+    return accumulate_cuda(xq, qdata, scale, out_features, group_size, scale_bits, packing, zero_point=zero_point)
 
 
 @torch.library.register_fake("intscale::w4a8_accumulate")
-def _accumulate_fake(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi):
-    check_operands(xq, qdata, scale, out_features, group_size, packing)
+def _accumulate_fake(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point=None):
+    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
     return xq.new_empty((*xq.shape[:-1], out_features), dtype=torch.int32)
 
 
 @torch.library.impl("intscale::w4a8_linear", "CPU")
 def _linear_cpu(
     xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None,
-    overlap=False,
+    overlap=False, zero_point=None,
 ):  # fmt: skip
-    check_operands(xq, qdata, scale, out_features, group_size, packing)
-    acc = accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing)
+    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
+    acc = accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing, zero_point)
     return apply_scales(acc, token_scale, row_scale, bias, dtype)
 
 
 @torch.library.impl("intscale::w4a8_linear", "CUDA")
 def _linear_cuda(
     xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None,
-    overlap=False,
+    overlap=False, zero_point=None,
 ):  # fmt: skip
     from .triton_gemm import linear_cuda
 
-    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
     return linear_cuda(
         xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype,
-        overlap=overlap,
+        overlap=overlap, zero_point=zero_point,
     )  # fmt: skip
 
 
 @torch.library.register_fake("intscale::w4a8_linear")
 def _linear_fake(
     xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None,
-    overlap=False,
+    overlap=False, zero_point=None,
 ):  # fmt: skip
-    check_operands(xq, qdata, scale, out_features, group_size, packing)
+    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
     return xq.new_empty((*xq.shape[:-1], out_features), dtype=dtype)
 
 
 def _save_weight(ctx, inputs, output):
-    xq, _, qdata, scale, row_scale, bias, out_features, group_size, _, packing, _, _, ste_input, _ = inputs
-    ctx.save_for_backward(qdata, scale, row_scale)
+    xq, _, qdata, scale, row_scale, bias, out_features, group_size, _, packing, _, _, ste_input, _, zero_point = inputs
+    ctx.save_for_backward(qdata, scale, row_scale, zero_point)
     ctx.weight_args = (out_features, xq.shape[-1], group_size, packing)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.input_dtype = None if ste_input is None else ste_input.dtype
@@ -143,11 +158,12 @@ def _straight_through(ctx, grad):
     """``grad_x = grad @ W`` with the dequantized weight; rounding of the activation counts as the identity."""
     grad_input = grad_bias = None
     if ctx.input_dtype is not None and ctx.needs_input_grad[12]:
-        weight = WEIGHT_OP(*ctx.saved_tensors, *ctx.weight_args, grad.dtype)
+        *parts, zero_point = ctx.saved_tensors
+        weight = WEIGHT_OP(*parts, *ctx.weight_args, grad.dtype, zero_point)
         grad_input = (grad @ weight).to(ctx.input_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return None, None, None, None, None, grad_bias, None, None, None, None, None, None, grad_input, None
+    return None, None, None, None, None, grad_bias, None, None, None, None, None, None, grad_input, None, None
 
 
 torch.library.register_autograd("intscale::w4a8_linear", _straight_through, setup_context=_save_weight)

@@ -8,12 +8,15 @@
 | share_quantize | quantizations of one activation | one of them |
 | merge_siblings | Q/DQ linears that read one activation | one Q/DQ linear and a split |
 | fuse | linears between dequantize nodes | ``intscale.w4a8_linear`` |
+| rotate_quantize | a Hadamard transform and a quantization, on a GPU | ``intscale.hadamard_quantize`` |
 | gated_activation | a gate and an up projection with ``act(gate) * up`` | ``intscale.w4a8_gated_linear`` |
 | causal_attention | attention whose mask hides just the future, or nothing | attention with a flag and shared heads |
 | decode_attention | attention of one query token over repeated heads | ``intscale.decode_attention`` |
+| cache_counters | the counters of a static cache, one for each layer | one addition to all of them |
 """
 
 from .base import Candidate, GraphRewrite, Pass, apply_passes
+from .cache_counters import CACHE_COUNTERS
 from .causal_attention import CAUSAL_ATTENTION
 from .decode_attention import DECODE_ATTENTION
 from .experts import EXPERTS
@@ -22,10 +25,12 @@ from .gated_activation import GATED_ACTIVATION
 from .insert_qdq import INSERT_QDQ
 from .match import MATCH
 from .merge_siblings import MERGE_SIBLINGS
+from .rotate_quantize import ROTATE_QUANTIZE
 from .share_quantize import SHARE_QUANTIZE
 
 PASSES: tuple[Pass, ...] = (
-    MATCH, INSERT_QDQ, EXPERTS, SHARE_QUANTIZE, MERGE_SIBLINGS, FUSE, GATED_ACTIVATION, CAUSAL_ATTENTION, DECODE_ATTENTION,
+    MATCH, INSERT_QDQ, EXPERTS, SHARE_QUANTIZE, MERGE_SIBLINGS, FUSE, ROTATE_QUANTIZE, GATED_ACTIVATION, CAUSAL_ATTENTION,
+    DECODE_ATTENTION, CACHE_COUNTERS,
 )  # fmt: skip
 
 __all__ = ["PASSES", "Candidate", "GraphRewrite", "Pass", "apply_passes"]

@@ -107,7 +107,7 @@ class GraphRewrite:
         first = next(iter(self.graph.nodes))
         anchor = self._last_input
         with self.graph.inserting_before(first) if anchor is None else self.graph.inserting_after(anchor):
-            node = self.graph.placeholder(f"intscale_{part or 'bias'}_{len(self.packed_inputs)}")
+            node = self.graph.placeholder(f"intscale_{part or recipe.key[0]}_{len(self.packed_inputs)}")
         self._last_input = self._packed_nodes[key] = node
         self._nodes.append(node)
         mark_static_input(node)
@@ -199,12 +199,23 @@ class Pass:
     run: Callable[[GraphRewrite], int]
 
 
-def apply_passes(rewrite: GraphRewrite, passes: Sequence[Pass]) -> None:
-    """Run passes in order, remove what became dead, and check the graph."""
+Observer = Callable[[str, GraphRewrite], None]  # sees the graph after the stage of that name
+
+
+def apply_passes(rewrite: GraphRewrite, passes: Sequence[Pass], observer: Optional[Observer] = None) -> None:
+    """Run passes in order, but those that the settings disable; remove what became dead, and check the graph.
+
+    ``observer`` is called with ``"dynamo"`` before the first pass and with the name of each pass after it; it changes nothing.
+    """
+    if observer is not None:
+        observer("dynamo", rewrite)
     for one in passes:
         start = time.perf_counter()
-        rewrite.counts[one.name] = rewrite.counts.get(one.name, 0) + one.run(rewrite)
+        count = 0 if one.name in rewrite.settings.disable_passes else one.run(rewrite)
+        rewrite.counts[one.name] = rewrite.counts.get(one.name, 0) + count
         rewrite.seconds[one.name] = rewrite.seconds.get(one.name, 0.0) + time.perf_counter() - start
+        if observer is not None:
+            observer(one.name, rewrite)
     remove_dead(rewrite)
     rewrite.graph.lint()
     rewrite.gm.recompile()

@@ -9,7 +9,8 @@
 
 Matches the candidates that ``match`` listed as experts, in both orientations of the stack: transformers' experts
 implementations ``grouped_mm`` (also its ``grouped_mm_fallback`` op) and ``batched_mm``, and Llama 4. An activation that is
-gathered from tokens is quantized once per token, and gathered inside the op. What is left keeps its reason.
+gathered from tokens is quantized once per token, and gathered inside the op; with static activation scales, one for each
+expert, it is gathered before. What is left keeps its reason.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels.w4a8_grouped import GROUPED_OP
-from ..ops import KERNEL_ABI, quantize_per_token
-from ..packed_weights import DATA_NAMES, WeightSource
+from ..ops import KERNEL_ABI, quantize_per_token, quantize_static
+from ..packed_weights import WeightSource
 from ..reasons import Reason
 from .base import Candidate, GraphRewrite, Pass, example, writes_in_place
 from .fuse import straight_through
-from .insert_qdq import pack, recipe_of
+from .insert_qdq import pack, recipe_of, rotated, static_scale, weight_inputs
 from .match import (
     MATMUL,
     TRANSPOSES,
@@ -249,17 +250,46 @@ def _emit(
     node, packed = candidate.node, candidate.packed
     assert packed is not None
     recipe = recipe_of(candidate, rewrite)
-    parts = [rewrite.add_packed_input(recipe, name, getattr(packed, name)) for name in DATA_NAMES]
-    quantized = rewrite.call(quantize_per_token.OP, (rows,), like=node)
+    *parts, zero_point = weight_inputs(rewrite, recipe, packed)
+    x, quantized, index = _quantized(rewrite, candidate, rows, offsets, row_index)
     dtype = example(node).dtype
     y = rewrite.call(
         GROUPED_OP,
         (
             *(rewrite.item(quantized, 0, node), rewrite.item(quantized, 1, node), *parts, None, offsets),
             *(packed.out_features, packed.group_size, packed.scale_bits, packed.packing_format, dtype, KERNEL_ABI),
-            *(row_index, out_index, straight_through(rows, node)),
+            *(index, out_index, straight_through(x, node, rows), zero_point),
         ),
         like=node,
     )
     y.meta["intscale_candidates"], y.meta["intscale_tensor"] = [candidate], packed
     return y
+
+
+def _quantized(
+    rewrite: GraphRewrite, candidate: Candidate, rows: fx.Node, offsets: fx.Node, row_index: Optional[fx.Node]
+) -> tuple[Any, fx.Node, Optional[fx.Node]]:
+    """The activation as the stack takes it, its quantization, and the index that is left to the op."""
+    node, packed = candidate.node, candidate.packed
+    assert packed is not None
+    if packed.act_pre_scale is None:
+        x = rotated(rewrite, rows, packed, node)
+        return x, rewrite.call(quantize_per_token.OP, (x,), like=node), row_index
+    if row_index is not None:
+        rows = rewrite.call(torch.index_select, (rows, 0, row_index), like=node)
+    scale = _scale_of_positions(rewrite, candidate, rows, offsets)
+    x = rotated(rewrite, rows, packed, node)
+    return x, rewrite.call(quantize_static.STATIC_OP, (x, scale), like=node), None
+
+
+def _scale_of_positions(rewrite: GraphRewrite, candidate: Candidate, rows: fx.Node, offsets: fx.Node) -> fx.Node:
+    """Static activation scale of every sorted position: ``experts.scale_of_positions`` as nodes."""
+    node, value = candidate.node, example(offsets)
+    count = example(rows).shape[0]
+    if not isinstance(count, int):
+        count = rewrite.call(torch.ops.aten.sym_size.int, (rows, 0), like=node)
+    positions = rewrite.call(torch.arange, (count,), {"device": value.device, "dtype": value.dtype}, like=node)
+    expert = rewrite.call(torch.searchsorted, (offsets, positions), {"right": True}, like=node)
+    expert = rewrite.call(torch.clamp, (expert,), {"max": candidate.packed.shape[0] - 1}, like=node)  # type: ignore[union-attr]
+    scales = rewrite.call(torch.reshape, (static_scale(rewrite, candidate), (-1, 1)), like=node)
+    return rewrite.call(torch.index_select, (scales, 0, expert), like=node)

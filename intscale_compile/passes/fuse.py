@@ -9,13 +9,13 @@ before quantization, to pass its gradient straight through.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import fx
 
 from ..kernels.w4a8_linear import LINEAR_OP
-from ..ops import KERNEL_ABI, dequantize
+from ..ops import KERNEL_ABI, dequantize, hadamard
 from .base import GraphRewrite, Pass, example
 from .match import LINEAR
 
@@ -46,17 +46,18 @@ def _is_qdq(node: fx.Node) -> bool:
 def _replace(rewrite: GraphRewrite, node: fx.Node) -> None:
     x, weight, bias = node.args
     xq, token_scale = x.args[:2]  # type: ignore[union-attr]
-    qdata, scale, row_scale, out_features, _, group_size, packing, dtype = weight.args  # type: ignore[union-attr]
+    qdata, scale, row_scale, out_features, _, group_size, packing, dtype, zero_point = weight.args  # type: ignore[union-attr]
     scale_bits = weight.meta["intscale_tensor"].scale_bits  # type: ignore[union-attr]
-    activation = xq.args[0].args[0]  # type: ignore[union-attr]
+    activation: Any = xq.args[0].args[0]  # type: ignore[union-attr]
     with rewrite.graph.inserting_before(node):
         fused = rewrite.call(
             LINEAR_OP,
             (
                 *(xq, token_scale, qdata, scale, row_scale, bias),
                 *(out_features, group_size, scale_bits, packing, dtype, KERNEL_ABI),
-                straight_through(activation, node),
+                straight_through(activation, node, _origin(activation)),
                 True,  # overlap: a kernel of this graph quantizes the activation, so no writer of the weight is running
+                zero_point,
             ),
             like=node,
         )
@@ -67,8 +68,16 @@ def _replace(rewrite: GraphRewrite, node: fx.Node) -> None:
     rewrite.graph.erase_node(node)
 
 
-def straight_through(activation: object, node: fx.Node) -> Optional[fx.Node]:
-    """The activation where autograd watches it, for a gradient that passes the quantizer; else None."""
-    value = example(activation)
+def _origin(activation: fx.Node) -> object:
+    """What the activation was computed from by a pass."""
+    return activation.args[0] if activation.target is hadamard.HADAMARD_OP else activation
+
+
+def straight_through(activation: fx.Node, node: fx.Node, origin: object) -> Optional[fx.Node]:
+    """The activation where autograd watches it, for a gradient that passes the quantizer; else None.
+
+    ``origin``: what it was computed from in the original graph; fake tensors of emitted nodes do not say who requires grad.
+    """
+    value = example(origin)
     watched = node.meta["intscale_grad"] and (not isinstance(value, torch.Tensor) or value.requires_grad)
-    return activation if watched else None  # type: ignore[return-value]
+    return activation if watched else None

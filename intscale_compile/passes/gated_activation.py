@@ -136,8 +136,8 @@ def _worthwhile(rewrite: GraphRewrite, linear: fx.Node) -> bool:
 
 
 def _replace(rewrite: GraphRewrite, product: fx.Node, linear: fx.Node, activation: str) -> None:
-    *operands, out_features, group_size, scale_bits, packing, dtype, abi, _, overlap = linear.args
-    form = (out_features, group_size, scale_bits, packing, dtype, abi, overlap)
+    *operands, out_features, group_size, scale_bits, packing, dtype, abi, _, overlap, zero_point = linear.args
+    form = (out_features, group_size, scale_bits, packing, dtype, abi, overlap, zero_point)
     with rewrite.graph.inserting_before(linear):
         gated = rewrite.call(GATED_OP, (*operands, activation, *form), like=linear)
     for key in ("intscale_candidates", "intscale_grad", "intscale_tensor"):

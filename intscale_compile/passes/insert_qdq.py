@@ -4,6 +4,8 @@
     =>  xq, token_scale = quantize_per_token(x)
         y = linear(dequantize_per_token(xq, token_scale), dequantize_weight(qdata, scale, row_scale), bias)
 
+A rotated weight gets ``hadamard(x, size)`` for ``x``; one with a static activation scale ``quantize_static(x, scale)``.
+
 Matches the candidates without a reason. The result runs in plain PyTorch. Codes and scales become inputs of the graph,
 bound to the caller's weight at each call (``packed_weights``). Quantizes plain weights now, and finds those out that cannot be.
 """
@@ -12,13 +14,14 @@ from __future__ import annotations
 
 import logging
 import operator
+from typing import Optional
 
 import torch
 from torch import fx
 
 from ..errors import OverflowProofError, WeightError
-from ..ops import dequantize, quantize_per_token
-from ..packed_weights import DATA_NAMES, Packed
+from ..ops import dequantize, hadamard, quantize_per_token, quantize_static
+from ..packed_weights import ActivationScale, Packed
 from ..reasons import Reason, log_once
 from ..tensor import IntScaleTensor
 from .base import Candidate, GraphRewrite, Pass, example
@@ -64,7 +67,11 @@ def _replace(rewrite: GraphRewrite, candidate: Candidate) -> fx.Node:
     result = example(node)
     dtype = result.dtype if isinstance(result, torch.Tensor) else packed.dtype
     with rewrite.graph.inserting_before(node):
-        quantized = rewrite.call(quantize_per_token.OP, (candidate.x,), like=node)
+        x = rotated(rewrite, candidate.x, packed, node)
+        if packed.act_pre_scale is None:
+            quantized = rewrite.call(quantize_per_token.OP, (x,), like=node)
+        else:
+            quantized = rewrite.call(quantize_static.STATIC_OP, (x, static_scale(rewrite, candidate)), like=node)
         xq = rewrite.call(operator.getitem, (quantized, 0), like=node)
         token_scale = rewrite.call(operator.getitem, (quantized, 1), like=node)
         x = rewrite.call(dequantize.TOKEN_OP, (xq, token_scale, dtype), like=node)
@@ -77,18 +84,36 @@ def _replace(rewrite: GraphRewrite, candidate: Candidate) -> fx.Node:
     return y
 
 
+def rotated(rewrite: GraphRewrite, x: Optional[fx.Node], packed: IntScaleTensor, like: fx.Node) -> Optional[fx.Node]:
+    """``x`` as the weight takes it: after the transform that the weight was multiplied by, if there is one."""
+    return rewrite.call(hadamard.HADAMARD_OP, (x, packed.rotation), like=like) if packed.rotation else x
+
+
+def static_scale(rewrite: GraphRewrite, candidate: Candidate) -> fx.Node:
+    """The graph input for the static activation scale of a candidate's weight."""
+    assert candidate.source is not None and candidate.packed is not None
+    scale = candidate.packed.act_pre_scale
+    return rewrite.add_packed_input(ActivationScale((candidate.source,)), "act_pre_scale", scale)  # type: ignore[arg-type]
+
+
+def weight_inputs(rewrite: GraphRewrite, recipe: Packed, packed: IntScaleTensor) -> list[Optional[fx.Node]]:
+    """Packed inputs for codes, group scales, row scales and zero points; None in place of zero points that are not there."""
+    values = {name: getattr(packed, name) for name in (*packed.tensor_data_names, "zero_point")}
+    return [None if v is None else rewrite.add_packed_input(recipe, name, v) for name, v in values.items()]
+
+
 def dequantized_weight(
     rewrite: GraphRewrite, recipe: Packed, packed: IntScaleTensor, dtype: torch.dtype, like: fx.Node
 ) -> fx.Node:
     """Emit the packed inputs and the ``dequantize_weight`` node of a weight."""
-    parts = [rewrite.add_packed_input(recipe, name, getattr(packed, name)) for name in DATA_NAMES]
+    *parts, zero_point = weight_inputs(rewrite, recipe, packed)
     attributes = (packed.out_features, packed.in_features, packed.group_size, packed.packing_format, dtype)
     dense = None
     if rewrite.fake_mode is not None:
         with rewrite.fake_mode:
             shape = (*packed.qdata.shape[:-2], packed.out_features, packed.in_features)
             dense = torch.empty(shape, dtype=dtype, device=packed.device)
-    node = rewrite.call(dequantize.WEIGHT_OP, (*parts, *attributes), like=like, value=dense)
+    node = rewrite.call(dequantize.WEIGHT_OP, (*parts, *attributes, zero_point), like=like, value=dense)
     node.meta["intscale_recipe"] = recipe
     node.meta["intscale_tensor"] = packed
     return node

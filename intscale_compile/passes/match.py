@@ -50,6 +50,8 @@ def match(rewrite: GraphRewrite) -> int:
         if candidate is not None:
             candidate.reason = candidate.reason or reason_against(candidate, weights, grad_enabled)
             node.meta["intscale_grad"] = grad_enabled
+            if candidate.reason is Reason.EXPERTS and "experts" in rewrite.settings.disable_passes:
+                candidate.reason = Reason.PASS_DISABLED
             rewrite.candidates.append(candidate)
             if candidate.reason not in (None, Reason.EXPERTS):  # the pass for experts says what it leaves
                 report(candidate)
@@ -81,7 +83,7 @@ class WeightFinder:
             if node.target is torch.nn.functional.embedding and (source := self.source(node.args[1])) is not None
         }
         tensors = [self.tensor(s) for n in rewrite.graph.nodes if (s := self.source(n)) is not None]
-        names = [_dotted_name(node) for node in self.index]
+        names = [dotted_name(node) for node in self.index]
         self.beside_experts = {name.partition(".experts.")[0] for name in names if ".experts." in name}
         self.any_quantized = any(isinstance(t, IntScaleTensor) for t in tensors)
 
@@ -123,11 +125,11 @@ class WeightFinder:
         value = self.rewrite.example_inputs[self.index[node]]
         static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is not None
         if isinstance(value, Tensor) and (static or isinstance(value, (torch.nn.Parameter, IntScaleTensor))):
-            return WeightSource(_dotted_name(node), self.index[node])
+            return WeightSource(dotted_name(node), self.index[node])
         return None
 
 
-def _dotted_name(node: fx.Node) -> str:
+def dotted_name(node: fx.Node) -> str:
     """``model.layers.0.mlp.up_proj.weight`` from the source that Dynamo recorded, or the node's own name."""
     source = getattr(node, "_dynamo_source", None)
     text = getattr(source, "name", "")
@@ -258,6 +260,8 @@ def reason_against(candidate: Candidate, weights: WeightFinder, grad_enabled: bo
         return Reason.DEVICE
     if any(re.fullmatch(pattern, candidate.name) for pattern in settings.skip):
         return Reason.EXCLUDED
+    if "insert_qdq" in settings.disable_passes:
+        return Reason.PASS_DISABLED
     if isinstance(tensor, IntScaleTensor):
         # The product must reduce over the dimension that was quantized.
         return None if tensor.transposed == candidate.transposed else Reason.UNKNOWN_FORM

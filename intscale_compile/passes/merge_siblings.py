@@ -76,7 +76,7 @@ def _sibling_key(rewrite: GraphRewrite, node: fx.Node) -> Optional[tuple]:
         tensor.packing_format,
         tensor.scale.dtype,
         weight_recipe(weight).config == rewrite.settings.config,  # type: ignore[arg-type]
-        weight.args[-1],  # type: ignore[union-attr]
+        weight.args[7],  # type: ignore[union-attr]
         node.meta["intscale_grad"],
     )
 
@@ -112,7 +112,7 @@ def _merge(rewrite: GraphRewrite, group: list[fx.Node]) -> None:
     sizes: list[Any] = [node.args[1].args[3] for node in group]  # type: ignore[union-attr]
     with rewrite.graph.inserting_before(first):
         bias = _joined_bias(rewrite, group, sizes)
-        weight = dequantized_weight(rewrite, recipe, packed, first_weight.args[-1], first)  # type: ignore[union-attr, arg-type]
+        weight = dequantized_weight(rewrite, recipe, packed, first_weight.args[7], first)  # type: ignore[union-attr, arg-type]
         y = rewrite.call(torch.nn.functional.linear, (x, weight, bias), like=first)
         pieces = rewrite.call(torch.split, (y, sizes), {"dim": -1}, like=first)
     candidates = [c for node in group for c in node.meta["intscale_candidates"]]

@@ -34,7 +34,7 @@ def tiles():
 def run_accumulate(p: Problem, tile=None) -> torch.Tensor:
     from intscale_compile.kernels.triton_gemm import accumulate_cuda
 
-    return accumulate_cuda(p.xq, p.qdata, p.scale, *p.weight_args, tile=tile)
+    return accumulate_cuda(p.xq, p.qdata, p.scale, *p.weight_args, tile=tile, zero_point=p.zero_point)
 
 
 def run_linear(p: Problem, bias, dtype: torch.dtype, xq=None, token_scale=None) -> torch.Tensor:
@@ -53,6 +53,21 @@ def test_every_schedule_is_exact(group_size, scale_bits, packing):
     for m, n, k in ((1, 256, 1024), (19, 77, 1000), (130, 200, 520), (3, 1, 1), (300, 4000, 1024)):
         for values in ("random", "extreme"):
             assert_exact(make_problem(m, n, k, group_size, scale_bits, packing, values=values).to("cuda"))
+
+
+@pytest.mark.parametrize("packing", ["plain", "tiled"])
+@pytest.mark.parametrize("scale_bits", [3, 4, 8])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_zero_points_are_exact(group_size, scale_bits, packing):
+    for m, n, k in ((1, 256, 1024), (19, 77, 1000), (130, 200, 520), (300, 4000, 1024)):
+        for values in ("random", "extreme"):
+            form = (group_size, scale_bits, packing)
+            assert_exact(make_problem(m, n, k, *form, values=values, asymmetric=True).to("cuda"))
+
+
+def test_every_tile_is_exact_with_zero_points():
+    for tile, schedule in itertools.product(tiles(), [(128, 3), (128, 8), (32, 8), (-1, 1)]):
+        assert_exact(make_problem(150, 333, 1111, *schedule, "tiled", asymmetric=True).to("cuda"), tile)
 
 
 @pytest.mark.parametrize("schedule", [(128, 4), (128, 8), (32, 4), (-1, 4)], ids=str)

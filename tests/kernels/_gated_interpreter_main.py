@@ -36,13 +36,16 @@ def cases():
     for packing in ("plain", "tiled"):
         arguments = dict(group_size=-1, scale_bits=1, packing=packing, weight_bits=8)
         yield f"w8a8-{packing}", (17, 2 * 35, 300), arguments, "silu", WIDE
+    for group_size, packing in itertools.product((32, 128, -1), ("plain", "tiled")):
+        arguments = dict(group_size=group_size, scale_bits=8, packing=packing, asymmetric=True)
+        yield f"zero-g{group_size}-{packing}", (19, 2 * 77, 296), arguments, "silu", TALL
     yield "int16-scales", (5, 40, 520), dict(group_size=128, scale_bits=11, scale_dtype=torch.int16), "silu", WIDE
     yield "one-output", (1, 2, 31), dict(group_size=128, packing="tiled"), "silu", SMALL
 
 
 def call(p: Problem, activation: str, bias, tile, dtype=torch.float32) -> torch.Tensor:
     operands = (p.xq, p.token_scale, p.qdata, p.scale, p.row_scale, bias, activation, *p.weight_args, dtype)
-    return gated_linear_cuda(*operands, tile=tile)
+    return gated_linear_cuda(*operands, tile=tile, zero_point=p.zero_point)
 
 
 def check(shape, arguments, activation, tile) -> None:

@@ -38,6 +38,7 @@ def check(request: dict) -> None:
     out = torch.empty_like(expected)
     values = dict(arg_XQ=problem.xq, arg_QDATA=problem.qdata, arg_SCALE=problem.scale, arg_BIAS=problem.bias)
     values.update(arg_TOKEN_SCALE=problem.token_scale, arg_ROW_SCALE=problem.row_scale)
+    values.update(arg_ZERO_POINT=problem.zero_point)
     arguments = []
     for parameter in re.search(rf"def {name}\(([^)]*)\)", source).group(1).split(", "):
         if parameter in values:

@@ -28,6 +28,9 @@ def cases():
         options = dict(group_size=group_size, scale_bits=scale_bits, packing=packing)
         yield f"g{group_size}-s{scale_bits}-{packing}", "small", (77, 296), options, SMALL
         yield f"g{group_size}-s{scale_bits}-{packing}-extreme", "last-empty", (65, 512), options | EXTREME, TALL
+    for group_size, packing in itertools.product((32, 128, -1), ("plain", "tiled")):
+        options = dict(group_size=group_size, scale_bits=8, packing=packing, asymmetric=True)
+        yield f"zero-g{group_size}-{packing}", "last-empty", (77, 296), options, SMALL
     for packing, values in itertools.product(("plain", "tiled"), ("random", "extreme")):
         options = dict(group_size=-1, scale_bits=1, packing=packing, values=values, weight_bits=8)
         yield f"w8a8-{packing}-{values}", "small", (70, 300), options, ONE_COLUMN
@@ -48,14 +51,15 @@ EXTREME = dict(values="extreme")
 def check(routing, shape, options, tile) -> None:
     """Compare accumulator and linear output of one case with the reference."""
     p = make_grouped(*ROUTINGS[routing], *shape, **options)
-    acc = grouped_accumulate_cuda(p.xq, p.qdata, p.scale, p.offsets, p.form, *p.indices, tile=tile)
+    own = dict(tile=tile, zero_point=p.zero_point)
+    acc = grouped_accumulate_cuda(p.xq, p.qdata, p.scale, p.offsets, p.form, *p.indices, **own)
     assert acc.dtype == torch.int32 and torch.equal(acc.long(), p.accumulator), "accumulator differs"
     if routing == "small" or "values" in options:
         return  # the scales are the same code for every accumulator
     weight = (p.xq, p.token_scale, p.qdata, p.scale, p.row_scale)
-    y = grouped_linear_cuda(*weight, None, p.offsets, p.form, torch.float32, *p.indices, tile=tile)
+    y = grouped_linear_cuda(*weight, None, p.offsets, p.form, torch.float32, *p.indices, **own)
     torch.testing.assert_close(y, p.expected, rtol=2.0**-22, atol=0)
-    with_bias = grouped_linear_cuda(*weight, p.bias, p.offsets.long(), p.form, torch.float32, *p.indices, tile=tile)
+    with_bias = grouped_linear_cuda(*weight, p.bias, p.offsets.long(), p.form, torch.float32, *p.indices, **own)
     difference = with_bias - y if p.out_index is None else (with_bias - y)[p.out_index.long()]
     last = 0
     for expert, end in enumerate(p.offsets.tolist()):

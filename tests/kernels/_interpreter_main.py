@@ -32,6 +32,12 @@ def cases():
             shape = (19, 77, 296) if values == "random" else (3, 65, 512)
             arguments = dict(group_size=group_size, scale_bits=scale_bits, packing=packing, values=values)
             yield f"g{group_size}-s{scale_bits}-{packing}-{values}", shape, arguments, tile
+    # Zero points: 3 bits fold, 4 and 8 do not.
+    for group_size, scale_bits, packing in itertools.product(GROUP_SIZES, (3, 4, 8), ("plain", "tiled")):
+        for values in ("random", "extreme"):
+            tile, shape = (TALL, (19, 77, 296)) if values == "random" else (SMALL, (3, 65, 512))
+            arguments = dict(group_size=group_size, scale_bits=scale_bits, packing=packing, values=values)
+            yield f"zero-g{group_size}-s{scale_bits}-{packing}-{values}", shape, arguments | {"asymmetric": True}, tile
     for packing, values in itertools.product(("plain", "tiled"), ("random", "extreme")):
         arguments = dict(group_size=-1, scale_bits=1, packing=packing, values=values, weight_bits=8)
         yield f"w8a8-{packing}-{values}", (17, 70, 300), arguments, WIDE
@@ -50,13 +56,15 @@ def cases():
 def check(shape, arguments, tile) -> None:
     """Compare accumulator and linear output of one case with the reference."""
     problem = make_problem(*shape, **arguments)
-    acc = accumulate_cuda(problem.xq, problem.qdata, problem.scale, *problem.weight_args, tile=tile)
+    weight = (problem.qdata, problem.scale)
+    acc = accumulate_cuda(problem.xq, *weight, *problem.weight_args, tile=tile, zero_point=problem.zero_point)
     assert acc.dtype == torch.int32 and torch.equal(acc.long(), problem.accumulator), "accumulator differs"
     operands = (problem.xq, problem.token_scale, problem.qdata, problem.scale, problem.row_scale)
     if arguments.get("values") == "extreme":
         return  # the scales are the same code for every accumulator
     for bias in (None, problem.bias):
-        y = linear_cuda(*operands, bias, *problem.weight_args, torch.float32, tile=tile)
+        form = (*problem.weight_args, torch.float32)
+        y = linear_cuda(*operands, bias, *form, tile=tile, zero_point=problem.zero_point)
         expected = problem.linear(bias is not None)
         torch.testing.assert_close(y, expected, rtol=2.0**-22, atol=2.0**-22 if bias is not None else 0)
 

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
+from intscale_compile.format import schedule_bits
 from intscale_compile.kernels.tiles import Tile, choose_tile
 from intscale_compile.kernels.triton_gemm import schedule_flags, w4a8_kernel
 from tests.support.sass import Sass, assemble, disassemble
@@ -29,10 +30,14 @@ def chosen_tiles(schedule, arch: int = 90) -> list[Tile]:
 
 
 def compile_kernel(schedule, tile: Tile, target: GPUTarget, packing: str = "tiled", ptx: bool = True):
-    group_size, scale_bits, weight_bits = schedule
-    flags = schedule_flags(K, group_size, scale_bits, weight_bits, packing, tile)
+    group_size, scale_bits, weight_bits, *asymmetric = schedule
+    flags = schedule_flags(K, group_size, scale_bits, weight_bits, packing, tile, bool(asymmetric))
     signature = SIGNATURE | ({"qdata_ptr": "*i8"} if weight_bits == 8 else {})
     constants = dict(bias_ptr=None, DEQUANTIZE=True, HAS_BIAS=False, PTX=ptx, **flags)
+    if asymmetric:
+        signature = signature | {"zero_ptr": "*i8"}
+    else:
+        constants["zero_ptr"] = None
     aligned = [name for name in signature if name != "M"]
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     return assemble(w4a8_kernel, signature, constants, target, aligned=aligned, **options)
@@ -40,6 +45,12 @@ def compile_kernel(schedule, tile: Tile, target: GPUTarget, packing: str = "tile
 
 def sass_of(schedule, tile: Tile, arch: int, tmp_path, packing: str = "tiled") -> Sass:
     return disassemble(compile_kernel(schedule, tile, GPUTarget("cuda", arch, 32), packing), tmp_path)
+
+
+def chosen_asymmetric_tiles(schedule) -> list[Tile]:
+    """Every tile that a weight with zero points gets: that of the schedule it runs in."""
+    group_size, scale_bits, weight_bits, _ = schedule
+    return chosen_tiles((group_size, schedule_bits(scale_bits, True), weight_bits))
 
 
 def check_loop(code: Sass, tensor_core: tuple[str, ...]) -> None:
@@ -58,6 +69,18 @@ def test_hopper(schedule, tile, tmp_path):
     code = sass_of(schedule, tile, 90, tmp_path)
     check_loop(code, ("IGMMA",))
     assert code.count("IMMA") == 0
+
+
+ASYMMETRIC = [(s, t) for s in ((128, 8, 4, "zero"), (128, 4, 4, "zero")) for t in chosen_asymmetric_tiles(s)]
+ASYMMETRIC += [
+    (s, chosen_asymmetric_tiles(s)[-1])
+    for s in ((128, 3, 4, "zero"), (32, 8, 4, "zero"), (64, 8, 4, "zero"), (256, 8, 4, "zero"), (-1, 1, 4, "zero"))
+]
+
+
+@pytest.mark.parametrize("schedule, tile", ASYMMETRIC, ids=lambda value: str(value).replace(" ", ""))
+def test_hopper_with_zero_points(schedule, tile, tmp_path):
+    check_loop(sass_of(schedule, tile, 90, tmp_path), ("IGMMA",))
 
 
 @pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])

@@ -20,7 +20,7 @@ def compile_kernel(schedule, tile: Tile, target: GPUTarget, activation: str = "s
     group_size, scale_bits, weight_bits = schedule
     flags = schedule_flags(K, group_size, scale_bits, weight_bits, "tiled", tile)
     signature = SIGNATURE | ({"qdata_ptr": "*i8"} if weight_bits == 8 else {})
-    constants = dict(bias_ptr=None, GATED=activation, HAS_BIAS=False, PTX=ptx, **flags)
+    constants = dict(zero_ptr=None, bias_ptr=None, GATED=activation, HAS_BIAS=False, PTX=ptx, **flags)
     aligned = [name for name in signature if name != "M"]
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     return assemble(w4a8_gated_kernel, signature, constants, target, aligned=aligned, **options)

@@ -18,7 +18,7 @@ def results() -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["group", "silu-", "gelu-", "gelu_tanh-", "w8a8-", "int16-", "one-", "exact", "shapes"]
+    "prefix", ["group", "zero-", "silu-", "gelu-", "gelu_tanh-", "w8a8-", "int16-", "one-", "exact", "shapes"]
 )
 def test_gated_kernel(results, prefix):
     assert_passed(results, prefix)

@@ -37,7 +37,9 @@ def compile_kernel(schedule, tile: Tile, target: GPUTarget, packing: str = "tile
     group_size, scale_bits, weight_bits = schedule
     flags = schedule_flags(K, group_size, scale_bits, weight_bits, packing, tile)
     signature = SIGNATURE | ({"qdata_ptr": "*i8"} if weight_bits == 8 else {})
-    constants = dict(bias_ptr=None, DEQUANTIZE=True, HAS_BIAS=False, GATHER=True, SCATTER=True, PTX=ptx, GROUPS=16)
+    constants = dict(
+        zero_ptr=None, bias_ptr=None, DEQUANTIZE=True, HAS_BIAS=False, GATHER=True, SCATTER=True, PTX=ptx, GROUPS=16
+    )
     aligned = [name for name in signature if name not in ("rows", "experts")]
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     return assemble(w4a8_grouped_kernel, signature, constants | flags, target, aligned=aligned, **options)

@@ -19,7 +19,7 @@ def results() -> dict[str, str | None]:
 
 @pytest.mark.parametrize(
     "prefix",
-    ["g32-", "g64-", "g128-", "g256-", "g-1-", "w8a8-", "routing-", "index-", "int16-", "many-", "bad-"],
+    ["zero-", "g32-", "g64-", "g128-", "g256-", "g-1-", "w8a8-", "routing-", "index-", "int16-", "many-", "bad-"],
 )
 def test_grouped_kernel_is_exact(results, prefix):
     assert_passed(results, prefix)

@@ -130,21 +130,21 @@ def test_generated_source_is_self_contained():
 
 
 def _accumulate_only(n, group_size, scale_bits, packing):
-    def run(xq, qdata, scale):
-        return accumulate(xq, qdata, scale, n, group_size, scale_bits, packing, ops.KERNEL_ABI) + 1
+    def run(xq, qdata, scale, *zero_point):
+        return accumulate(xq, qdata, scale, n, group_size, scale_bits, packing, ops.KERNEL_ABI, *zero_point) + 1
 
     return run
 
 
 def _linear_with_epilogue(n, group_size, scale_bits, packing):
-    def run(xq, token_scale, qdata, scale, row_scale, bias, residual):
-        arguments = (n, group_size, scale_bits, packing, torch.float32, ops.KERNEL_ABI)
-        return residual + linear(xq, token_scale, qdata, scale, row_scale, bias, *arguments)
+    def run(xq, token_scale, qdata, scale, row_scale, bias, residual, *zero_point):
+        arguments = (n, group_size, scale_bits, packing, torch.float32, ops.KERNEL_ABI, None, False)
+        return residual + linear(xq, token_scale, qdata, scale, row_scale, bias, *arguments, *zero_point)
 
     return run
 
 
-# m, n, k, group_size, scale_bits, packing, dynamic m
+# m, n, k, group_size, scale_bits, packing, dynamic m, and whether there are zero points
 INTERPRETED = [
     ("accumulate", 70, 200, 512, 128, 4, "tiled", False),
     ("accumulate", 70, 200, 512, 128, 4, "tiled", True),
@@ -153,10 +153,13 @@ INTERPRETED = [
     ("linear", 70, 200, 512, 128, 4, "tiled", False),
     ("linear", 5, 77, 300, 32, 4, "plain", False),
     ("linear", 33, 64, 768, 256, 8, "tiled", False),
+    ("accumulate", 70, 200, 512, 128, 4, "tiled", False, True),
+    ("linear", 5, 77, 300, 32, 8, "plain", True, True),
+    ("linear", 17, 130, 520, -1, 1, "tiled", False, True),
 ]
 
 
-def generate_case(op, m, n, k, group_size, scale_bits, packing, dynamic) -> dict:
+def generate_case(op, m, n, k, group_size, scale_bits, packing, dynamic, asymmetric=False) -> dict:
     """Generate the one kernel of a case; the request that ``_generated_main`` takes."""
     qdata, scale, row_scale = weight_shapes(n, k, group_size, packing)
     xq, token_scale, bias = ((m, k), torch.int8), ((m, 1), torch.float32), ((n,), torch.float32)
@@ -165,10 +168,12 @@ def generate_case(op, m, n, k, group_size, scale_bits, packing, dynamic) -> dict
     else:
         run = _linear_with_epilogue(n, group_size, scale_bits, packing)
         shapes = [xq, token_scale, qdata, scale, row_scale, bias, ((m, n), torch.float32)]
+    shapes += [(scale[0], torch.int8)] if asymmetric else []
     with mock.patch("intscale_compile.kernels.template.use_ptx", lambda device: False):
         code = fake_cuda.generate(run, *fake_cuda.fake_inputs(shapes, dynamic))
     ((name, source),) = fake_cuda.triton_sources(code).items()
-    problem = dict(m=m, n=n, k=k, group_size=group_size, scale_bits=scale_bits, packing=packing)
+    form = dict(group_size=group_size, scale_bits=scale_bits, packing=packing, asymmetric=asymmetric)
+    problem = dict(m=m, n=n, k=k, **form)
     return dict(op=op, name=name, source=source, problem=problem)
 
 

@@ -32,6 +32,7 @@ OPERATIONS = {
     "shl.b32": lambda a, b: a << b & MASK,
     "shr.u32": lambda a, b: a >> b,
     "and.b32": lambda a, b: a & b,
+    "bfe.u32": lambda a, first, width: a >> first & (1 << width) - 1,
     "xor.b32": lambda a, b: a ^ b,
     "sub.u32": lambda a, b: a - b & MASK,
     "mad.lo.u32": lambda a, b, c: a * b + c & MASK,
@@ -93,7 +94,23 @@ def test_fold(scale):
     assert np.array_equal(low, expected[0] * scale) and np.array_equal(high, expected[1] * (16 - scale))
 
 
+@pytest.mark.parametrize("scale", range(1, 8))
+def test_center(scale):
+    """Every zero point, another scale and another zero point in the high half."""
+    (text,) = assembly(triton_tile.center_codes)
+    words = packed_words()
+    low_codes, high_codes = codes_of(words)
+    for zero in range(-8, 8):
+        scales, zeros = (scale, 8 - scale), (zero, -1 - zero)
+        factors = sum((s | s * (z + 8) << 8) << 16 * half for half, (s, z) in enumerate(zip(scales, zeros)))
+        low, high = execute(text, {"$2": words, "$3": np.full_like(words, factors)})
+        assert np.array_equal(low, (low_codes - zeros[0]) * scales[0])
+        assert np.array_equal(high, (high_codes - zeros[1]) * scales[1])
+
+
 def test_registers_are_those_of_the_constraints():
     """Two results, one word of codes, four copies of the scale: what the numbering above relies on."""
     source = inspect.getsource(triton_tile.fold_codes.fn)
     assert source.count('"=&r,=r,r,r,r,r,r"') == 2 and "pack=4" in source
+    source = inspect.getsource(triton_tile.center_codes.fn)
+    assert source.count('"=&r,=r,r,r,r,r,r"') == 1 and "pack=4" in source

@@ -17,9 +17,9 @@ def results() -> dict[str, str | None]:
     return results_of("_interpreter_main")
 
 
-@pytest.mark.parametrize(
-    "prefix",
-    ["g32-", "g64-", "g128-", "g256-", "g-1-", "w8a8-", "shape", "deep", "chosen", "shapes", "nan", "quantize"],
-)
+GROUPS = ["g32-", "g64-", "g128-", "g256-", "g-1-"]
+
+
+@pytest.mark.parametrize("prefix", [*GROUPS, "zero-", "w8a8-", "shape", "deep", "chosen", "shapes", "nan", "quantize"])
 def test_kernel_is_exact(results, prefix):
     assert_passed(results, prefix)

@@ -39,6 +39,7 @@ class GroupedProblem:
     form: GroupedForm
     accumulator: Tensor  # int64 [rows, N], in the order of the output
     expected: Tensor  # fp32 [rows, N], without bias
+    zero_point: Optional[Tensor] = None
 
     @property
     def indices(self) -> tuple[Optional[Tensor], Optional[Tensor]]:
@@ -84,14 +85,15 @@ def make_grouped(
         first.xq, first.token_scale, *(torch.stack([getattr(p, f) for p in parts]) for f in ("qdata", "scale")),
         torch.stack([p.row_scale for p in parts]), torch.stack([p.bias for p in parts]), offsets.to(torch.int32),
         row_index, out_index, GroupedForm(*first.weight_args), accumulator, expected,
+        None if first.zero_point is None else torch.stack([p.zero_point for p in parts]),
     )  # fmt: skip
 
 
 def _dense_codes(problem: Problem) -> Tensor:
-    """``code * group scale`` of a packed weight, int64 ``[N, Kp]``."""
+    """``(code - zero point) * group scale`` of a packed weight, int64 ``[N, Kp]``."""
     from intscale_compile import format as fmt
     from intscale_compile.kernels.dequantize import unpack_weight
 
     n, group_size, _, packing = problem.weight_args
-    codes, scale = unpack_weight(problem.qdata, problem.scale, n, group_size, packing)
+    codes, scale = unpack_weight(problem.qdata, problem.scale, n, group_size, packing, problem.zero_point)
     return codes.long() * fmt.expand_group_scale(scale, codes.shape[-1]).long()

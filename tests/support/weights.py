@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ class Problem:
     bias: Tensor  # fp32 [N]
     weight_args: tuple  # out_features, group_size, scale_bits, packing
     accumulator: Tensor  # int64 [M, N]
+    zero_point: Optional[Tensor] = None
 
     def to(self, device: str) -> Problem:
         """The same problem on another device; the reference stays where it is."""
         moved = {n: getattr(self, n).to(device) for n in ("xq", "token_scale", "qdata", "scale", "row_scale", "bias")}
-        return Problem(**moved, weight_args=self.weight_args, accumulator=self.accumulator)
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        return Problem(**moved, weight_args=self.weight_args, accumulator=self.accumulator, zero_point=zero_point)
 
     def linear(self, bias: bool = True) -> Tensor:
         """Float result ``[M, N]`` in fp32, on the CPU."""
@@ -36,9 +39,11 @@ class Problem:
 
 def make_problem(
     m: int, n: int, k: int, group_size: int, scale_bits: int = 4, packing: str = "plain", weight_bits: int = 4,
-    values: str = "random", scale_dtype: torch.dtype = torch.uint8, seed: int = 0,
+    values: str = "random", scale_dtype: torch.dtype = torch.uint8, seed: int = 0, asymmetric: bool = False,
 ) -> Problem:  # fmt: skip
     """Build a problem of ``"random"`` values, or ``"extreme"`` ones: codes -8 or 7, activations +-127, top scales.
+
+    With ``asymmetric`` the groups have zero points, those farthest from the codes where values are extreme.
 
     The extreme sum is as large as the format can make it, which is below 2**31 for the sizes tests use.
     """
@@ -57,7 +62,13 @@ def make_problem(
         xq = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=generator)
         scale = torch.randint(1, top + 1, (n, groups), generator=generator)
     codes = torch.nn.functional.pad(codes, (0, padded_k - k))
-    weight = codes.long() * fmt.expand_group_scale(scale, padded_k)
+    zero_point = None
+    if asymmetric:
+        zero_point = torch.randint(-8, 8, (n, groups), dtype=torch.int8, generator=generator)
+        if values == "extreme":
+            zero_point = torch.where(codes[:, :1] < 0, 7, -8).to(torch.int8).expand(n, groups).contiguous()
+    zeros = 0 if zero_point is None else fmt.expand_group_scale(zero_point, padded_k).long()
+    weight = (codes.long() - zeros) * fmt.expand_group_scale(scale, padded_k)
     accumulator = xq.long() @ weight[:, :k].t()
     assert accumulator.abs().max() < 2**31, "the test asks for a sum that the format forbids"
     scale = scale.to(scale_dtype)
@@ -66,6 +77,7 @@ def make_problem(
         fill = 0 if weight_bits == 8 else fmt.ZERO_BYTE
         qdata = fmt.tile_rows(qdata, fmt.code_block_columns(group_size, weight_bits), fill)
         scale = fmt.tile_rows(scale, 1, 1)
+        zero_point = None if zero_point is None else fmt.tile_rows(zero_point, 1, 0)
     return Problem(
         xq=xq,
         token_scale=torch.rand(m, 1, generator=generator) * 0.1 + 1e-3,
@@ -75,4 +87,5 @@ def make_problem(
         bias=torch.randn(n, generator=generator),
         weight_args=(n, group_size, scale_bits, packing),
         accumulator=accumulator,
+        zero_point=zero_point,
     )
