@@ -1,0 +1,219 @@
+"""Perplexity and logit error of a model under every calibration preset, with float and with integer group scales.
+
+    python benchmarks/accuracy.py                                  # tiny-llama in $INTSCALE_MODELS, or ../shared/models
+    python benchmarks/accuracy.py tiny-mixtral --presets gptq best
+    python benchmarks/accuracy.py tiny-llama --outliers --rows 4
+    python benchmarks/accuracy.py HUB_NAME --json result.json
+
+Text held out: the standard library modules named in ``heldout_stdlib_modules.txt``, as in perplexity.py. Calibration text:
+modules of the running Python's standard library that are not named there.
+
+Rows of a preset: ``float`` group scales (fake quantized); ``1024`` and ``layer``: the codes of that run, scales rounded as
+Integer Scale (arXiv 2405.14597) published it; ``8``: the codes of that run, integer scales of 8 bits row by row; ``4``: the
+preset as it ships, codes rounded for integer scales of 4 bits. Logit error is the signal to noise of the logits less their
+mean, in dB, and the mean Kullback-Leibler divergence of the next-token distributions from the original model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from perplexity import MODULE_LIST, default_model, held_out_sequences
+from timing import environment
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from intscale_compile.calibration import PRESETS, calibrate, recipe
+from intscale_compile.calibration.outliers import inject_outliers
+from intscale_compile.calibration.pipeline import make_integer
+from intscale_compile.errors import OverflowProofError
+
+ROWS = {
+    "float": ("float group scales", None),
+    "1024": ("integer, amplifier 1024", {"amplifier": 1024}),
+    "layer": ("integer, Listing 1", {"amplifier": "layer"}),
+    "8": ("integer, 8 bits", {"scale_bits": 8}),
+    "4": ("integer, 4 bits", None),
+}
+# No programs, or tables rather than programs.
+NOT_CALIBRATION = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "encodings", "pydoc_data"}
+
+
+@dataclass
+class Result:
+    """One row; ``seconds`` is calibration alone, ``bits`` the mean bits of a quantized weight with its scales."""
+
+    preset: str
+    scales: str
+    perplexity: float
+    kl: float = 0.0
+    snr: float = math.inf
+    bits: float = 32.0
+    seconds: float = 0.0
+
+
+def calibration_sequences(tokenizer, module_list: Path, sequences: int, tokens: int, seed: int = 0) -> Tensor:
+    """Random pieces of modules that are not held out, ids ``[sequences, tokens]``."""
+    root, held_out = Path(sysconfig.get_paths()["stdlib"]), set(module_list.read_text().split())
+    names = sorted(str(path.relative_to(root)) for path in root.rglob("*.py"))
+    names = [name for name in names if name not in held_out and not NOT_CALIBRATION & set(Path(name).parts)]
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    for place in torch.randperm(len(names), generator=generator).tolist():
+        text = (root / names[place]).read_text(encoding="utf-8", errors="replace")
+        ids += [0, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
+        if len(ids) >= 8 * sequences * tokens:
+            break
+    pieces = torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)
+    return pieces[torch.randperm(len(pieces), generator=generator)[:sequences]]
+
+
+class Reference:
+    """The original model's predictions on the held-out text, to measure others against."""
+
+    def __init__(self, model: nn.Module, sequences: Tensor):
+        self.sequences = sequences
+        self.logits = [self._logits(model, ids) for ids in sequences]
+
+    @staticmethod
+    def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            device = next(model.parameters()).device
+            return model(ids[None].to(device), use_cache=False).logits[0].float().cpu()
+
+    def measure(self, model: nn.Module, preset: str, scales: str) -> Result:
+        """Perplexity and logit error of ``model``."""
+        losses, divergences, signal, noise = [], [], 0.0, 0.0
+        for ids, wanted in zip(self.sequences, self.logits):
+            found = self._logits(model, ids)
+            losses.append(F.cross_entropy(found[:-1], ids[1:]).item())
+            logp, logq = wanted.log_softmax(-1), found.log_softmax(-1)
+            divergences.append(F.kl_div(logq, logp, log_target=True, reduction="none").sum(-1).mean().item())
+            centered = wanted - wanted.mean(-1, keepdim=True)
+            difference = found - found.mean(-1, keepdim=True) - centered
+            signal, noise = signal + centered.square().sum().item(), noise + difference.square().sum().item()
+        snr = 10 * math.log10(signal / noise) if noise else math.inf
+        perplexity = math.exp(statistics.fmean(losses))
+        return Result(preset, scales, perplexity, statistics.fmean(divergences), snr, mean_bits(model))
+
+
+def mean_bits(model: nn.Module) -> float:
+    """Bits that a quantized weight takes with its scales; 32 where none is quantized with integer scales."""
+    weights = [p for p in model.parameters() if hasattr(p, "nbytes_packed")]
+    if not weights:
+        return 32.0
+    return 8 * sum(p.nbytes_packed() for p in weights) / sum(p.numel() for p in weights)
+
+
+def results(model: nn.Module, data: Tensor, reference: Reference, presets, rows, changes: dict) -> Iterator[Result]:
+    """Calibrate and measure, row by row."""
+    yield Result("original", "", reference.measure(model, "", "").perplexity)
+    for preset in presets:
+        if chosen := [row for row in rows if row != "4"]:
+            calibrated = copy.deepcopy(model)
+            start = time.perf_counter()
+            calibrate(calibrated, data, recipe(preset, **changes, scales="float"), progress=sys.stderr.isatty())
+            seconds = time.perf_counter() - start
+            for row in chosen:
+                yield from _converted(calibrated, preset, row, reference, seconds)
+        if "4" in rows:
+            calibrated = copy.deepcopy(model)
+            start = time.perf_counter()
+            calibrate(calibrated, data, recipe(preset, **changes), progress=sys.stderr.isatty())
+            seconds = time.perf_counter() - start
+            result = reference.measure(calibrated, preset, ROWS["4"][0])
+            result.seconds = seconds
+            yield result
+
+
+def _converted(calibrated: nn.Module, preset: str, row: str, reference: Reference, seconds: float) -> Iterator[Result]:
+    label, changes = ROWS[row]
+    try:
+        model = calibrated if changes is None else make_integer(copy.deepcopy(calibrated), **changes)
+    except OverflowProofError as error:
+        print(f"accuracy: {preset}, {label}: {error}", file=sys.stderr)
+        return
+    result = reference.measure(model, preset, label)
+    result.seconds = seconds
+    yield result
+
+
+def load_model(name: str, device: str):
+    """Tokenizer and fp32 model: a folder, the name of one of the small models, or a hub name."""
+    beside = default_model().parent / name
+    source = beside if (beside / "config.json").is_file() else name
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device)
+    return tokenizer, model.eval().requires_grad_(False)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="tiny-llama", help="small model, folder or hub name")
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=PRESETS, metavar="PRESET")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--outliers", action="store_true", help="first put outlier channels into the model")
+    parser.add_argument("--sequences", type=int, default=24, help="held-out sequences")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--calibration", type=int, default=128, help="calibration sequences")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration text")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of every recipe")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--module-list", type=Path, default=default_model().parent / MODULE_LIST)
+    parser.add_argument("--json", type=Path, help="file for the results")
+    return parser.parse_args(argv)
+
+
+def _fields(pairs: list[str]) -> dict:
+    """``FIELD=VALUE`` with values in JSON, or words."""
+    found = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        try:
+            found[name] = json.loads(text)
+        except json.JSONDecodeError:
+            found[name] = text
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a Markdown table, one row as it is measured."""
+    args = arguments(argv)
+    if not args.module_list.is_file():
+        print(f"accuracy: no such file: {args.module_list}", file=sys.stderr)
+        raise SystemExit(2)
+    tokenizer, model = load_model(args.model, args.device)
+    held_out = held_out_sequences(tokenizer, args.module_list, args.sequences, args.tokens)
+    data = calibration_sequences(tokenizer, args.module_list, args.calibration, args.tokens, args.seed)
+    if args.outliers:
+        inject_outliers(model)
+    reference = Reference(model, held_out)
+    title = f"{Path(args.model).name}{' with outliers' if args.outliers else ''}"
+    print(f"{title}: {args.sequences} x {args.tokens} held-out tokens, {len(data)} x {args.tokens} for calibration\n")
+    print("| preset | group scales | perplexity | KL | logits, dB | bits | seconds |\n|---|---|---|---|---|---|---|")
+    kept = []
+    for result in results(model, data, reference, args.presets, args.rows, _fields(args.set)):
+        kept.append(asdict(result))
+        error = f"{result.kl:.4f} | {result.snr:.2f} | {result.bits:.2f}" if result.scales else " | | "
+        line = f"{result.perplexity:.3f} | {error} | {result.seconds:.0f}"
+        print(f"| {result.preset} | {result.scales} | {line} |", flush=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps({"model": title, **environment(), "rows": kept}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""``calibrate``: quantize the weights of a transformers model layer by layer, with regard to what the layers see."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from ..quantize import LEFT_OUT, _linear_extra_repr
+from ..reasons import SMALLEST_FEATURES
+from ..tensor import IntScaleTensor
+from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, statistics
+from .clipping import on_integer_grid
+from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stages, weights_of
+from .recipe import Recipe
+from .recipe import recipe as named_recipe
+from .resume import Checkpoint
+from .rotation import rotate
+from .smoothing import ActivationPolicy, smooth_awq, smooth_fptq
+from .solve import Codes, FloatScaleWeight, frozen, solve
+
+RECIPE_ATTRIBUTE = "intscale_recipe"
+
+
+@dataclass
+class CalibrationReport:
+    """What ``calibrate`` did.
+
+    Attributes:
+        recipe: the recipe.
+        losses: squared error of each block's output relative to the original block's, by name; the errors of all blocks
+            before it are in it.
+        weights: names of the quantized parameters.
+    """
+
+    recipe: Recipe
+    losses: dict[str, float] = field(default_factory=dict)
+    weights: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = [f"  {name}: {loss:.3e}" for name, loss in self.losses.items()]
+        return "\n".join([str(self.recipe), f"{len(self.weights)} weights; relative error of each block:", *rows])
+
+
+def calibrate(
+    model: nn.Module,
+    data: Data,
+    recipe: Union[str, Recipe] = "best",
+    *,
+    checkpoint_dir: Union[str, Path, None] = None,
+    progress: bool = True,
+) -> CalibrationReport:
+    """Quantize a transformers decoder or encoder in place, layer by layer.
+
+    The blocks are taken one after the other. What a block reads comes from the blocks before it as they are quantized,
+    8-bit activations included; inside of a block later weights see what the quantized earlier ones make of it. Weights
+    outside of the blocks (embeddings, ``lm_head``) and routers stay as they are.
+
+    Args:
+        model: any transformers model whose layers are in an ``nn.ModuleList``, in eval mode, not quantized.
+        data: token ids ``[S, T]``, a list of token ids, or a list of dictionaries of model inputs.
+        recipe: the name of a preset or a ``Recipe``; it is kept in ``model.config.intscale_recipe``.
+        checkpoint_dir: finished blocks are stored there; the same call goes on where an interrupted one stopped.
+        progress: show a bar, with the loss of each block.
+
+    Returns:
+        The losses of the blocks and the names of the weights.
+
+    Raises:
+        CalibrationError: no data, data or activations that are not finite, an unknown kind of model, or a
+            ``checkpoint_dir`` of another recipe, model or data.
+        ConfigError: an unknown recipe.
+        WeightError: a weight that cannot be quantized, such as one with NaN entries.
+    """
+    chosen = named_recipe(recipe)
+    batches = batches_of(data)
+    _check_model(model)
+    report = CalibrationReport(chosen)
+    store = Checkpoint.open(checkpoint_dir, chosen, digest_of(batches), model) if checkpoint_dir is not None else None
+    order = stacks(model)
+    with torch.no_grad(), _bar(sum(map(len, order)), progress) as bar, eager_experts(model):
+        sizes = rotate(model, seed=chosen.seed) if chosen.rotation == "hadamard" else {}
+        for stack in order:
+            inputs = capture(model, stack, batches)
+            streams = _Streams(inputs, list(inputs.hidden), list(inputs.hidden))
+            for place, (name, block) in enumerate(stack):
+                bar.set_postfix_str(name)
+                _Block(name, block, place, streams, chosen, report, store, sizes).process()
+                bar.set_postfix_str(f"{name}: {report.losses[name]:.2e}")
+                bar.update(1)
+        if chosen.scales == "integer":
+            make_integer(model)
+    _finish(model, chosen)
+    return report
+
+
+@dataclass
+class _Streams:
+    """Hidden states of every batch before the current block: of the original model, and of the quantized one."""
+
+    inputs: StackInputs
+    original: list[Tensor]
+    quantized: list[Tensor]
+
+    def runs(self, hidden: list[Tensor], place: int, device: torch.device) -> Iterator[Callable]:
+        for batch, states in enumerate(hidden):
+            yield lambda batch=batch, states=states: self.inputs.inputs(batch, place, states, device)
+
+
+@dataclass
+class _Block:
+    """One block on its way from original to quantized."""
+
+    name: str
+    block: nn.Module
+    place: int
+    streams: _Streams
+    recipe: Recipe
+    report: CalibrationReport
+    store: Optional[Checkpoint]
+    rotations: dict[str, int]
+    original: Optional[nn.Module] = None
+    policies: dict[str, ActivationPolicy] = field(default_factory=dict)
+
+    def process(self) -> None:
+        """Quantize the block and move both streams of hidden states behind it."""
+        self.device = next(self.block.parameters()).device
+        target = self._outputs(self.streams.original)
+        stored = self.store.load(self.name) if self.store is not None else None
+        if stored is not None:
+            stored.apply(self.block)
+            names = list(stored.weights)
+        else:
+            names = self._quantize()
+            if self.recipe.tuning_steps:
+                self._tune(target)
+            if self.store is not None:
+                self.store.save(self.name, self.block)
+        self.report.weights += [f"{self.name}.{n}" for n in names]
+        output = self._outputs(self.streams.quantized)
+        self.report.losses[self.name] = _relative_error(output, target, self.name)
+        self.streams.original, self.streams.quantized = target, output
+
+    def _runs(self, hidden: list[Tensor]) -> list[Callable[[], Inputs]]:
+        return list(self.streams.runs(hidden, self.place, self.device))
+
+    def _smooth(self) -> None:
+        batches = _Lazy(self._runs(self.streams.quantized))
+        if self.recipe.smoothing == "fptq":
+            self.policies = smooth_fptq(self.block, batches)
+        elif self.recipe.smoothing == "awq":
+            smooth_awq(self.block, batches, self.recipe.config)
+
+    def _outputs(self, hidden: list[Tensor]) -> list[Tensor]:
+        return [run_block(self.block, inputs()).cpu() for inputs in self._runs(hidden)]
+
+    def _quantize(self) -> list[str]:
+        self._smooth()
+        names = []
+        first = self._runs(self.streams.quantized)[0]()
+        self.original = copy.deepcopy(self.block) if self.recipe.match_original else None
+        for stage in stages(self.block, first):
+            known: dict[int, Statistics] = {}  # weights with the same number of dimensions share what they read
+            for weight in stage:
+                if weight.router or min(weight.weight.shape[-2:]) < SMALLEST_FEATURES:
+                    continue
+                dims = weight.weight.dim()
+                if dims not in known and self.recipe.needs_statistics:
+                    known[dims] = self._statistics(weight)
+                self._quantize_weight(weight, known.get(dims))
+                names.append(weight.qualified)
+        return names
+
+    def _statistics(self, weight: LinearWeight) -> Statistics:
+        runs, original = self._runs(self.streams.quantized), None
+        if self.original is not None and weight.weight.dim() == 2:
+            original = self.original, weights_of(self.original)[weight.name], self._runs(self.streams.original)
+        return statistics(self.block, weight, runs, original)
+
+    def _quantize_weight(self, weight: LinearWeight, seen: Optional[Statistics]) -> None:
+        name = f"{self.name}.{weight.qualified}"
+        config = self.recipe.config_of(f"{self.name}.{weight.name}")
+        hessian, lost = (None, None) if seen is None else (seen.hessian, seen.lost)
+        solved = solve(weight.weight, config, self.recipe, hessian, name, lost)
+        policy = self.policies.get(weight.name)
+        if self.recipe.activation == "fptq" and policy is not None and policy.static:
+            solved.activation_scale = max(policy.absmax, 1e-12) / 127
+        solved.rotation = self.rotations.get(f"{self.name}.{weight.name}", 0)
+        put(weight, solved, name, float_scales=self.recipe.scales == "float" or not on_integer_grid(config))
+
+    def _tune(self, target: list[Tensor]) -> None:
+        from .tuning import tune_block
+
+        tune_block(self.block, self._runs(self.streams.quantized), target, self.recipe)
+
+
+class _Lazy(Sequence):
+    """Inputs of every batch, each made when it is asked for."""
+
+    def __init__(self, runs: list[Callable[[], Inputs]]):
+        self.runs = runs
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __getitem__(self, batch):
+        return self.runs[batch]()
+
+
+def put(weight: LinearWeight, solved: Codes, name: str, *, float_scales: bool) -> None:
+    """Give a module its quantized weight."""
+    if float_scales:
+        setattr(weight.module, weight.parameter, frozen(FloatScaleWeight.of(solved, weight.transposed)))
+        return
+    tensor = solved.tensor(name)
+    set_integer(weight.module, weight.parameter, tensor.transpose(-2, -1) if weight.transposed else tensor)
+
+
+def set_integer(module: nn.Module, parameter: str, tensor: Tensor) -> None:
+    """Give a module a weight with integer scales, and a linear layer its description."""
+    setattr(module, parameter, frozen(tensor))
+    if isinstance(module, nn.Linear):
+        module.extra_repr = types.MethodType(_linear_extra_repr, module)  # type: ignore[method-assign]
+
+
+def make_integer(model: nn.Module, **changes: Any) -> nn.Module:
+    """Round the float scales of a calibrated model to integers, codes as they are, in place.
+
+    Args:
+        model: calibrated with ``scales="float"``.
+        changes: fields of ``IntScaleConfig``, such as ``scale_bits=8`` or ``amplifier=1024``; 8-bit weights stay as they are.
+
+    Raises:
+        OverflowProofError: the accumulator of a row cannot be proved free of overflow.
+    """
+    for name, module in model.named_modules():
+        for parameter, value in list(module.named_parameters(recurse=False)):
+            if isinstance(value, FloatScaleWeight):
+                config = value.source.config
+                config = config if config.weight_bits == 8 else dataclasses.replace(config, **changes)
+                tensor = value.source.tensor(f"{name}.{parameter}", config)
+                set_integer(module, parameter, tensor.transpose(-2, -1) if value.kept_transposed else tensor)
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise CalibrationError(f"model is a {type(model).__name__}: pass a transformers model.")
+    if model.training:
+        raise CalibrationError("the model is in training mode, where dropout may be active: call model.eval() first.")
+    quantized = [n for n, p in model.named_parameters() if isinstance(p, (IntScaleTensor, FloatScaleWeight))]
+    if quantized:
+        raise CalibrationError(f"{quantized[0]} is quantized already: calibrate the original model.")
+
+
+def _relative_error(output: list[Tensor], target: list[Tensor], name: str) -> float:
+    error = sum(float((o.double() - t.double()).square().sum()) for o, t in zip(output, target))
+    power = sum(float(t.double().square().sum()) for t in target)
+    if not error == error:
+        raise CalibrationError(f"the output of {name} is not finite after it was quantized.")
+    return error / max(power, 1e-300)
+
+
+def _finish(model: nn.Module, recipe: Recipe) -> None:
+    """Keep the recipe with the model, and mark the weights that were left out, so that the backend leaves them too."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        setattr(config, RECIPE_ATTRIBUTE, recipe.to_dict())
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and isinstance(weight, Tensor) and not isinstance(weight, IntScaleTensor):
+            setattr(weight, LEFT_OUT, True)
+
+
+def _bar(total: int, shown: bool):
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc="calibrate", unit="block", disable=None if shown else True, leave=False)

@@ -1,0 +1,193 @@
+"""``Recipe``: everything that decides what ``calibrate`` does, and the presets by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+from ..config import IntScaleConfig
+from ..errors import ConfigError
+
+CHOICES = {
+    "rounding": ("nearest", "gptq"),
+    "clipping": ("none", "search", "learned"),
+    "smoothing": ("none", "fptq", "awq"),
+    "rotation": ("none", "hadamard"),
+    "activation": ("dynamic", "fptq"),
+    "scales": ("integer", "float"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is calibrated. Equal recipes, data and model give equal bits on one machine.
+
+    Args:
+        name: what the recipe is called; has no effect.
+        config: format of the weights: group size, bits of codes and group scales, amplifier.
+        overrides: formats of some weights, ``{regular expression: IntScaleConfig}``; a pattern that matches the whole
+            name of a layer in the model, or ends at its end after a dot, wins over ``config``; the first match counts.
+        rounding: ``"nearest"`` or ``"gptq"`` (arXiv 2210.17323).
+        act_order: GPTQ visits columns in the order of falling activation.
+        damping: fraction of the Hessian's mean diagonal entry that GPTQ adds to its diagonal.
+        sweeps: sweeps of coordinate descent (arXiv 2309.01885) after GPTQ.
+        match_original: codes are chosen to match the original output on the original inputs instead of the original
+            weight on the inputs as they are now (GPTAQ, arXiv 2504.02692); not for stacks of experts.
+        clipping: ``"none"``: scales as ``config.scale_search`` says, without looking at activations; ``"search"``: the
+            same search with the error of each column weighted by its mean square activation; ``"learned"``: from there
+            on by gradient descent on the layer's output error (OmniQuant, arXiv 2308.13137, in the symmetric form of
+            OdysseyLLM, arXiv 2311.09550).
+        smoothing: ``"fptq"`` (arXiv 2308.15987) or ``"awq"`` (arXiv 2306.00978): channel scales folded into what comes
+            before the layer.
+        rotation: ``"hadamard"``: the residual stream is rotated by a Hadamard matrix folded into the weights, and the
+            input of the down projections by an online transform (QuaRot, arXiv 2404.00456).
+        activation: ``"dynamic"``: one scale per token; ``"fptq"``: static per tensor where FPTQ's policy says so.
+        scales: ``"integer"``, or ``"float"``: group scales stay floats and the model is fake quantized; slow, and only
+            there to be compared with.
+        tuning_steps: steps of gradient descent on row scales and norm weights of each block, to match the output of
+            the original block on the original inputs (ApiQ's block-wise objective, arXiv 2402.05147). 0: none.
+        seed: of everything random.
+
+    Raises:
+        ConfigError: a field has a value that is not listed, or two fields contradict each other.
+    """
+
+    name: str = "custom"
+    config: IntScaleConfig = field(default_factory=IntScaleConfig)
+    overrides: Mapping[str, IntScaleConfig] = field(default_factory=dict)
+    rounding: str = "gptq"
+    act_order: bool = True
+    damping: float = 0.01
+    sweeps: int = 0
+    match_original: bool = False
+    clipping: str = "search"
+    smoothing: str = "none"
+    rotation: str = "none"
+    activation: str = "dynamic"
+    scales: str = "integer"
+    tuning_steps: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            self._check(name, getattr(self, name) in allowed, f"one of {allowed}")
+        self._check("config", type(self.config) is IntScaleConfig, "an IntScaleConfig")
+        self._check("damping", isinstance(self.damping, float) and 0 < self.damping <= 1, "a float in (0, 1]")
+        for name in ("sweeps", "tuning_steps", "seed"):
+            value = getattr(self, name)
+            self._check(name, type(value) is int and value >= 0, "an integer, 0 or more")
+        self._check(
+            "activation", self.activation == "dynamic" or self.smoothing == "fptq", '"dynamic" without smoothing="fptq"'
+        )
+        self._check("sweeps", self.sweeps == 0 or self.rounding == "gptq", '0 unless rounding="gptq"')
+        for pattern, config in self.overrides.items():
+            _compiled(pattern)
+            self._check("overrides", type(config) is IntScaleConfig, "{pattern: IntScaleConfig}")
+
+    def _check(self, name: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ConfigError(f"Recipe.{name}={getattr(self, name)!r} is not supported: use {allowed}.")
+
+    def config_of(self, layer: str) -> IntScaleConfig:
+        """The format of the weight of a layer, by the layer's name in the model."""
+        for pattern, config in self.overrides.items():
+            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer):
+                return config
+        return self.config
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether weights are quantized with regard to activations."""
+        return self.rounding == "gptq" or self.clipping != "none" or self.match_original
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Recipe:
+        """The recipe that ``to_dict`` described.
+
+        Raises:
+            ConfigError: an unknown field, or a value that is not supported.
+        """
+        fields = dict(stored)
+        unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ConfigError(f"a stored Recipe has unknown fields {sorted(unknown)}: it is of another release.")
+        try:
+            if "config" in fields:
+                fields["config"] = IntScaleConfig(**fields["config"])
+            fields["overrides"] = {p: IntScaleConfig(**c) for p, c in fields.get("overrides", {}).items()}
+        except TypeError as error:
+            raise ConfigError(f"a stored Recipe has a configuration of another release: {error}.") from error
+        return cls(**fields)
+
+    def __str__(self) -> str:
+        """One line for each field that differs from a recipe's defaults."""
+        default = Recipe()
+        lines = [f"Recipe {self.name}:"]
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name != "name" and (value != getattr(default, item.name) or item.name in ("config", "rounding")):
+                lines.append(f"  {item.name}: {_short(value)}")
+        return "\n".join(lines)
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"Recipe.overrides: {pattern!r} is no regular expression: {error}.") from error
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, IntScaleConfig):
+        default = IntScaleConfig(weight_bits=value.weight_bits)
+        chosen = ("group_size", "weight_bits", "scale_bits")
+        names = [f.name for f in dataclasses.fields(value)]
+        parts = [f"{n}={getattr(value, n)!r}" for n in names if n in chosen or getattr(value, n) != getattr(default, n)]
+        return ", ".join(parts)
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_short(part)}" for name, part in value.items()) or "none"
+    return str(value)
+
+
+W8A8 = IntScaleConfig(weight_bits=8, group_size=-1)
+
+PRESETS: dict[str, Recipe] = {
+    preset.name: preset
+    for preset in (
+        Recipe("rtn", rounding="nearest", clipping="search"),
+        Recipe("gptq"),
+        Recipe("odyssey", IntScaleConfig(group_size=-1), clipping="learned"),
+        Recipe("fptq", rounding="nearest", smoothing="fptq", activation="fptq"),
+        Recipe("llama3", overrides={"down_proj": W8A8}, rotation="hadamard"),
+        Recipe("mixtral", clipping="none", match_original=True, sweeps=2),
+        Recipe("best", clipping="none", match_original=True, sweeps=2, tuning_steps=64),
+    )
+}
+
+
+def recipe(preset: Union[str, Recipe] = "best", **changes: Any) -> Recipe:
+    """A preset by name, with some fields changed; fields of ``IntScaleConfig`` change its ``config``.
+
+        recipe("gptq", scale_bits=8, damping=0.05)
+
+    Raises:
+        ConfigError: an unknown preset or field.
+    """
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise ConfigError(f"there is no recipe {preset!r}: use one of {sorted(PRESETS)} or a Recipe.")
+        preset = PRESETS[preset]
+    own = {f.name for f in dataclasses.fields(Recipe)}
+    of_config = {f.name for f in dataclasses.fields(IntScaleConfig)}
+    if unknown := set(changes) - own - of_config:
+        raise ConfigError(f"Recipe has no fields {sorted(unknown)}: it has {sorted(own | of_config)}.")
+    inner = {name: changes.pop(name) for name in list(changes) if name in of_config}
+    config: Optional[IntScaleConfig] = changes.pop("config", None)
+    return dataclasses.replace(preset, config=dataclasses.replace(config or preset.config, **inner), **changes)

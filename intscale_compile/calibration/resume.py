@@ -1,0 +1,114 @@
+"""Finished blocks of a calibration on disk, so that an interrupted one goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..config import IntScaleConfig
+from ..errors import CalibrationError
+from .recipe import Recipe
+from .solve import Codes, FloatScaleWeight, frozen
+
+STATE = "calibration.json"
+
+
+@dataclass
+class StoredBlock:
+    """Parameters of a finished block by name, weights with float scales as the fields of ``Codes``; which are quantized."""
+
+    parameters: dict[str, Any]
+    weights: list[str]
+
+    def apply(self, block: nn.Module) -> None:
+        """Give the block its parameters."""
+        from .pipeline import set_integer
+
+        for name, value in self.parameters.items():
+            owner, _, leaf = name.rpartition(".")
+            module = block.get_submodule(owner)
+            device = getattr(module, leaf).device
+            if isinstance(value, dict):
+                transposed = value.pop("transposed")
+                config = IntScaleConfig(**value.pop("config"))
+                tensors = {part: value.pop(part).to(device) for part in ("codes", "steps")}
+                codes = Codes(**tensors, config=config, **value)
+                setattr(module, leaf, frozen(FloatScaleWeight.of(codes, transposed)))
+            elif name in self.weights:
+                set_integer(module, leaf, value.to(device))
+            else:
+                setattr(module, leaf, frozen(value.to(device)))
+
+
+class Checkpoint:
+    """A folder with one file for each finished block, and what they were made with."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: Union[str, Path], recipe: Recipe, data: str, model: nn.Module) -> Checkpoint:
+        """Open or create ``folder``.
+
+        Raises:
+            CalibrationError: it holds blocks that were made with another recipe, other data or another model.
+        """
+        folder = Path(folder)
+        now = {"recipe": recipe.to_dict(), "data": data, "model": _fingerprint(model)}
+        path = folder / STATE
+        if path.is_file():
+            before = json.loads(path.read_text())
+            for part, value in now.items():
+                if before.get(part) != value:
+                    raise CalibrationError(
+                        f"{folder} holds blocks of a calibration with another {part}: delete it, or use another checkpoint_dir."
+                    )
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(now, indent=1))
+        return cls(folder)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.pt"
+
+    def load(self, name: str) -> Optional[StoredBlock]:
+        """The block's parameters, or None where it is not finished."""
+        if not self._path(name).is_file():
+            return None
+        stored = torch.load(self._path(name), map_location="cpu", weights_only=True)
+        return StoredBlock(stored["parameters"], stored["weights"])
+
+    def save(self, name: str, block: nn.Module) -> None:
+        """Store a finished block; the file appears under its name once it is whole."""
+        from ..tensor import IntScaleTensor
+
+        parameters: dict[str, Any] = {}
+        weights = []
+        for key, value in block.named_parameters():
+            if isinstance(value, FloatScaleWeight):
+                stored = {**vars(value.source), "config": dict(vars(value.source.config))}
+                stored |= {part: stored[part].cpu() for part in ("codes", "steps")}
+                parameters[key] = {**stored, "transposed": value.kept_transposed}
+            else:
+                parameters[key] = value.detach().cpu()
+            if isinstance(value, (FloatScaleWeight, IntScaleTensor)):
+                weights.append(key)
+        part = self._path(name).with_suffix(".part")
+        torch.save({"parameters": parameters, "weights": weights}, part)
+        part.replace(self._path(name))
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Of the structure and of a sample of every parameter."""
+    total = hashlib.sha256()
+    for name, value in model.named_parameters():
+        total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        if isinstance(value, Tensor) and value.device.type != "meta":
+            total.update(value.detach().flatten()[:: max(1, value.numel() // 64)].float().cpu().numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,193 @@
+"""Quantizing one weight as a recipe says: scales, codes, and the tensor that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import IntScaleConfig
+from ..tensor import IntScaleTensor, check_weight
+from .clipping import choose_steps, code_range, into_groups, learn_steps, nearest_integer_steps, on_integer_grid
+from .gptq import compensated, gptq_codes
+from .recipe import Recipe
+
+IMPORTANCE_FLOOR = 0.01  # of the mean: columns that were never active still count a little
+
+
+@dataclass
+class Codes:
+    """A quantized weight before its scales become integers.
+
+    Attributes:
+        codes: int8 ``[..., N, K]``.
+        steps: fp32 ``[..., N, G]``, one float scale per group of the stored columns, padding groups left out.
+        config: format.
+        dtype: of the original weight.
+        activation_scale: the static scale of the activation; None: one scale per token.
+        rotation: size of the online Hadamard transform of the activation, 0: none.
+    """
+
+    codes: Tensor
+    steps: Tensor
+    config: IntScaleConfig
+    dtype: torch.dtype
+    activation_scale: Optional[float] = None
+    rotation: int = 0
+
+    def dequantize(self) -> Tensor:
+        """fp32 ``[..., N, K]``."""
+        columns = self.codes.shape[-1]
+        size = columns if self.config.effective_group_size == -1 else self.config.group_size
+        return self.codes * self.steps.repeat_interleave(size, dim=-1)[..., :columns]
+
+    def tensor(self, name: str, config: Optional[IntScaleConfig] = None) -> IntScaleTensor:
+        """The weight with integer group scales, codes as they are; ``config`` may say another form of the scales.
+
+        Raises:
+            OverflowProofError: the accumulator of a row cannot be proved free of overflow.
+        """
+        config = self.config if config is None else config
+        tensor = IntScaleTensor.from_codes(
+            self.codes, self.steps, group_size=config.effective_group_size, scale_bits=config.scale_bits,
+            amplifier=config.amplifier, weight_bits=config.weight_bits, dtype=self.dtype,
+            packing_format=config.packing_format, name=name,
+        )  # fmt: skip
+        if self.activation_scale is not None:
+            shape = (*self.codes.shape[:-2], 1, 1)
+            static = torch.full(shape, self.activation_scale, dtype=torch.float32, device=self.codes.device)
+            tensor = tensor.replaced(act_pre_scale=static)
+        return tensor.replaced(rotation=self.rotation) if self.rotation else tensor
+
+
+class FloatScaleWeight(torch.Tensor):
+    """A fake-quantized weight with float scales: products with it quantize their other operand to int8 per token.
+
+    ``source`` keeps the codes and float scales. Slices (one expert of a stack) are weights of the same kind.
+    """
+
+    source: Any = None
+    kept_transposed = False
+    activation_scale: Optional[float] = None
+
+    @classmethod
+    def of(cls, codes: Codes, transposed: bool) -> FloatScaleWeight:
+        """The weight of ``codes`` in their original dtype; ``transposed``: as the module keeps it."""
+        dense = codes.dequantize().to(codes.dtype)
+        weight = (dense.mT.contiguous() if transposed else dense).as_subclass(cls)
+        weight.source, weight.kept_transposed, weight.activation_scale = codes, transposed, codes.activation_scale
+        return weight
+
+    def with_row_factors(self, factors: Tensor) -> FloatScaleWeight:
+        """The weight with its rows multiplied by ``factors``, ``[..., N, 1]`` (``[..., 1, N]`` where kept transposed)."""
+        rows = factors.mT if self.kept_transposed else factors
+        codes = dataclasses.replace(self.source, steps=self.source.steps * rows)
+        return FloatScaleWeight.of(codes, self.kept_transposed)
+
+    def __deepcopy__(self, memo) -> Tensor:
+        return memo.setdefault(id(self), frozen(FloatScaleWeight.of(self.source, self.kept_transposed)))
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _PRODUCTS:
+            place = _PRODUCTS[func]
+            static = next((a.activation_scale for a in args if isinstance(a, cls)), None)
+            args = tuple(fake_quantize(a, static) if i == place else a for i, a in enumerate(args))
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, cls) and result.source is None and isinstance(args[0], cls):
+            result.activation_scale = args[0].activation_scale
+        return result
+
+
+_PRODUCTS = {F.linear: 0, torch.matmul: 0, torch.Tensor.matmul: 0, torch.Tensor.__matmul__: 0, torch.addmm: 1}
+_PRODUCTS |= {torch.mm: 0, torch.bmm: 0}
+
+
+def fake_quantize(x: Tensor, static: Optional[float] = None) -> Tensor:
+    """Round an activation to the 255 levels of int8 and back: one scale per token, or a static one."""
+    if isinstance(x, FloatScaleWeight):
+        return x
+    scale = static if static is not None else x.abs().amax(-1, keepdim=True).float().clamp(min=2.0**-126) / 127
+    return ((x / scale).round().clamp(-127, 127) * scale).to(x.dtype)
+
+
+def solve(
+    weight: Tensor,
+    config: IntScaleConfig,
+    recipe: Recipe,
+    hessian: Optional[Tensor],
+    name: str,
+    lost: Optional[Tensor] = None,
+) -> Codes:
+    """Choose scales and codes of a weight.
+
+    Args:
+        weight: floating point ``[N, K]`` or ``[E, N, K]``.
+        config: format.
+        recipe: algorithm.
+        hessian: fp32 ``[K, K]`` or ``[E, K, K]``, sums of ``x x^T``; None where the recipe needs none.
+        name: named in errors.
+        lost: fp32 ``[K, K]``, sums of ``(original x - x) x^T``; codes are then chosen for the weight that comes closest
+            to the original output on the inputs as they are now, ``W + W lost H^-1``.
+
+    Raises:
+        WeightError: the weight cannot be quantized.
+        CalibrationError: the Hessian cannot be factored.
+    """
+    check_weight(weight, name)
+    if weight.dim() == 3:
+        parts = [
+            solve(expert, config, recipe, None if hessian is None else hessian[e], f"{name}[{e}]")
+            for e, expert in enumerate(weight)
+        ]
+        codes, steps = torch.stack([p.codes for p in parts]), torch.stack([p.steps for p in parts])
+        return Codes(codes, steps, config, weight.dtype)
+    columns, size = weight.shape[-1], config.effective_group_size
+    extra = 0 if size == -1 else -columns % size
+    wide = F.pad(weight.detach().float(), (0, extra))
+    if hessian is not None:
+        hessian = F.pad(hessian, (0, extra, 0, extra))
+    if hessian is not None and lost is not None:
+        wide = compensated(wide, hessian, F.pad(lost, (0, extra, 0, extra)), recipe.damping)
+    integer = recipe.scales == "integer" and on_integer_grid(config)
+    importance = None if hessian is None or recipe.clipping == "none" else importance_of(hessian)
+    steps = choose_steps(wide, config, importance, integer=integer)
+    if recipe.clipping == "learned" and config.weight_bits == 4 and hessian is not None:
+        steps = learn_steps(wide, steps, hessian, config)
+        if integer:
+            steps = nearest_integer_steps(wide, steps, config, importance_of(hessian))
+    return Codes(_round(wide, steps, config, recipe, hessian)[:, :columns], steps, config, weight.dtype)
+
+
+def importance_of(hessian: Tensor) -> Tensor:
+    """What the squared error of each column counts: its mean square activation, relative to the mean of all columns."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean().clamp(min=2.0**-126)
+    return diagonal / mean + IMPORTANCE_FLOOR
+
+
+def _round(weight: Tensor, steps: Tensor, config: IntScaleConfig, recipe: Recipe, hessian: Optional[Tensor]) -> Tensor:
+    low, high = code_range(config)
+    if recipe.rounding == "nearest" or hessian is None:
+        groups = into_groups(weight, config)
+        return (groups / steps.unsqueeze(-1)).round_().clamp_(low, high).flatten(-2).to(torch.int8)
+    return gptq_codes(
+        weight, steps, hessian, act_order=recipe.act_order, damping=recipe.damping, sweeps=recipe.sweeps,
+        code_range=(low, high),
+    )  # fmt: skip
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """``tensor`` as a parameter without gradient."""
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    if isinstance(tensor, FloatScaleWeight):  # nn.Parameter detaches, which drops what the weight carries
+        for name in ("source", "kept_transposed", "activation_scale"):
+            setattr(parameter, name, getattr(tensor, name))
+    return parameter

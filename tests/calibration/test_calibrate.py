@@ -1,0 +1,324 @@
+"""``calibrate`` from end to end: what is quantized, in which order, with which inputs; resuming; what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from intscale_compile import IntScaleConfig, IntScaleTensor
+from intscale_compile.calibration import Recipe, calibrate, pipeline, recipe
+from intscale_compile.calibration.capture import StackInputs, batches_of, capture, statistics
+from intscale_compile.calibration.layers import blocks, stacks, weights_of
+from intscale_compile.calibration.pipeline import make_integer
+from intscale_compile.calibration.solve import FloatScaleWeight, fake_quantize
+from intscale_compile.errors import CalibrationError, WeightError
+from tests.support.calibration import logits_of, small_model
+
+SHORT = {"clipping": "none", "rounding": "nearest"}
+
+
+def tiny_llama(layers: int = 2) -> nn.Module:
+    config = hf.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():  # far from a linear function, as trained models are
+        parameter.mul_(1 + torch.rand_like(parameter)) if parameter.dim() == 1 else parameter.mul_(4)
+    return model
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return tiny_llama()
+
+
+@pytest.fixture
+def data() -> torch.Tensor:
+    return torch.randint(0, 128, (8, 64))
+
+
+def snr(model: nn.Module, quantized: nn.Module, data: torch.Tensor) -> float:
+    wanted, found = (m(data).logits for m in (model, quantized))
+    return float(10 * torch.log10(wanted.square().sum() / (wanted - found).square().sum()))
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    other = dict(b.named_parameters())
+    return all(
+        torch.equal(getattr(p, part), getattr(other[name], part))
+        for name, p in a.named_parameters()
+        for part in (p.data_names if isinstance(p, IntScaleTensor) else ["data"])
+    )
+
+
+def calibrated(model: nn.Module, data, chosen, **options) -> nn.Module:
+    result = copy.deepcopy(model)
+    calibrate(result, data, chosen, progress=False, **options)
+    return result
+
+
+# --- what comes out -----------------------------------------------------------------------------------------------------
+
+
+def test_gptq_beats_rounding(model, data):
+    nearest, gptq = (calibrated(model, data, name) for name in ("rtn", "gptq"))
+    assert snr(model, gptq, data) > snr(model, nearest, data) + 1
+
+
+def test_every_linear_of_a_block_is_quantized_and_nothing_else(model, data):
+    report = calibrate(model, data, "gptq", progress=False)
+    inside = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n}
+    assert {name.removesuffix(".weight") for name in report.weights} == inside
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, IntScaleTensor) == (name.removesuffix(".weight") in inside), name
+        assert not parameter.requires_grad
+    assert list(report.losses) == ["model.layers.0", "model.layers.1"]
+    assert 0 < report.losses["model.layers.0"] < report.losses["model.layers.1"] < 0.1
+    assert "Recipe gptq" in str(report) and "model.layers.1: " in str(report)
+
+
+def test_without_statistics_the_weights_are_those_of_quantize(model, data):
+    from torchao.quantization import quantize_
+
+    plain = copy.deepcopy(model)
+    quantize_(plain, IntScaleConfig())
+    found = calibrated(model, data, Recipe(**SHORT))
+    assert torch.equal(found(data).logits, plain(data).logits) or snr(plain, found, data) > 100
+    for name, parameter in plain.named_parameters():
+        if isinstance(parameter, IntScaleTensor):
+            assert torch.equal(parameter.codes, found.get_parameter(name).codes), name
+
+
+def test_same_call_same_bits(model, data):
+    assert same_weights(*(calibrated(model, data, recipe("gptq", tuning_steps=2)) for _ in range(2)))
+
+
+def test_the_kind_of_data_does_not_matter(model, data):
+    chosen = recipe("gptq")
+    whole = calibrated(model, data, chosen)
+    kinds = ([data], [{"input_ids": data, "attention_mask": torch.ones_like(data)}])
+    for kind in kinds:
+        assert same_weights(whole, calibrated(model, kind, chosen))
+    assert snr(whole, calibrated(model, list(data), chosen), data) > 20  # the same sums in another order
+
+
+def test_overrides_and_formats(model, data):
+    wide = {"down_proj": IntScaleConfig(weight_bits=8, group_size=-1)}
+    found = calibrated(model, data, recipe("gptq", group_size=32, overrides=wide))
+    layer = found.model.layers[0]
+    assert layer.mlp.down_proj.weight.weight_bits == 8 and layer.mlp.up_proj.weight.group_size == 32
+    assert snr(model, found, data) > snr(model, calibrated(model, data, recipe("gptq", group_size=32)), data)
+
+
+@pytest.mark.parametrize("changes", [{"scale_bits": 8}, {"amplifier": 1024}], ids=str)
+def test_wide_scales_keep_the_codes_of_float_scales(model, data, changes):
+    floating = calibrated(model, data, recipe("gptq", group_size=32, scales="float"))
+    found = calibrated(model, data, recipe("gptq", group_size=32, **changes))
+    converted = make_integer(copy.deepcopy(floating), **changes)
+    assert same_weights(found, converted)
+    for name, parameter in floating.named_parameters():
+        if isinstance(parameter, FloatScaleWeight):
+            assert torch.equal(found.get_parameter(name).codes, parameter.source.codes), name
+    assert snr(floating, found, data) > 25
+
+
+def test_float_scales_quantize_activations_too(model, data):
+    found = calibrated(model, data, recipe("rtn", scales="float"))
+    linear = found.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 64)
+    wanted = fake_quantize(x) @ linear.weight.source.dequantize().mT
+    torch.testing.assert_close(linear(x), wanted)
+    assert not torch.equal(linear(x), x @ linear.weight.source.dequantize().mT)
+
+
+def test_tuning_lowers_the_error_and_leaves_codes_alone(model, data):
+    plain, tuned = (copy.deepcopy(model) for _ in range(2))
+    before = calibrate(plain, data, recipe("rtn", group_size=-1), progress=False).losses
+    after = calibrate(tuned, data, recipe("rtn", group_size=-1, tuning_steps=60), progress=False).losses
+    assert after["model.layers.0"] < 0.95 * before["model.layers.0"]
+    layers = plain.model.layers[0].self_attn.q_proj, tuned.model.layers[0].self_attn.q_proj
+    assert torch.equal(layers[0].weight.codes, layers[1].weight.codes)
+    assert not torch.equal(layers[0].weight.row_scale, layers[1].weight.row_scale)
+
+
+def test_matching_the_original_helps(model, data):
+    losses = []
+    for match in (False, True):
+        report = calibrate(copy.deepcopy(model), data, recipe("gptq", match_original=match), progress=False)
+        losses.append(report.losses["model.layers.1"])
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("preset", ["fptq", "llama3"])
+def test_presets_that_change_the_model_first(model, data, preset):
+    found = calibrated(model, data, preset)
+    assert snr(model, found, data) > snr(model, calibrated(model, data, "rtn"), data) - 1.5
+    layer = found.model.layers[0]
+    if preset == "fptq":
+        assert layer.self_attn.q_proj.weight.activation_scale is not None
+    else:
+        assert layer.mlp.down_proj.weight.rotation > 0 and layer.mlp.down_proj.weight.weight_bits == 8
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "opt_plain", "gemma", "gpt2", "bert"])
+def test_other_families(family):
+    model, inputs = small_model(family)
+    found = copy.deepcopy(model)
+    report = calibrate(found, [inputs], "gptq", progress=False)
+    wanted, result = logits_of(model, inputs), logits_of(found, inputs)
+    assert report.weights and 10 * torch.log10(wanted.square().sum() / (wanted - result).square().sum()) > 8
+    expected = {f"{n}.{w.qualified}" for n, b in blocks(model) for w in weights_of(b).values() if not w.router}
+    assert set(report.weights) == expected
+
+
+def test_the_backend_leaves_out_what_calibrate_left_out(model, data):
+    calibrate(model, data, Recipe(**SHORT), progress=False)
+    from intscale_compile.quantize import LEFT_OUT
+
+    assert getattr(model.lm_head.weight, LEFT_OUT) is True
+
+
+def test_the_recipe_is_saved_with_the_model(model, data, tmp_path):
+    chosen = recipe("gptq", damping=0.02)
+    calibrate(model, data, chosen, progress=False)
+    model.config.save_pretrained(tmp_path)
+    assert Recipe.from_dict(hf.AutoConfig.from_pretrained(tmp_path).intscale_recipe) == chosen
+
+
+# --- what blocks and weights see ----------------------------------------------------------------------------------------
+
+
+def test_later_weights_see_what_quantized_ones_make(model, data, monkeypatch):
+    """The statistics of ``down_proj`` of the second block are those of a model whose weights before it are quantized."""
+    seen = {}
+
+    def spy(block, weight, runs, original=None):
+        result = statistics(block, weight, runs, original)
+        seen.setdefault(weight.name, []).append(result.hessian)
+        return result
+
+    monkeypatch.setattr(pipeline, "statistics", spy)
+    original = copy.deepcopy(model)
+    calibrate(model, data, "gptq", progress=False)
+    assert sorted(map(len, seen.values())) == [2, 2, 2, 2]  # q, o, gate and down of two blocks: q/k/v and gate/up share
+    inputs = []
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0].flatten(0, 1)))
+    model(data)
+    x = inputs[0]
+    torch.testing.assert_close(seen["mlp.down_proj"][1], x.mT @ x, rtol=1e-3, atol=1e-3 * float((x.mT @ x).max()))
+    original.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda m, args: inputs.append(args[0].flatten(0, 1))
+    )
+    original(data)
+    assert (inputs[1].mT @ inputs[1] - x.mT @ x).norm() > 0.01 * (x.mT @ x).norm()
+
+
+def test_experts_have_statistics_of_their_own_tokens():
+    model, inputs = small_model("mixtral")
+    stack = stacks(model)[0]
+    kept = capture(model, stack, [inputs])
+    block = stack[0][1]
+    weight = weights_of(block)["mlp.experts.gate_up_proj"]
+    run = lambda: kept.inputs(0, 0, kept.hidden[0], torch.device("cpu"))  # noqa: E731
+    found = statistics(block, weight, [run])
+    assert int(found.tokens.sum()) == 2 * inputs["input_ids"].numel()
+    assert found.hessian.shape[0] == 4 and not torch.equal(found.hessian[0], found.hessian[1])
+
+
+def test_memory_is_bounded(model, monkeypatch):
+    """Hidden states of one place are kept, not of every block, and what repeats is kept once."""
+    kept: list[StackInputs] = []
+    monkeypatch.setattr(pipeline, "capture", lambda *args: kept.append(capture(*args)) or kept[-1])
+    deep, data = tiny_llama(6), torch.randint(0, 128, (64, 64))
+    calibrate(deep, data, Recipe(**SHORT), progress=False)
+    tensors = {}
+    for batch in kept[0].calls:
+        for args, kwargs in batch:
+            tensors |= {id(t): t for v in (*args, *kwargs.values()) for t in (v if isinstance(v, tuple) else (v,))}
+    extra = sum(t.nbytes for t in tensors.values() if isinstance(t, torch.Tensor))
+    hidden = sum(t.nbytes for t in kept[0].hidden)
+    assert hidden == 64 * 64 * 64 * 4 and extra < 0.1 * hidden
+
+
+# --- going on after an interruption ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scales", ["integer", "float"])
+def test_resuming_gives_the_same_bits(model, data, tmp_path, monkeypatch, scales):
+    chosen = recipe("gptq", scales=scales, tuning_steps=2)
+    whole = calibrated(model, data, chosen)
+    process = pipeline._Block.process
+
+    def interrupted(self):
+        if self.place == 1:
+            raise KeyboardInterrupt
+        process(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline._Block, "process", interrupted)
+        calibrate(copy.deepcopy(model), data, chosen, checkpoint_dir=tmp_path, progress=False)
+    assert (tmp_path / "model.layers.0.pt").is_file() and not (tmp_path / "model.layers.1.pt").exists()
+    quantized = []
+    with monkeypatch.context() as patch:
+        solve = pipeline.solve
+        patch.setattr(pipeline, "solve", lambda *args: quantized.append(args[4]) or solve(*args))
+        resumed = calibrated(model, data, chosen, checkpoint_dir=tmp_path)
+    assert same_weights(whole, resumed) and torch.equal(whole(data).logits, resumed(data).logits)
+    assert len(quantized) == 7 and all(name.startswith("model.layers.1.") for name in quantized)
+
+
+def test_resuming_with_something_else_is_refused(model, data, tmp_path):
+    calibrate(copy.deepcopy(model), data, Recipe(**SHORT), checkpoint_dir=tmp_path, progress=False)
+    others = {
+        "recipe": (model, data, Recipe(seed=1, **SHORT)),
+        "data": (model, data + 0 * data + (data == 0), Recipe(**SHORT)),
+        "model": (tiny_llama(), data, Recipe(**SHORT)),
+    }
+    for part, (other, ids, chosen) in others.items():
+        with pytest.raises(CalibrationError, match=f"another {part}: delete it"):
+            calibrate(copy.deepcopy(other), ids, chosen, checkpoint_dir=tmp_path, progress=False)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("empty", [[], torch.zeros(0, 64, dtype=torch.long), torch.zeros(4, 0, dtype=torch.long)])
+def test_no_data(model, empty):
+    with pytest.raises(CalibrationError, match="no calibration data|token ids"):
+        calibrate(model, empty, progress=False)
+
+
+def test_wrong_data(model):
+    with pytest.raises(CalibrationError, match="integer token ids"):
+        batches_of([torch.zeros(2, 3)])
+    with pytest.raises(CalibrationError, match="sequences, tokens"):
+        batches_of(torch.zeros(2, 3, 4, dtype=torch.long))
+    with pytest.raises(CalibrationError, match=r"data\[0\]\['inputs_embeds'\] has NaN"):
+        calibrate(model, [{"inputs_embeds": torch.full((1, 4, 64), float("nan"))}], progress=False)
+
+
+def test_not_finite_inside(model, data):
+    broken = copy.deepcopy(model)
+    broken.model.embed_tokens.weight[5, 3] = float("inf")
+    with pytest.raises(CalibrationError, match="before the first block are not finite"):
+        calibrate(broken, torch.full((1, 8), 5), "gptq", progress=False)
+    model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises((WeightError, CalibrationError), match="layers.1"):
+        calibrate(model, data, "rtn", progress=False)
+
+
+def test_wrong_models(model, data):
+    with pytest.raises(CalibrationError, match="transformers model"):
+        calibrate("llama", data, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="no nn.ModuleList"):
+        calibrate(nn.Sequential(nn.Linear(32, 32)).eval(), data, progress=False)
+    with pytest.raises(CalibrationError, match="training mode"):
+        calibrate(copy.deepcopy(model).train(), data, progress=False)
+    calibrate(model, data, Recipe(**SHORT), progress=False)
+    with pytest.raises(CalibrationError, match="quantized already"):
+        calibrate(model, data, Recipe(**SHORT), progress=False)

@@ -1,0 +1,84 @@
+"""benchmarks/accuracy.py: its rows, its table and its JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from tests.support.benchmarks import load
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return load(("accuracy", "perplexity", "timing"))
+
+
+def test_rows_of_a_preset(bench, models_dir, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    sizes = ["--sequences", "2", "--tokens", "128", "--calibration", "4", "--json", str(path)]
+    bench.accuracy.main([str(models_dir / "tiny-llama"), "--presets", "rtn", *sizes])
+    rows = {row["scales"]: row for row in json.loads(path.read_text())["rows"]}
+    labels = [label for label, _ in bench.accuracy.ROWS.values()]
+    assert list(rows) == ["", *labels]
+    table = capsys.readouterr().out
+    assert all(f"| rtn | {label} |" in table for label in labels)
+    original, floating = rows[""]["perplexity"], rows["float group scales"]
+    assert floating["perplexity"] > original and floating["bits"] == 32.0
+    # Scales of 8 bits change weights by 1e-3, but int8 activations then round otherwise, which 256 tokens do not average out.
+    assert rows["integer, 8 bits"]["perplexity"] == pytest.approx(floating["perplexity"], rel=0.01)
+    assert rows["integer, 8 bits"]["snr"] == pytest.approx(floating["snr"], abs=0.3)
+    assert rows["integer, Listing 1"]["kl"] > 1.1 * floating["kl"]
+    assert rows["integer, 4 bits"]["bits"] == pytest.approx(4 + 8 / 128 + 32 / 384, abs=0.05)
+    assert 5 < rows["integer, 4 bits"]["snr"] < 40
+
+
+def test_outliers_keep_the_original_and_hurt_rounding(bench, models_dir, tmp_path):
+    kls = []
+    for extra in ([], ["--outliers"]):
+        path = tmp_path / f"{len(extra)}.json"
+        sizes = ["--sequences", "2", "--tokens", "128", "--calibration", "2", "--json", str(path), *extra]
+        fields = ["--set", "clipping=none"]
+        bench.accuracy.main([str(models_dir / "tiny-llama"), "--presets", "rtn", "--rows", "4", *sizes, *fields])
+        original, row = json.loads(path.read_text())["rows"]
+        kls.append((original["perplexity"], row["kl"]))
+    assert kls[0][0] == pytest.approx(kls[1][0], rel=1e-3)
+    assert kls[1][1] > 1.5 * kls[0][1]
+
+
+def test_calibration_text_is_not_held_out(bench, models_dir):
+    tokenizer, _ = bench.accuracy.load_model(str(models_dir / "tiny-llama"), "cpu")
+    names = models_dir / bench.perplexity.MODULE_LIST
+    data = bench.accuracy.calibration_sequences(tokenizer, names, 16, 64)
+    again = bench.accuracy.calibration_sequences(tokenizer, names, 16, 64)
+    other = bench.accuracy.calibration_sequences(tokenizer, names, 16, 64, seed=1)
+    assert data.shape == (16, 64) and torch.equal(data, again) and not torch.equal(data, other)
+    held_out = bench.perplexity.held_out_sequences(tokenizer, names, 24, 512)
+    pieces = {tuple(row[i : i + 32].tolist()) for row in held_out for i in range(len(row) - 31)}
+    found = sum(tuple(row[i : i + 32].tolist()) in pieces for row in data for i in range(0, len(row) - 31, 8))
+    assert found == 0
+
+
+def test_logit_error_of_a_known_change(bench):
+    class Scaled(torch.nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.tensor(factor), requires_grad=False)
+
+        def forward(self, ids, use_cache):
+            logits = torch.nn.functional.one_hot(ids.roll(-1), 8).float() * self.factor
+            return type("Output", (), {"logits": logits})
+
+    ids = torch.tensor([[1, 2, 3, 4]])
+    reference = bench.accuracy.Reference(Scaled(2.0), ids)
+    found = reference.measure(Scaled(1.0), "p", "s")
+    assert found.snr == pytest.approx(10 * math.log10(4)) and found.perplexity == pytest.approx(1 + 7 / math.e)
+    assert reference.measure(Scaled(2.0), "p", "s").snr == math.inf
+
+
+def test_fields_and_missing_files(bench, tmp_path):
+    assert bench.accuracy._fields(["damping=0.05", "clipping=none"]) == {"damping": 0.05, "clipping": "none"}
+    with pytest.raises(SystemExit):
+        bench.accuracy.main(["tiny-llama", "--module-list", str(tmp_path / "missing")])
