@@ -1,0 +1,168 @@
+"""``import_quantized``: a transformers model with ``IntScaleTensor`` weights from somebody else's quantized checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ConfigError
+from ..tensor import IntScaleTensor
+from .checkpoint_files import CheckpointFiles, StoredLayers, checkpoint_folder, layer_format, quantization_config
+from .layers import ScaleOptions
+from .report import ImportReport
+from .torchao_tensors import import_tensors
+
+log = logging.getLogger("intscale_compile")
+
+
+def import_quantized(
+    model_or_path: Union[nn.Module, str, Path],
+    *,
+    scale_bits: int = 8,
+    amplifier: Union[str, int] = "row",
+    dtype: Optional[torch.dtype] = None,
+    device: Union[str, torch.device] = "cpu",
+    revision: Optional[str] = None,
+) -> tuple[nn.Module, ImportReport]:
+    """Take over a model that GPTQ, AWQ, compressed-tensors or torchao quantized to 4 bits, without requantizing it.
+
+    The codes stay as they are; the float group scales become integers row by row (or as published in Integer Scale,
+    arXiv 2405.14597, with ``amplifier``). Activations are quantized to int8 per token, whatever the checkpoint was made
+    for, unless it holds static activation scales.
+
+    Args:
+        model_or_path: folder or hub name of a transformers checkpoint in safetensors files, with a
+            ``quantization_config`` in its ``config.json``; or a loaded model with torchao int4 weights, which is
+            converted in place as by :func:`import_tensors`.
+        scale_bits: bits of the integer group scales, 1 to 8.
+        amplifier: ``"row"``, or the paper's: ``"layer"`` or an integer such as 1024.
+        dtype: of the model; by default the checkpoint's.
+        device: where weights are converted, one at a time, and where the model ends up.
+        revision: branch, tag or commit of a hub name.
+
+    Returns:
+        The model in evaluation mode and a report that prints itself. Store the model with ``make_savable``.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ConfigError: a method, format, number of bits, group size or activation scheme that cannot be imported.
+        CheckpointError: tensors are missing or damaged.
+        OverflowProofError: a weight's accumulator cannot be proved free of overflow.
+    """
+    if isinstance(model_or_path, nn.Module):
+        return model_or_path, import_tensors(model_or_path, scale_bits=scale_bits, amplifier=amplifier)
+    folder = checkpoint_folder(model_or_path, revision)
+    stored = quantization_config(folder)
+    config = _plain_config(folder)
+    model_class = _model_class(config)
+    if stored["quant_method"] == "torchao":
+        model = model_class.from_pretrained(folder, dtype=dtype or "auto").to(device)
+        report = import_tensors(model, scale_bits=scale_bits, amplifier=amplifier)
+        _forget_quantization(model)
+        return model, report
+    reader = layer_format(stored)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float16
+    layers = StoredLayers(
+        CheckpointFiles(folder), reader, ScaleOptions(scale_bits, amplifier), dtype, torch.device(device)
+    )
+    model = _load(model_class, config, layers, dtype).to(device)
+    _add_generation_config(model, folder)
+    layers.report.layers.sort(key=lambda row: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", row.name)])
+    layers.report.unquantized = unquantized_linears(model)
+    return model, layers.report
+
+
+def unquantized_linears(model: nn.Module) -> list[str]:
+    """Names of linear layers whose weight is not an ``IntScaleTensor``."""
+    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name, module in linears if not isinstance(module.weight, IntScaleTensor)]
+
+
+def _plain_config(folder: Path) -> Any:
+    """The model's configuration without what says that it is quantized."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(f"{folder}: transformers cannot read this config.json: {error}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _model_class(config: Any) -> Any:
+    """The class that ``config.json`` names."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    raise ConfigError(
+        f"config.json names the architectures {config.architectures}, of which transformers {transformers.__version__} has "
+        "none: name one that it has, or install another release."
+    )
+
+
+def _load(model_class: Any, config: Any, layers: StoredLayers, dtype: torch.dtype) -> Any:
+    """Let transformers build the plain model and put every tensor where it belongs, renamed and merged as it does."""
+    try:
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=layers.state_dict(),
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        if layers.error is not None:
+            raise layers.error from None
+        raise CheckpointError(f"transformers cannot load this checkpoint: {error}") from error
+    if layers.error is not None:
+        raise layers.error
+    _check_loading(info, layers)
+    for parameter in model.parameters():
+        if isinstance(parameter, IntScaleTensor):
+            parameter.requires_grad_(False)
+    return model
+
+
+def _check_loading(info: dict[str, Any], layers: StoredLayers) -> None:
+    """Raise ``CheckpointError`` for whatever transformers only reports."""
+    mismatched = sorted(map(str, info.get("mismatched_keys") or ()))
+    if mismatched:
+        raise CheckpointError(f"stored and expected shapes differ: {', '.join(mismatched[:3])}.")
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise CheckpointError(
+            f"{', '.join(missing[:3])}: not in the checkpoint ({len(missing)} missing); it is incomplete."
+        )
+    if info.get("conversion_errors") or info.get("error_msgs"):
+        raise CheckpointError(f"transformers cannot load this checkpoint: {info}")
+    unexpected = [name for name in sorted(info.get("unexpected_keys") or ()) if not layers.is_zero_bias(name)]
+    if any(name.endswith((".weight", ".bias")) for name in unexpected):
+        raise CheckpointError(
+            f"the model has no place for {', '.join(unexpected[:3])}: its config.json is another model's."
+        )
+    if unexpected:
+        log.warning("import_quantized: tensors without a place in the model: %s", ", ".join(unexpected))
+
+
+def _forget_quantization(model: Any) -> None:
+    """Drop what makes transformers treat the model as one of another quantizer."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _add_generation_config(model: Any, folder: Path) -> None:
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -1,0 +1,218 @@
+"""Damaged and unsupported checkpoints: one clear error each."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from intscale_compile import CheckpointError, ConfigError
+from intscale_compile.importing import import_quantized
+from tests.support.quantized_checkpoints import (
+    awq_parts,
+    compressed_parts,
+    compressed_scheme,
+    gptq_parts,
+    quantize_groups,
+    tiny_llama,
+    write_checkpoint,
+)
+
+LAYER = "model.layers.1.mlp.down_proj"
+GPTQ = {"bits": 4, "group_size": 128, "desc_act": False, "checkpoint_format": "gptq"}
+
+
+@pytest.fixture(scope="module")
+def source():
+    torch.manual_seed(0)
+    return tiny_llama(num_hidden_layers=2, attention_bias=False)
+
+
+@pytest.fixture
+def gptq(source, tmp_path):
+    def parts(name, weight):
+        layer = quantize_groups(weight, 128, True)
+        return layer, gptq_parts(layer)
+
+    return write_checkpoint(source, tmp_path, "gptq", parts, GPTQ).folder
+
+
+@pytest.fixture
+def awq(source, tmp_path):
+    def parts(name, weight):
+        layer = quantize_groups(weight, 128, False)
+        return layer, awq_parts(layer)
+
+    return write_checkpoint(source, tmp_path, "awq", parts, {"bits": 4, "group_size": 128, "version": "gemm"}).folder
+
+
+@pytest.fixture
+def compressed(source, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors makes these checkpoints")
+    scheme = compressed_scheme(symmetric=False)
+
+    def parts(name, weight):
+        layer = quantize_groups(weight, 128, False, torch.float32)
+        return layer, compressed_parts(layer, weight, scheme)
+
+    config = {"config_groups": {"group_0": scheme}, "format": "pack-quantized", "ignore": ["lm_head"]}
+    return write_checkpoint(source, tmp_path, "compressed-tensors", parts, config).folder
+
+
+def change_tensors(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+
+
+def change_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def without(part):
+    return lambda state: state.pop(f"{LAYER}.{part}")
+
+
+def replaced(part, new):
+    def change(state):
+        state[f"{LAYER}.{part}"] = new(state[f"{LAYER}.{part}"])
+
+    return change
+
+
+TENSORS = {
+    "no qweight": ("gptq", without("qweight"), "down_proj: qweight is missing"),
+    "no scales": ("gptq", without("scales"), "down_proj: scales is missing"),
+    "no qzeros": ("gptq", without("qzeros"), "down_proj: qzeros is missing"),
+    "no layer": ("gptq", lambda s: [without(p)(s) for p in ("qweight", "qzeros", "scales", "g_idx")], "not in the checkpoint"),
+    "no norm": ("gptq", lambda s: s.pop("model.norm.weight"), "model.norm.weight: not in the checkpoint"),
+    "short qweight": ("gptq", replaced("qweight", lambda t: t[:-16]), "down_proj: scales has shape"),
+    "fewer rows": ("gptq", replaced("qweight", lambda t: t[:, :-8]), "down_proj: scales has shape"),
+    "float qweight": ("gptq", replaced("qweight", lambda t: t.float()), "qweight is torch.float32, not torch.int32"),
+    "1-D qweight": ("gptq", replaced("qweight", lambda t: t.flatten()), "qweight has 1 dimensions"),
+    "integer scales": ("gptq", replaced("scales", lambda t: t.int()), "scales is torch.int32, not floating point"),
+    "NaN scales": ("gptq", replaced("scales", lambda t: t * float("nan")), "down_proj: a scale is NaN or Inf"),
+    "8-bit codes": ("gptq", replaced("qweight", lambda t: torch.cat([t, t])), "down_proj: scales has shape"),
+    "g_idx of another layer": ("gptq", replaced("g_idx", lambda t: t[:128]), "down_proj: g_idx has shape"),
+    "another model's shape": ("gptq", lambda s: [s.update({f"{LAYER}.{p}": s[f"{LAYER}.{p}".replace("down", "up")].clone()})
+                                                  for p in ("qweight", "qzeros", "scales", "g_idx")],
+                              "stored and expected shapes differ: .*down_proj.weight"),
+    "a layer too many": ("gptq", lambda s: s.update({f"model.layers.9.mlp.up_proj.{p}": s[f"{LAYER}.{p}"].clone()
+                                                     for p in ("qweight", "qzeros", "scales")}),
+                         "the model has no place for model.layers.9"),
+    "a bias that is not zero": ("gptq", lambda s: s.update({f"{LAYER}.bias": torch.ones(256)}),
+                                "the model has no place for .*down_proj.bias"),
+    "nothing quantized": ("gptq", lambda s: [s.pop(name) for name in list(s) if "_proj" in name], "nothing is quantized in it"),
+    "awq: no qzeros": ("awq", without("qzeros"), "down_proj: qzeros is missing where zero_point is true"),
+    "awq: no scales": ("awq", without("scales"), "down_proj: scales is missing"),
+    "awq: short qzeros": ("awq", replaced("qzeros", lambda t: t[:-1]), "down_proj: qzeros has shape"),
+    "no weight_scale": ("compressed", without("weight_scale"), "down_proj: weight_scale is missing"),
+    "no weight_shape": ("compressed", without("weight_shape"), "down_proj: weight_shape is missing"),
+    "no weight_packed": ("compressed", without("weight_packed"), "down_proj: weight_packed is missing"),
+    "no zero point": ("compressed", without("weight_zero_point"), "down_proj: weight_zero_point is missing"),
+    "wrong weight_shape": ("compressed", replaced("weight_shape", lambda t: t * 2), "down_proj: weight_packed has shape"),
+    "negative weight_shape": ("compressed", replaced("weight_shape", lambda t: -t), "down_proj: weight_shape is"),
+    "short scales": ("compressed", replaced("weight_scale", lambda t: t[:, :-1]), "down_proj: weight_scale has shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_damaged_tensors(case, request):
+    fixture, change, message = TENSORS[case]
+    folder = request.getfixturevalue(fixture)
+    change_tensors(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        import_quantized(folder)
+
+
+def scheme_of(config):
+    return config["config_groups"]["group_0"]
+
+
+CONFIGS = {
+    "3 bits": ("gptq", lambda c: c.update(bits=3), "bits=3"),
+    "8 bits": ("gptq", lambda c: c.update(bits=8), "bits=8"),
+    "no bits": ("gptq", lambda c: c.pop("bits"), "bits=None"),
+    "marlin": ("gptq", lambda c: c.update(checkpoint_format="marlin"), "checkpoint_format='marlin'"),
+    "groups of 16": ("gptq", lambda c: c.update(group_size=16), "group size 16"),
+    "groups of 0": ("gptq", lambda c: c.update(group_size=0), "group size 0"),
+    "8 bits in one layer": ("gptq", lambda c: c.update(dynamic={r"+:.*\.1\.mlp\.down": {"bits": 8}}), f"{LAYER}: .*bits=8"),
+    "bitsandbytes": ("gptq", lambda c: c.update(quant_method="bitsandbytes"), "quant_method='bitsandbytes'"),
+    "no method": ("gptq", lambda c: c.clear(), "no quantization_config with a quant_method"),
+    "awq: 3 bits": ("awq", lambda c: c.update(bits=3), "bits=3"),
+    "awq: gemv": ("awq", lambda c: c.update(version="gemv"), "version='gemv'"),
+    "awq: llm-awq": ("awq", lambda c: c.update(backend="llm-awq"), "AutoAWQ"),
+    "3-bit weights": ("compressed", lambda c: scheme_of(c)["weights"].update(num_bits=3), "int3 weights"),
+    "8-bit packed": ("compressed", lambda c: scheme_of(c)["weights"].update(num_bits=8), "int8 weights"),
+    "float weights": ("compressed", lambda c: scheme_of(c)["weights"].update(type="float"), "float4 weights"),
+    "another format": ("compressed", lambda c: scheme_of(c).update(format="marlin-24"), "does not accept|marlin-24"),
+    "unknown strategy": ("compressed", lambda c: scheme_of(c)["weights"].update(strategy="rows"), "does not accept"),
+    "act-order": ("compressed", lambda c: scheme_of(c)["weights"].update(actorder="group"), "actorder|does not accept"),
+    "fp8 activations": (
+        "compressed",
+        lambda c: scheme_of(c)["input_activations"].update(type="float"),
+        "input_activations are not symmetric int8",
+    ),
+    "kv cache": ("compressed", lambda c: c.update(kv_cache_scheme={"num_bits": 8, "strategy": "tensor"}), "kv_cache_scheme"),
+    "transforms": ("compressed", lambda c: c.update(transform_config={"config_groups": {"R3": {}}}), "transform_config"),
+    "no targets": ("compressed", lambda c: c.update(config_groups={}), "no config_groups"),
+    "other targets": ("compressed", lambda c: scheme_of(c).update(targets=["re:.*q_proj"]), "no target of config_groups selects"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_unsupported_configurations(case, request):
+    fixture, change, message = CONFIGS[case]
+    folder = request.getfixturevalue(fixture)
+    change_config(folder, change)
+    with pytest.raises(ConfigError, match=message):
+        import_quantized(folder)
+
+
+def test_act_order_is_refused_by_name(gptq):
+    change_tensors(gptq, replaced("g_idx", lambda t: t[torch.randperm(t.numel())]))
+    with pytest.raises(ConfigError, match=rf"{LAYER}: its groups are scattered.*desc_act=False"):
+        import_quantized(gptq)
+
+
+def test_scattered_compressed_groups(compressed):
+    change_tensors(compressed, lambda s: s.update({f"{LAYER}.weight_g_idx": torch.zeros(384, dtype=torch.int32)}))
+    with pytest.raises(ConfigError, match=rf"{LAYER}: its groups are scattered"):
+        import_quantized(compressed)
+
+
+def test_damaged_files(gptq):
+    with pytest.raises(FileNotFoundError):
+        import_quantized(gptq / "nowhere")
+    weights = gptq / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        import_quantized(gptq)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
+        import_quantized(gptq)
+    index = gptq / "model.safetensors.index.json"
+    index.write_text("[]")
+    with pytest.raises(CheckpointError, match="holds no JSON object"):
+        import_quantized(gptq)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="no weight_map"):
+        import_quantized(gptq)
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(CheckpointError, match="model-00001-of-00002.safetensors"):
+        import_quantized(gptq)
+
+
+def test_a_model_that_transformers_does_not_know(gptq):
+    config = json.loads((gptq / "config.json").read_text())
+    (gptq / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForRhymes"]}))
+    with pytest.raises(ConfigError, match="LlamaForRhymes"):
+        import_quantized(gptq)
+    (gptq / "config.json").write_text(json.dumps(config | {"model_type": "rhymes"}))
+    with pytest.raises(ConfigError, match="cannot read this config.json"):
+        import_quantized(gptq)
