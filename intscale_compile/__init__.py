@@ -10,10 +10,13 @@ from .versions import check_versions
 check_versions()
 
 from . import expert_ops, quantize, tensor_ops  # noqa: E402, F401  (registration)
+from .calibration import CalibrationReport, Recipe, calibrate, recipe  # noqa: E402
 from .checkpoint import load_safetensors, make_savable, rebuild_tensor, register, save_safetensors  # noqa: E402, F401
 from .compile_times import CompileTime, compile_times  # noqa: E402
 from .config import IntScaleConfig  # noqa: E402
+from .debug import Compilation, bisect, compare, last_compilation, trace_node  # noqa: E402
 from .errors import (  # noqa: E402
+    CalibrationError,
     CheckpointError,
     CompileError,
     ConfigError,
@@ -26,31 +29,46 @@ from .errors import (  # noqa: E402
 )
 from .experts import register_experts_implementation  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
+from .importing import ImportReport, export_compressed_tensors, import_quantized, import_tensors  # noqa: E402
 from .quantize import linears_and_experts  # noqa: E402
 from .tensor import IntScaleTensor  # noqa: E402
 from .tune import tune  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "CalibrationError",
+    "CalibrationReport",
     "CheckpointError",
+    "Compilation",
     "CompileError",
     "CompileTime",
     "ConfigError",
     "Explanation",
+    "ImportReport",
     "InputError",
     "IntScaleConfig",
     "IntScaleError",
     "IntScaleTensor",
     "OverflowProofError",
+    "Recipe",
     "UnsupportedOpError",
     "VersionError",
     "WeightError",
+    "bisect",
+    "calibrate",
+    "compare",
     "compile_times",
     "explain",
+    "export_compressed_tensors",
+    "import_quantized",
+    "import_tensors",
+    "last_compilation",
     "linears_and_experts",
     "load_safetensors",
     "make_savable",
+    "recipe",
     "save_safetensors",
+    "trace_node",
     "tune",
 ]
 

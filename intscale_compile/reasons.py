@@ -42,6 +42,10 @@ class Reason(enum.Enum):
     OVERFLOW_PROOF = "the int32 accumulator cannot be proved free of overflow with this configuration"
     NOT_SELECTED = "left out when the model was quantized; set the option intscale.quantize_plain to include it"
     EXCLUDED = "excluded by the option intscale.skip"
+    PASS_DISABLED = (
+        "the pass that rewrites it is turned off by the option intscale.disable_passes: a plain weight stays in high "
+        "precision, a quantized one runs through its tensor subclass"
+    )
     CONVOLUTION = "convolution: only matrix products are quantized"
     ONE_OPERATOR = (
         "inside nn.MultiheadAttention or nn.TransformerEncoderLayer, which are one operator in the graph; "

@@ -124,6 +124,16 @@ def test_parameter_bytes_counts_what_is_stored(quickstart):
     assert quickstart.parameter_bytes(linear) == {"weight": codes + group_scales + row_scales, "bias": 64 * 4}
 
 
+def test_tour_of_the_graph(tmp_path, capsys):
+    tour = load_script(CHECKOUT / "examples" / "inspect_graph.py")
+    tour.main(["--page", str(tmp_path / "page.html")])
+    out = capsys.readouterr().out
+    assert "28 of 29 linear layers quantized" in out and "model.layers.0..3.mlp.down_proj.weight" in out
+    assert re.search(r"^\+w4a8_linear = intscale\.w4a8_linear\(", out, re.M) and "bits of headroom" in out
+    assert re.search(r"^model\.layers\.0\.\.3\.mlp\.down_proj\.weight +decision +W4A8 -> EXCLUDED$", out, re.M)
+    assert "</html>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_perplexity_benchmark_gives_the_recorded_value(models_dir, capsys):
     """``shared/models/README.md`` records 14.512, on Python 3.11's standard library."""
     benchmark = load_script(CHECKOUT / "benchmarks" / "perplexity.py")
