@@ -6,7 +6,6 @@ has to run on a cache hit. Found by ``torch.compile`` through the entry point gr
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
@@ -17,10 +16,12 @@ from torch._guards import detect_fake_mode
 
 from . import options as _options
 from .compile_times import timed
+from .debug import FINAL, StageRecorder, debug_patches, generated_files, remember, report
 from .inductor_settings import code_generation, inductor_defaults
 from .ops import register_inductor
 from .packed_weights import BoundGraph
 from .passes import PASSES, GraphRewrite, apply_passes
+from .passes.base import Observer
 from .reasons import log_once
 
 log = logging.getLogger("intscale_compile")
@@ -53,21 +54,32 @@ def intscale(
 
     settings, patches = _options.parse_options(mode, options)
     register_inductor()
-    rewrite = rewrite_graph(gm, example_inputs, settings, bool(patches.get("triton.cudagraphs")))
-    patches = {**inductor_defaults(example_inputs, most_tokens(rewrite)), **patches}
+    recorder = StageRecorder()
+    rewrite = rewrite_graph(gm, example_inputs, settings, bool(patches.get("triton.cudagraphs")), recorder)
+    patches = {**inductor_defaults(example_inputs, most_tokens(rewrite)), **patches, **debug_patches()}
+
+    def compile_graph(graph: fx.GraphModule, inputs: list[Any]) -> Callable:
+        recorder(FINAL, rewrite)
+        return compile_fx(graph, inputs, config_patches=patches)  # type: ignore[return-value]
+
     quantized = sum(c.packed is not None for c in rewrite.candidates)
-    with timed(quantized, rewrite.seconds), code_generation():
-        compiled = bind(rewrite, functools.partial(compile_fx, config_patches=patches))  # type: ignore[arg-type]
+    with timed(quantized, rewrite.seconds), code_generation(), generated_files() as files:
+        compiled = bind(rewrite, compile_graph)
+    report(remember(recorder, rewrite, mode, patches, files()))
     rewrite.release()
     return compiled
 
 
 def rewrite_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: _options.Settings, cuda_graphs: bool = False
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    settings: _options.Settings,
+    cuda_graphs: bool = False,
+    observer: Optional[Observer] = None,
 ) -> GraphRewrite:
-    """Run all passes over ``gm`` and say once what was left alone."""
+    """Run all passes over ``gm`` and say once what was left alone; ``observer`` as for ``apply_passes``."""
     rewrite = GraphRewrite(copied(gm), example_inputs, settings, cuda_graphs)
-    apply_passes(rewrite, PASSES)
+    apply_passes(rewrite, PASSES, observer)
     refused = [c for c in rewrite.candidates if c.reason is not None]
     quantized = len(rewrite.candidates) - len(refused)
     log.info("graph with %d linear products: %d quantized (%s)", len(rewrite.candidates), quantized, rewrite.counts)

@@ -31,6 +31,7 @@ class Settings:
         gated_activation: whether ``act(gate) * up`` is computed inside the GEMM of both projections, given enough tokens.
             The default does so on a GPU.
         causal_attention: whether a mask that hides just the future becomes SDPA's ``is_causal``. The default does so.
+        disable_passes: names of passes that do not run.
     """
 
     config: IntScaleConfig = field(default_factory=IntScaleConfig)
@@ -40,6 +41,7 @@ class Settings:
     decode_attention: Optional[bool] = None
     gated_activation: Optional[bool] = None
     causal_attention: Optional[bool] = None
+    disable_passes: tuple[str, ...] = ()
 
 
 _OWN_FIELDS = tuple(f.name for f in dataclasses.fields(Settings))
@@ -112,7 +114,29 @@ def _settings(own: dict[str, Any]) -> Settings:
         own.get("decode_attention"),
         own.get("gated_activation"),
         own.get("causal_attention"),
+        _disabled(own.get("disable_passes", ())),
     )
+
+
+def _disabled(names: Any) -> tuple[str, ...]:
+    """Names of passes, checked. ``match`` is refused: the others work on what it finds."""
+    from .passes import PASSES
+
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"option 'intscale.disable_passes' takes a list of names of passes, not {names!r}.")
+    known = [one.name for one in PASSES]
+    for name in names:
+        if name == "match":
+            raise ConfigError(
+                "option 'intscale.disable_passes': 'match' cannot be turned off, the other passes work on what it finds; "
+                "'insert_qdq' and 'experts' leave every weight as it is."
+            )
+        if name not in known:
+            raise ConfigError(
+                f"option 'intscale.disable_passes': no pass is called {name!r}{_nearest(name, known) or f': use one of {known}.'}"
+            )
+    return tuple(names)
 
 
 def _patterns(skip: Any) -> tuple[str, ...]:

@@ -1,0 +1,108 @@
+"""``TORCH_LOGS`` names in fresh processes that import nothing of ours, tlparse artifacts, and what ``import torch`` costs."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import intscale
+import intscale_compile
+
+MODEL = """
+import sys, torch
+assert not any(name.startswith("intscale") for name in sys.modules), "imported with torch"
+model = torch.nn.Linear(64, 32).requires_grad_(False)
+with torch.no_grad():
+    torch.compile(model, backend="intscale")(torch.randn(2, 64))
+"""
+SET_LOGS = """
+import logging, torch
+def level(): return logging.getLogger("intscale_compile.passes").getEffectiveLevel()
+torch._logging.set_logs(modules={"intscale": logging.DEBUG})
+import intscale_compile
+assert level() == logging.DEBUG, level()
+torch._logging.set_logs(modules={"intscale": logging.INFO})
+assert level() == logging.INFO, level()
+torch._logging.set_logs()
+assert level() == logging.WARNING, level()
+"""
+
+
+def run(code, tmp_path, **environment):
+    """stderr of a fresh interpreter, started where nothing of ours can be imported by accident."""
+    names = ("TORCH_LOGS", "TORCH_TRACE", "PYTHONPATH", "INTSCALE_DEBUG")
+    clean = {k: v for k, v in os.environ.items() if k not in names}
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, env={**clean, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    "value, shown, hidden",
+    [
+        ("intscale", ["graph with 1 linear products: 1 quantized"], ["pass fuse", "def forward("]),
+        (
+            "+intscale",
+            ["graph with 1 linear products", "graph 1: pass fuse: 1 in", "weight: quantized"],
+            ["def forward("],
+        ),
+        (
+            "intscale_graphs",
+            ["graph 1 after fuse", "torch.ops.intscale.w4a8_linear"],
+            ["linear products", "after experts"],
+        ),
+    ],
+)
+def test_names_work_without_an_import_of_ours(value, shown, hidden, tmp_path):
+    """With the artifacts for tlparse in the same process."""
+    text = run(MODEL, tmp_path, TORCH_LOGS=value, TORCH_TRACE=str(tmp_path / "trace"))
+    assert [s for s in shown if s not in text] == [] and [s for s in hidden if s in text] == []
+    assert text.count("graph with 1 linear products") <= 1  # by one handler
+    (log,) = (tmp_path / "trace").glob("*.log")
+    text = log.read_text()
+    for stage in ("dynamo", "insert_qdq", "fuse", "final"):
+        assert f'"name": "intscale_1_{stage}"' in text
+    assert "intscale_1_experts" not in text  # changed nothing
+    assert "torch.ops.intscale.w4a8_linear" in text
+
+
+def test_set_logs_works_before_and_after_our_import(tmp_path):
+    run(SET_LOGS, tmp_path)
+
+
+def test_the_package_itself_is_a_name_too(tmp_path):
+    """torch imports it then, in the middle of its own import."""
+    code = "import logging, torch\nassert logging.getLogger('intscale_compile').isEnabledFor(logging.DEBUG)"
+    run(code + "\nimport intscale_compile; intscale_compile.compare", tmp_path, TORCH_LOGS="+intscale_compile")
+
+
+def test_import_torch_is_as_fast_as_before(tmp_path):
+    """Both in turn, in one run: our names against a name of torch's own; the best of each."""
+    code = "import sys, torch; assert not any(n.startswith('intscale') for n in sys.modules)"
+
+    def seconds(value):
+        start = time.perf_counter()
+        run(code, tmp_path, TORCH_LOGS=value)
+        return time.perf_counter() - start
+
+    times = {value: [] for value in ("dynamo", "+intscale,intscale_graphs")}
+    for _ in range(3):
+        for value, found in times.items():
+            found.append(seconds(value))
+    theirs, ours = map(min, times.values())
+    print(f"import torch: {theirs:.2f} s, with our names {ours:.2f} s, ratio {ours / theirs:.3f}")
+    assert ours < 1.15 * theirs
+
+
+def test_the_names_are_single_files_that_torch_does_not_import():
+    for name in ("intscale", "intscale_graphs"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.submodule_search_locations is None
+    assert intscale.compare is intscale_compile.compare
