@@ -88,7 +88,7 @@ class Judge:
         factors = self._input_factors(own, module, a, b)
         args, kwargs = _as_given(a, b, factors)
         alone = float_tensors(module.forward(*args, **kwargs))[0]
-        rows = self._factors[name] = rescaled(a.output, alone)
+        rows = self._factors[name] = _output_factors(own, module, a, alone, factors)
         target = a.output if rows is None else a.output * rows.to(a.output)
         local = sqnr(target, alone)
         expected, wrong = _expectation(own, module, replace(a, output=target), b, factors, rows)
@@ -139,6 +139,16 @@ def quantized_pairs(own: nn.Module, module: nn.Module) -> Iterator[tuple[Tensor,
         weight = getattr(own, name, None)
         if isinstance(packed, IntScaleTensor) and isinstance(weight, Tensor) and weight.shape == packed.shape:
             yield weight, packed
+
+
+def _output_factors(
+    own: nn.Module, module: nn.Module, a: Call, alone: Tensor, factors: Optional[Tensor]
+) -> Optional[Tensor]:
+    """How the channels of the output are rescaled: as a quantized weight says, else as the output does."""
+    for weight, packed in quantized_pairs(own, module):
+        if packed.dim() == 2:
+            return rescaled(as_stored(weight, packed, factors).mT, dequantized(packed).mT)
+    return rescaled(a.output, alone)
 
 
 def _as_given(a: Call, b: Call, factors: Optional[Tensor]) -> tuple[tuple, dict[str, Any]]:
