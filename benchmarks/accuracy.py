@@ -156,8 +156,8 @@ def load_model(name: str, device: str):
     source = beside if (beside / "config.json").is_file() else name
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device)
-    return tokenizer, model.eval().requires_grad_(False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return tokenizer, model.to(device).eval().requires_grad_(False)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
