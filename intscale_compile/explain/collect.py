@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from ..backend import bind, rewrite_graph
+from ..debug.captured import fresh_call
 from ..kernels.hadamard import HADAMARD_QUANTIZE_OP
 from ..kernels.quantize_per_token import OP as QUANTIZE_OP
 from ..kernels.quantize_static import STATIC_OP
@@ -29,7 +29,6 @@ from .layers import not_reached, quantized_layer, refused_layer, stored_bytes, u
 from .report import Explanation, GemmReport, GraphPart, LayerReport
 from .roofline import ASSUMED, Gpu, gpu_of_device
 
-_calls = itertools.count()
 NOT_FUSED = "not fused"  # in Q/DQ form: the pass that fuses it is turned off
 QUANTIZERS = (QUANTIZE_OP, STATIC_OP, HADAMARD_QUANTIZE_OP)
 
@@ -107,18 +106,8 @@ def run(
         return call
 
     with torch.no_grad():
-        torch.compile(_fresh_call(), backend=backend, dynamic=dynamic)(model, inputs, kwargs)
+        torch.compile(fresh_call(), backend=backend, dynamic=dynamic)(model, inputs, kwargs)
     return graphs
-
-
-def _fresh_call() -> Callable:
-    """A function that calls a model, with a code object of its own: Dynamo keeps what it compiles by code object, so
-    neither what the user compiled before nor its recompilation limit is touched."""
-
-    def call(model, inputs, kwargs):
-        return model(*inputs, **kwargs)
-
-    return types.FunctionType(call.__code__.replace(co_name=f"explain_{next(_calls)}"), globals())
 
 
 def explanation(
