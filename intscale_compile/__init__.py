@@ -9,20 +9,23 @@ from .versions import check_versions
 
 check_versions()
 
-from . import expert_ops, quantize, tensor_ops  # noqa: E402, F401  (registration)
+from . import distributed_ops, expert_ops, quantize, tensor_ops  # noqa: E402, F401  (registration)
 from .calibration import CalibrationReport, Recipe, calibrate, recipe  # noqa: E402
 from .checkpoint import load_safetensors, make_savable, rebuild_tensor, register, save_safetensors  # noqa: E402, F401
+from .checkpoint_shards import register_sharded_loading  # noqa: E402
 from .compile_times import CompileTime, compile_times  # noqa: E402
 from .config import IntScaleConfig  # noqa: E402
 from .debug import Compilation, bisect, compare, last_compilation, trace_node  # noqa: E402
 from .errors import (  # noqa: E402
     CalibrationError,
     CheckpointError,
+    CommunicationError,
     CompileError,
     ConfigError,
     InputError,
     IntScaleError,
     OverflowProofError,
+    ShardingError,
     UnsupportedOpError,
     VersionError,
     WeightError,
@@ -39,6 +42,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationReport",
     "CheckpointError",
+    "CommunicationError",
     "Compilation",
     "CompileError",
     "CompileTime",
@@ -51,6 +55,7 @@ __all__ = [
     "IntScaleTensor",
     "OverflowProofError",
     "Recipe",
+    "ShardingError",
     "UnsupportedOpError",
     "VersionError",
     "WeightError",
@@ -74,3 +79,4 @@ __all__ = [
 
 register()
 register_experts_implementation()
+register_sharded_loading()

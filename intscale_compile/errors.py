@@ -31,6 +31,14 @@ class CheckpointError(IntScaleError, ValueError):
     """Stored quantized data contradicts itself: truncated, out of range, or a header that does not fit the data."""
 
 
+class CommunicationError(IntScaleError, RuntimeError):
+    """A quantized collective cannot run: no such process group, or ranks that disagree about what they exchange."""
+
+
+class ShardingError(IntScaleError, ValueError):
+    """A weight cannot be divided among ranks as asked: a shard would cut a group, a rotation block or an attention head."""
+
+
 class UnsupportedOpError(IntScaleError, NotImplementedError):
     """An operator on an ``IntScaleTensor`` has no exact meaning on packed data."""
 

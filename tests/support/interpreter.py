@@ -35,9 +35,9 @@ def run_cases(cases: Iterable[tuple[str, Callable[[], None]]]) -> int:
     return int(failures != 0)
 
 
-def results_of(module: str) -> dict[str, str | None]:
-    """Error of every case of ``tests.kernels.<module>``, or None, by name."""
-    command = [sys.executable, "-m", f"tests.kernels.{module}"]
+def results_of(module: str, package: str = "tests.kernels") -> dict[str, str | None]:
+    """Error of every case of ``<package>.<module>``, or None, by name."""
+    command = [sys.executable, "-m", f"{package}.{module}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert lines and done.returncode in (0, 1), done.stderr

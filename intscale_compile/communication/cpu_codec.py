@@ -1,0 +1,132 @@
+"""The messages of the quantized collectives on a CPU, compiled by the C++ compiler of the machine on first use.
+
+The reference is a dozen passes over memory, each an operator of PyTorch; ``codec.cpp`` is one. The library is compiled without
+the headers of PyTorch, for this processor, and kept beside Inductor's. A machine without a compiler runs the reference:
+slower, the same bits, so the other ranks need not know.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ..reasons import log_once
+from . import reference
+from .message import MessageLayout
+from .pieces import Piece
+
+SOURCE = Path(__file__).with_name("codec.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+STRICT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")  # the bits of the reference
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ENCODE, _REDUCE, _DECODE = range(3)
+_COMPILER_SECONDS = 300
+
+
+@functools.cache
+def library(group_size: int, spikes: bool) -> Optional[Any]:
+    """The compiled function for a group size, or None, with the reason logged once, where it cannot be compiled."""
+    try:
+        function = ctypes.CDLL(str(_built(group_size, spikes))).intscale_codec
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        log_once(
+            logging.WARNING,
+            "quantized collectives on this CPU run as PyTorch operators, many times slower: no C++ compiler worked "
+            f"(set CXX to one): {str(detail).strip()[:300]}",
+        )
+        return None
+    function.argtypes = [ctypes.c_int] * 4 + [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_int] * 2
+    return function
+
+
+def _built(group_size: int, spikes: bool) -> Path:
+    """The shared library, compiled unless this source was compiled here before."""
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    compiler = os.environ.get("CXX", "g++")
+    defines = (f"-DGROUP_SIZE={group_size}", f"-DSPIKE_RESERVING={str(spikes).lower()}")
+    command = [compiler, *FLAGS, *STRICT, *defines, str(SOURCE), "-o"]
+    key = "\0".join([SOURCE.read_text(), *command, _processor()])
+    folder = Path(cache_dir()) / "intscale"
+    path = folder / f"codec_{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        try:
+            subprocess.run([*command, scratch], check=True, capture_output=True, text=True, timeout=_COMPILER_SECONDS)
+            os.replace(scratch, path)  # other ranks compile at the same time
+        finally:
+            Path(scratch).unlink(missing_ok=True)
+    return path
+
+
+def _processor() -> str:
+    """What ``-march=native`` means here: a cache may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def encode(x: Tensor, piece: Piece, layout: MessageLayout, messages: Tensor, skip: int) -> None:
+    """As :func:`reference.encode`."""
+    function = library(layout.group_size, layout.spikes)
+    if function is None:
+        return reference.encode(x, piece, layout, messages, skip)
+    dtype, width, message = DTYPES[x.dtype], x.element_size(), messages.data_ptr()
+    for row in range(messages.shape[0]):
+        start, stop = piece.bounds(row + (row >= skip))
+        function(
+            _ENCODE, dtype, layout.bits, 0, x.data_ptr() + start * width, None, message + row * layout.nbytes, stop - start,
+            layout.groups, 0, layout.nbytes, 0, 1,
+        )  # fmt: skip
+
+
+def reduce(
+    x: Tensor,
+    received: Tensor,
+    piece: Piece,
+    rank: int,
+    layout: MessageLayout,
+    out: Tensor,
+    out_layout: Optional[MessageLayout],
+) -> None:
+    """As :func:`reference.reduce`."""
+    function = library(layout.group_size, layout.spikes)
+    if function is None:
+        return reference.reduce(x, received, piece, rank, layout, out, out_layout)
+    start, stop = piece.bounds(rank)
+    target = out.data_ptr() + (0 if out_layout else piece.begin * x.element_size())
+    function(
+        _REDUCE, DTYPES[x.dtype], layout.bits, out_layout.bits if out_layout else 0, x.data_ptr() + start * x.element_size(),
+        received.data_ptr(), target, stop - start, layout.groups, layout.nbytes, out_layout.nbytes if out_layout else 0,
+        rank, received.shape[0] + 1,
+    )  # fmt: skip
+
+
+def decode(received: Tensor, piece: Piece, layout: MessageLayout, out: Tensor) -> None:
+    """As :func:`reference.decode`."""
+    function = library(layout.group_size, layout.spikes)
+    if function is None:
+        return reference.decode(received, piece, layout, out)
+    dtype, width, message = DTYPES[out.dtype], out.element_size(), received.data_ptr()
+    for row in range(received.shape[0]):
+        start, stop = piece.bounds(row)
+        function(
+            _DECODE, dtype, layout.bits, 0, None, message + row * layout.nbytes, out.data_ptr() + start * width, stop - start,
+            layout.groups, layout.nbytes, 0, 0, 1,
+        )  # fmt: skip

@@ -1,0 +1,223 @@
+"""``tune_link``: time plain and quantized collectives on a live process group and store the times for the compiler.
+
+As a command, one process a rank:
+
+    torchrun --nproc-per-node 2 -m intscale_compile.communication --seconds 120
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import CommunicationError, ConfigError, IntScaleError
+from .link_cost import threshold
+from .link_table import OPS, PLAIN, Key, Link, Times, link_of, table_path, write_table
+from .message import WireFormat
+from .ops import ALL_GATHER_OP, ALL_REDUCE_OP, REDUCE_SCATTER_OP
+from .transport import all_gather_tensor, reduce_scatter_tensor
+
+SIZES = tuple(1 << power for power in range(16, 29))  # bytes: 64 KB to 256 MB
+WIRES = ("int8", "int6", "int5", "int4")
+REPEATS = 5  # of which the median counts
+REPEAT_SECONDS = 0.02  # of calls in one repeat, at most MOST_CALLS of them
+MOST_CALLS = 20
+
+
+def tune_link(
+    group: Optional[dist.ProcessGroup] = None,
+    wires: Sequence[str] = WIRES,
+    sizes: Iterable[int] = SIZES,
+    *,
+    ops: Sequence[str] = OPS,
+    device: Union[None, str, torch.device] = None,
+    path: Union[None, str, os.PathLike] = None,
+    seconds: Optional[float] = None,
+    progress: bool = True,
+) -> Times:
+    """Measure a link and store the times: models compiled afterwards take their thresholds from them.
+
+    Every rank of the group calls this at the same time, with nothing else running on its device. The time of a call is the
+    slowest rank's, and every rank gets the same times; one process of each host writes them.
+
+    Args:
+        group: process group; the default group if None.
+        wires: wire formats to measure beside the plain collective.
+        sizes: bytes of the whole tensor, which is bf16.
+        ops: of ``"all_reduce"``, ``"reduce_scatter"``, ``"all_gather"``.
+        device: where the tensors are; the default is the current GPU where the group has a backend for it, else the CPU.
+        path: file to write, merged with what it holds; the default is the one that is read (``link_table``).
+        seconds: budget; sizes that it does not reach are said and keep their former entries.
+        progress: print a line for each size, on rank 0.
+
+    Returns:
+        Microseconds by bytes, for each collective and form.
+
+    Raises:
+        CommunicationError: there is no process group, or it has one rank.
+        ConfigError: a wire format, size or collective is not supported, or the table to merge with is malformed.
+    """
+    if not dist.is_initialized():
+        raise CommunicationError("tune_link: call torch.distributed.init_process_group first.")
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    if group.size() < 2:
+        raise CommunicationError("tune_link: the group has one rank: there is no link to measure.")
+    wires = [str(WireFormat.parse(wire)) for wire in wires]
+    sizes = _checked(sizes, ops, group.size())
+    where = _device(group) if device is None else torch.device(device)
+    link, show = link_of(group, where), progress and group.rank() == 0
+    bench, left = _Bench(group, where), []
+    times: Times = {}
+    start = time.monotonic()
+    for nbytes in sizes:
+        if seconds is not None and bench.agreed(time.monotonic() - start) > seconds:
+            left.append(nbytes)
+            continue
+        for op in ops:
+            found = bench.times(op, wires, nbytes)
+            for form, us in found.items():
+                times.setdefault(Key(op, form), {})[nbytes] = round(us, 2)
+            if show:
+                print(_line(op, nbytes, found), flush=True)
+    target = table_path(link) if path is None else Path(path)
+    if os.environ.get("LOCAL_RANK", "0") == "0" or group.rank() == 0:
+        write_table(target, link, {"torch": torch.__version__, "date": _today()}, times)
+    dist.barrier(group)
+    if show:
+        _summary(link, times, wires, left, seconds, target)
+    return times
+
+
+def _checked(sizes: Iterable[int], ops: Sequence[str], ranks: int) -> list[int]:
+    found = sorted(set(sizes))
+    least = 2 * ranks * 128  # a group of every wire format on every rank
+    if not found or not all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in found):
+        raise ConfigError(f"tune_link: sizes={found!r} are not supported: use integers of at least {least} bytes.")
+    if any(op not in OPS for op in ops) or not ops:
+        raise ConfigError(f"tune_link: ops={tuple(ops)!r} are not supported: use some of {OPS}.")
+    return [n // (2 * ranks) * (2 * ranks) for n in found]
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    kinds = {device.type for device in group._device_types}
+    if "cuda" in kinds and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+class _Bench:
+    """Times of collectives on one group; the same numbers on every rank."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.group, self.device = group, device
+
+    def agreed(self, number: float) -> float:
+        """The largest of the ranks' numbers."""
+        value = torch.tensor([number], dtype=torch.float32, device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
+        return float(value)
+
+    def times(self, op: str, wires: Sequence[str], nbytes: int) -> dict[str, float]:
+        """Median microseconds of the plain collective and of each wire format, measured in turn."""
+        calls = {PLAIN: self._plain(op, nbytes), **{wire: self._quantized(op, wire, nbytes) for wire in wires}}
+        count = {}
+        for form, call in calls.items():
+            self._seconds(call, 1)  # kernels are compiled
+            once = max(self._seconds(call, 1), 1e-7)
+            count[form] = max(1, min(MOST_CALLS, int(REPEAT_SECONDS / once)))
+        rounds = [{form: self._seconds(call, count[form]) for form, call in calls.items()} for _ in range(REPEATS)]
+        return {form: statistics.median(one[form] for one in rounds) * 1e6 for form in calls}
+
+    def _seconds(self, call: Callable[[], Any], count: int) -> float:
+        dist.barrier(self.group)
+        self._synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        self._synchronize()
+        return self.agreed(time.perf_counter() - start) / count
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _tensor(self, nbytes: int) -> Tensor:
+        return torch.randn(nbytes // 2, device=self.device, dtype=torch.bfloat16)
+
+    def _plain(self, op: str, nbytes: int) -> Callable[[], Any]:
+        """In place or into a tensor that is there, as Inductor generates it."""
+        ranks, group = self.group.size(), self.group
+        if op == "all_reduce":
+            whole = torch.zeros(nbytes // 2, device=self.device, dtype=torch.bfloat16)  # random numbers would overflow
+            return lambda: dist.all_reduce(whole, group=group)
+        whole, part = self._tensor(nbytes), self._tensor(nbytes // ranks)
+        if op == "reduce_scatter":
+            return lambda: reduce_scatter_tensor(part, whole, group=group)
+        return lambda: all_gather_tensor(whole, part, group=group)
+
+    def _quantized(self, op: str, wire: str, nbytes: int) -> Callable[[], Any]:
+        ranks, name = self.group.size(), self.group.group_name
+        if op == "all_gather":
+            part = self._tensor(nbytes // ranks)
+            return lambda: ALL_GATHER_OP(part, wire, ranks, name)
+        whole = self._tensor(nbytes)
+        if op == "reduce_scatter":
+            return lambda: REDUCE_SCATTER_OP(whole, wire, ranks, name)
+        return lambda: ALL_REDUCE_OP(whole, wire, name)
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
+
+def _line(op: str, nbytes: int, found: dict[str, float]) -> str:
+    plain = found[PLAIN]
+    others = ", ".join(f"{form} {us:.1f} ({plain / us:.2f}x)" for form, us in found.items() if form != PLAIN)
+    return f"{op} {nbytes:>11,} bytes: plain {plain:.1f} us, {others}"
+
+
+def _summary(
+    link: Link, times: Times, wires: Sequence[str], left: list[int], seconds: Optional[float], target: Path
+) -> None:
+    for op in sorted({key.op for key in times}):
+        found = ", ".join(f"{wire} {threshold(link, times, op, wire)}" for wire in wires)
+        print(f"tune_link: {op} is quantized from so many bytes on: {found}", flush=True)
+    if left:
+        print(f"tune_link: the {seconds} s are over; left out: {', '.join(f'{n:,}' for n in left)} bytes", flush=True)
+    print(f"tune_link: {link} written to {target}", flush=True)
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Command line of :func:`tune_link`: the default group, made from the variables that torchrun sets."""
+    parser = argparse.ArgumentParser(
+        prog="torchrun -m intscale_compile.communication", description="Time collectives between these ranks."
+    )
+    parser.add_argument("--backend", help="of the process group; default: nccl where there are GPUs, else gloo")
+    parser.add_argument("--wires", nargs="+", default=WIRES, metavar="FORMAT")
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, metavar="BYTES")
+    parser.add_argument("--ops", nargs="+", default=OPS, choices=OPS)
+    parser.add_argument("--path", help="table to write; default: the one that is read")
+    parser.add_argument("--seconds", type=float, help="budget")
+    args = parser.parse_args(arguments)
+    backend = args.backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(backend)
+    try:
+        tune_link(wires=args.wires, sizes=args.sizes, ops=args.ops, path=args.path, seconds=args.seconds)
+    except IntScaleError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,138 @@
+"""What travels between ranks in a quantized collective: the wire format, and the layout of one message in bytes.
+
+Each leg of the two-step all-reduce (Flash Communication, arXiv 2412.04964) sends a slice as ONE message of uint8, planar:
+
+    codes | group scales bf16 [G] | minimums bf16 [G] | with spikes: values bf16 [G, 2], positions uint8 [G, 2] | padding
+
+for ``G`` groups of ``g`` elements; the padding fills up to a multiple of 16 bytes. Codes of ``b`` bits:
+
+* 8 bits: a byte per element, in order.
+* 4 bits: byte ``j`` of a group is ``code[j] | code[j + g/2] << 4``, for ``j < g/2``.
+* 5 bits (bit splitting of arXiv 2508.03760, 4 + 1): the low four bits of all groups as above, then a plane of the high bits:
+  byte ``j < g/8`` of a group is ``sum_k high(code[j + k * g/8]) << k``.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+# Bits of the codes in the reduce leg and in the gather leg. int6 is the mixed form of arXiv 2412.04964.
+LEG_BITS = {"int8": (8, 8), "int6": (4, 8), "int5": (5, 5), "int4": (4, 4)}
+GROUP_SIZES = (32, 128)
+DEFAULT_GROUP_SIZE = 128
+ALIGNMENT = 16  # bytes; messages lie behind each other and are read in words of this size
+_TEXT = re.compile(r"(?P<name>int[4568])(?:-g(?P<group>\d+))?(?P<spikes>-spikes)?")
+
+
+@dataclass(frozen=True)
+class WireFormat:
+    """How a quantized collective represents its message.
+
+    Args:
+        reduce_bits: bits of the codes in the reduce leg (all-to-all), 4, 5 or 8.
+        gather_bits: bits of the codes in the gather leg (all-gather), 4, 5 or 8.
+        group_size: consecutive elements that share a group scale and a minimum, 32 or 128.
+        spike_reserving: the smallest and the largest element of each group travel in bf16, and the codes cover the range of
+            the others (arXiv 2508.03760).
+
+    Raises:
+        ConfigError: a combination that has no name in :meth:`parse`.
+    """
+
+    reduce_bits: int
+    gather_bits: int
+    group_size: int = DEFAULT_GROUP_SIZE
+    spike_reserving: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.reduce_bits, self.gather_bits) not in LEG_BITS.values():
+            raise ConfigError(
+                f"no wire format has {self.reduce_bits} bits in the reduce leg and {self.gather_bits} in the gather leg: "
+                f"use one of {LEG_BITS}."
+            )
+        if self.group_size not in GROUP_SIZES:
+            raise ConfigError(f"group_size={self.group_size} of a wire format: use 32 or 128.")
+
+    @classmethod
+    @functools.lru_cache(maxsize=64)
+    def parse(cls, text: str) -> WireFormat:
+        """The format named ``"int8"``, ``"int6"``, ``"int5"`` or ``"int4"``, then ``"-g32"`` or ``"-g128"``, then ``"-spikes"``.
+
+        Raises:
+            ConfigError: any other text.
+        """
+        match = _TEXT.fullmatch(text) if isinstance(text, str) else None
+        if match is None or int(match["group"] or DEFAULT_GROUP_SIZE) not in GROUP_SIZES:
+            raise ConfigError(
+                f"{text!r} is no wire format: use int8, int6, int5 or int4, optionally followed by -g32 or -g128 and by "
+                "-spikes, as in 'int8' or 'int4-g32-spikes'."
+            )
+        group_size = int(match["group"] or DEFAULT_GROUP_SIZE)
+        return cls(*LEG_BITS[match["name"]], group_size, match["spikes"] is not None)
+
+    def __str__(self) -> str:
+        name = next(name for name, bits in LEG_BITS.items() if bits == (self.reduce_bits, self.gather_bits))
+        group = "" if self.group_size == DEFAULT_GROUP_SIZE else f"-g{self.group_size}"
+        return name + group + ("-spikes" if self.spike_reserving else "")
+
+    def slice_elements(self, elements: int, ranks: int) -> int:
+        """Elements of the slice that one rank sums: whole groups; the last slices may be partial or empty."""
+        return -(-elements // (ranks * self.group_size)) * self.group_size
+
+    def reduce_layout(self, groups: int) -> MessageLayout:
+        """Layout of a message of the reduce leg."""
+        return MessageLayout(groups, self.reduce_bits, self.group_size, self.spike_reserving)
+
+    def gather_layout(self, groups: int) -> MessageLayout:
+        """Layout of a message of the gather leg."""
+        return MessageLayout(groups, self.gather_bits, self.group_size, self.spike_reserving)
+
+
+@dataclass(frozen=True)
+class MessageLayout:
+    """Offsets in bytes of the parts of one message of ``groups`` groups."""
+
+    groups: int
+    bits: int
+    group_size: int
+    spikes: bool
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes, both planes of 5 bits."""
+        return self.groups * self.group_size * self.bits // 8
+
+    @property
+    def high_plane(self) -> int:
+        """Where the plane of the high bits of 5-bit codes begins."""
+        return self.groups * self.group_size // 2
+
+    @property
+    def scales(self) -> int:
+        """Where the group scales begin."""
+        return self.code_bytes
+
+    @property
+    def minimums(self) -> int:
+        """Where the minimums begin."""
+        return self.scales + 2 * self.groups
+
+    @property
+    def spike_values(self) -> int:
+        """Where the values of the spikes begin."""
+        return self.minimums + 2 * self.groups
+
+    @property
+    def spike_positions(self) -> int:
+        """Where the positions of the spikes begin."""
+        return self.spike_values + 4 * self.groups
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole message, a multiple of 16."""
+        end = self.spike_positions + 2 * self.groups if self.spikes else self.spike_values
+        return -(-end // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,158 @@
+"""Quantized all-reduce over NVLink: one kernel on symmetric memory (``torch.distributed._symmetric_memory``), no multicast.
+
+Used where all ranks of a group are GPUs of one host that can map each other's memory; every rank must come to the same answer,
+so they vote, once per group. Everything else goes through the process group.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..reasons import log_once
+from .message import WireFormat
+
+VARIABLE = "INTSCALE_SYMMETRIC_MEMORY"  # 0: never
+LEAST_WORKSPACE = 1 << 20
+PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+@dataclass
+class Workspace:
+    """Memory that all ranks of a group map.
+
+    Attributes:
+        buffer: uint8, this rank's part.
+        peers: int64 ``[ranks]`` on the device: how far every rank's part, as this rank maps it, lies behind its own.
+        counts: int32 on the device: how often each program has raised its flags.
+        handle: keeps the mapping alive.
+    """
+
+    buffer: Tensor
+    peers: Tensor
+    counts: Tensor
+    handle: Any
+
+
+@dataclass
+class _Member:
+    usable: bool
+    spaces: list[Workspace]  # the largest is the last; captured graphs hold on to earlier ones
+
+
+_members: weakref.WeakKeyDictionary[dist.ProcessGroup, _Member] = weakref.WeakKeyDictionary()
+
+
+def all_reduce(x: Tensor, wire: WireFormat, group: dist.ProcessGroup) -> Optional[Tensor]:
+    """Sum of the 1-D ``x`` over the ranks, the same bits on each and as through the process group; None: not possible here."""
+    from .fused_kernel import MOST_PROGRAMS, fused_all_reduce_kernel
+    from .triton_kernels import ELEMENTS, _constants
+
+    ranks = group.size()
+    length = wire.slice_elements(x.numel(), ranks)
+    groups = length // wire.group_size
+    layout, out_layout = wire.reduce_layout(groups), wire.gather_layout(groups)
+    space = _workspace(group, x.device, 8 * ranks * MOST_PROGRAMS + ranks * (layout.nbytes + out_layout.nbytes))
+    if space is None:
+        return None
+    out = torch.empty_like(x)
+    chunks = -(-length // ELEMENTS)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    with torch.cuda.device(x.device):
+        fused_all_reduce_kernel[(min(chunks, PROGRAMS_PER_MULTIPROCESSOR * processors, MOST_PROGRAMS),)](
+            x, out, space.buffer, space.peers, space.counts, x.numel(), length, groups, layout.nbytes, out_layout.nbytes,
+            OUT_BITS=out_layout.bits, RANK=group.rank(), RANKS=ranks, PROGRAMS=MOST_PROGRAMS, **_constants(layout),
+        )  # fmt: skip
+    return out
+
+
+def usable(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether this group's all-reduce can run as one kernel. The first call of a group is a collective."""
+    member = _members.get(group)
+    if member is None:
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return False
+        member = _members[group] = _Member(_vote(group, device), [])
+    return member.usable
+
+
+def _vote(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """The common answer of all ranks."""
+    mine = (socket.gethostname(), _boot(), device.index, _reason_against(device))
+    answers: list[Any] = [None] * group.size()
+    dist.all_gather_object(answers, mine, group=group)
+    against = next((answer[3] for answer in answers if answer[3]), None)
+    if against is None and len({answer[:2] for answer in answers}) > 1:
+        against = "its ranks are on several hosts"
+    blind = [a[2] for a in answers if a[2] != device.index and not torch.cuda.can_device_access_peer(device, a[2])]
+    dist.all_gather_object(
+        answers, against or (f"GPU {device.index} cannot map GPU {blind[0]}" if blind else None), group
+    )
+    against = next((answer for answer in answers if answer), None)
+    if against:
+        log_once(
+            logging.INFO, f"group {group.group_name!r}: quantized messages go through the process group: {against}"
+        )
+    return against is None
+
+
+def _reason_against(device: torch.device) -> Optional[str]:
+    if os.environ.get(VARIABLE) == "0":
+        return f"{VARIABLE}=0"
+    if os.environ.get("NCCL_P2P_DISABLE") == "1":
+        return "NCCL_P2P_DISABLE=1"
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (7, 0):
+        return "symmetric memory needs an NVIDIA GPU of compute capability 7.0 or higher"
+    return None
+
+
+def _boot() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _workspace(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Optional[Workspace]:
+    """A workspace of at least ``nbytes``; making one is a collective, which all ranks reach with the same size."""
+    if not usable(group, device):
+        return None
+    spaces = _members[group].spaces
+    if not spaces or spaces[-1].buffer.numel() < nbytes:
+        if torch.cuda.is_current_stream_capturing():
+            log_once(
+                logging.INFO, "a graph is captured before its largest message was sent once: it goes through the group"
+            )
+            return None
+        size = max(LEAST_WORKSPACE, 1 << (nbytes - 1).bit_length())
+        # Another thread and its stream: a warm-up of CUDA graphs takes what this one allocates for part of its graph.
+        with ThreadPoolExecutor(1) as thread:
+            spaces.append(thread.submit(_make, group, device, size).result())
+    return spaces[-1]
+
+
+def _make(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Workspace:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    from .fused_kernel import MOST_PROGRAMS
+
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+        handle = symmetric_memory.rendezvous(buffer, group)
+        buffer.zero_()
+        counts = torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device)
+        offsets = [pointer - buffer.data_ptr() for pointer in handle.buffer_ptrs]
+        peers = torch.tensor(offsets, dtype=torch.int64, device=device)
+        handle.barrier()  # no rank raises a flag before all flags are zero
+        torch.cuda.current_stream(device).synchronize()
+    return Workspace(buffer, peers, counts, handle)

@@ -1,0 +1,27 @@
+"""Quantized collectives between GPUs: one process per GPU, NCCL and the fused kernel on symmetric memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.ranks import run_ranks
+
+SCRIPT = Path(__file__).with_name("_communication_main.py")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+
+
+@pytest.mark.parametrize("name", ["exact", "captured"])
+def test_bits_are_those_of_the_reference(name, tmp_path):
+    assert run_ranks(SCRIPT, 2, tmp_path, name) == {"exact": [{}] * 2, "captured": [True] * 2}[name]
+
+
+def test_reduce_scatter_and_all_gather(tmp_path):
+    assert all(error <= 0.01 for errors in run_ranks(SCRIPT, 2, tmp_path, "others") for error in errors.values())
+
+
+def test_compiled_with_cuda_graphs(tmp_path):
+    for result in run_ranks(SCRIPT, 2, tmp_path, "compiled"):
+        assert result["same"] and 0 < result["error"] <= 0.01
