@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -31,8 +32,8 @@ def gemm_report(
     candidate = node.meta["intscale_candidates"][0]
     report = GemmReport(number, layers, (packed.out_features, packed.in_features), candidate.tokens, kernel)
     result, xq = example(node), example(node.args[0])
-    rows = None if not isinstance(result, Tensor) else _hint(result.shape[:-1].numel())
-    read = None if not isinstance(xq, Tensor) else _hint(xq.shape[:-1].numel())
+    rows = None if not isinstance(result, Tensor) else _hint(math.prod(result.shape[:-1]))
+    read = None if not isinstance(xq, Tensor) else _hint(math.prod(xq.shape[:-1]))
     if rows is None or read is None:
         return report
     experts = min(packed.shape[0], rows) if packed.dim() == 3 else 1  # no more of a stack than rows can choose

@@ -11,6 +11,7 @@ alone: halves that are not whole tiles of 64 rows, graphs that autograd watches,
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, Optional
 
@@ -129,7 +130,9 @@ def _worthwhile(rewrite: GraphRewrite, linear: fx.Node) -> bool:
     forced = rewrite.settings.gated_activation is True
     if linear.args[6] % (2 * TILE_ROWS) or not forced and value.device.type != "cuda":  # type: ignore[operator]
         return False
-    tokens = value.shape[:-1].numel()
+    tokens = math.prod(
+        value.shape[:-1]
+    )  # `Size.numel` makes a number of a symbolic size, and a graph of its own for each
     hint = tokens if isinstance(tokens, int) else tokens.node.hint  # None: an unbacked symbol
     least = LEAST_TOKENS if forced or rewrite.cuda_graphs else LEAST_TOKENS_WITHOUT_GRAPHS
     return hint is not None and hint >= least

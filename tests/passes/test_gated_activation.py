@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from intscale_compile import ConfigError, explain
-from intscale_compile.backend import rewrite_graph
+from intscale_compile.backend import intscale, rewrite_graph
 from intscale_compile.kernels.w4a8_gated import GATED_OP
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP
 from intscale_compile.options import parse_options
@@ -181,6 +181,20 @@ def test_compiled(dynamic):
             results[option] = [compiled(x), compiled(x[:, :7])]
     for a, b in zip(results[True], results[False]):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_one_graph_for_every_number_of_tokens():
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return intscale(gm, inputs, options=ON)
+
+    run = torch.compile(MATCHED["silu"], backend=backend, dynamic=True)
+    with torch.no_grad():
+        for tokens in (300, 5, 400):
+            run(activations()[0, :1].repeat(tokens, 1))
+    assert len(graphs) == 1
 
 
 def test_explain_counts_it():
