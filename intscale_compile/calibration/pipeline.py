@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..quantize import LEFT_OUT, _linear_extra_repr
-from ..reasons import SMALLEST_FEATURES
+from ..reasons import SMALLEST_FEATURES, log_once
 from ..tensor import IntScaleTensor
 from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, statistics
 from .clipping import on_integer_grid
@@ -23,7 +24,7 @@ from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stag
 from .recipe import Recipe
 from .recipe import recipe as named_recipe
 from .resume import Checkpoint
-from .rotation import rotate
+from .rotation import NotRotatableError, rotate
 from .smoothing import ActivationPolicy, smooth_awq, smooth_fptq
 from .solve import Codes, FloatScaleWeight, frozen, solve
 
@@ -87,7 +88,7 @@ def calibrate(
     store = Checkpoint.open(checkpoint_dir, chosen, digest_of(batches), model) if checkpoint_dir is not None else None
     order = stacks(model)
     with torch.no_grad(), _bar(sum(map(len, order)), progress) as bar, eager_experts(model):
-        sizes = rotate(model, seed=chosen.seed) if chosen.rotation == "hadamard" else {}
+        sizes = _rotated(model, chosen)
         for stack in order:
             inputs = capture(model, stack, batches)
             streams = _Streams(inputs, list(inputs.hidden), list(inputs.hidden))
@@ -100,6 +101,19 @@ def calibrate(
             make_integer(model)
     _finish(model, chosen)
     return report
+
+
+def _rotated(model: nn.Module, chosen: Recipe) -> dict[str, int]:
+    """Rotate the model if the recipe wants it; sizes of the online transforms by layer."""
+    if chosen.rotation == "none":
+        return {}
+    try:
+        return rotate(model, seed=chosen.seed)
+    except NotRotatableError as error:
+        if chosen.rotation == "hadamard":
+            raise
+        log_once(logging.WARNING, f"calibrated without a rotation: {error}")
+        return {}
 
 
 @dataclass

@@ -15,7 +15,7 @@ CHOICES = {
     "rounding": ("nearest", "gptq"),
     "clipping": ("none", "search", "learned"),
     "smoothing": ("none", "fptq", "awq"),
-    "rotation": ("none", "hadamard"),
+    "rotation": ("none", "hadamard", "auto"),
     "activation": ("dynamic", "fptq"),
     "scales": ("integer", "float"),
 }
@@ -43,7 +43,8 @@ class Recipe:
         smoothing: ``"fptq"`` (arXiv 2308.15987) or ``"awq"`` (arXiv 2306.00978): channel scales folded into what comes
             before the layer.
         rotation: ``"hadamard"``: the residual stream is rotated by a Hadamard matrix folded into the weights, and the
-            input of the down projections by an online transform (QuaRot, arXiv 2404.00456).
+            input of the down projections by an online transform (QuaRot, arXiv 2404.00456). ``"auto"``: so where the
+            model is of a kind that can be rotated, else not, with the reason in the log.
         activation: ``"dynamic"``: one scale per token; ``"fptq"``: static per tensor where FPTQ's policy says so.
         scales: ``"integer"``, or ``"float"``: group scales stay floats and the model is fake quantized; slow, and only
             there to be compared with.
@@ -162,12 +163,12 @@ PRESETS: dict[str, Recipe] = {
     preset.name: preset
     for preset in (
         Recipe("rtn", rounding="nearest", clipping="search"),
-        Recipe("gptq"),
+        Recipe("gptq", sweeps=2),
         Recipe("odyssey", IntScaleConfig(group_size=-1), clipping="learned"),
         Recipe("fptq", rounding="nearest", smoothing="fptq", activation="fptq"),
         Recipe("llama3", overrides={"down_proj": W8A8}, rotation="hadamard"),
         Recipe("mixtral", clipping="none", match_original=True, sweeps=2),
-        Recipe("best", clipping="none", match_original=True, sweeps=2, tuning_steps=64),
+        Recipe("best", clipping="none", match_original=True, sweeps=2, rotation="auto", tuning_steps=64),
     )
 }
 

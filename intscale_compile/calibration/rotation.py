@@ -45,6 +45,10 @@ SAME = 1e-4  # relative difference of outputs in fp32 before and after
 SMALLEST_BLOCK = 16  # of an online Hadamard; below it spreads an outlier over too few channels to be worth its time
 
 
+class NotRotatableError(CalibrationError):
+    """A model of a kind that cannot be rotated; it computes what it did."""
+
+
 @dataclass
 class _Plan:
     """What to do in one block, by the names of its norms and weights."""
@@ -74,19 +78,23 @@ def rotate(model: nn.Module, batch: Optional[Any] = None, *, seed: int = 0, onli
         are not saved: save the quantized model, or rotate with ``online=False``.
 
     Raises:
-        CalibrationError: the model is not of a kind that can be rotated; the message names what was met.
+        NotRotatableError: the model is not of a kind that can be rotated; the message names what was met.
+        CalibrationError: its logits changed.
     """
-    batch = example_batch(model) if batch is None else batch
     with torch.no_grad():
-        head = _output_embedding(model)
-        recorded = record_inputs(model, batch)
-        before = _logits(model, batch)
-        norm, x = _final_norm(model, head, batch)
-        hidden = x.shape[-1]
-        q = residual_rotation(hidden, seed, keep_ones=subtracts_mean(norm.module, x)).to(x.device)
-        plans = {name: _checked_plan(name, block, recorded[name], q, online) for name, block in blocks(model)}
-        _untie(model, head)
-        _rotate_embeddings(model, batch, recorded, q)
+        try:
+            batch = example_batch(model) if batch is None else batch
+            head = _output_embedding(model)
+            recorded = record_inputs(model, batch)
+            before = _logits(model, batch)
+            norm, x = _final_norm(model, head, batch)
+            hidden = x.shape[-1]
+            q = residual_rotation(hidden, seed, keep_ones=subtracts_mean(norm.module, x)).to(x.device)
+            plans = {name: _checked_plan(name, block, recorded[name], q, online) for name, block in blocks(model)}
+            _untie(model, head)
+            _rotate_embeddings(model, batch, recorded, q)
+        except CalibrationError as error:
+            raise NotRotatableError(str(error)) from error
         sizes: dict[str, int] = {}
         for name, block in blocks(model):
             _apply(plans[name], block, q)
