@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor, fx
@@ -17,12 +17,19 @@ from torch._guards import detect_fake_mode
 from . import options as _options
 from .compile_times import timed
 from .debug import FINAL, StageRecorder, debug_patches, generated_files, remember, report
+from .errors import ConfigError
 from .inductor_settings import code_generation, inductor_defaults
+from .local_tensors import local_tensor
 from .ops import register_inductor
 from .packed_weights import BoundGraph
 from .passes import PASSES, GraphRewrite, apply_passes
 from .passes.base import Observer
+from .passes.local_shards import takes_shards
 from .reasons import log_once
+from .tensor import IntScaleTensor
+
+if TYPE_CHECKING:
+    from .passes.quantize_collectives import QuantizeCollectives
 
 log = logging.getLogger("intscale_compile")
 
@@ -57,6 +64,9 @@ def intscale(
     recorder = StageRecorder()
     rewrite = rewrite_graph(gm, example_inputs, settings, bool(patches.get("triton.cudagraphs")), recorder)
     patches = {**inductor_defaults(example_inputs, most_tokens(rewrite)), **patches, **debug_patches()}
+    collectives = collectives_pass(settings, example_inputs)
+    if collectives is not None:
+        patches["post_grad_custom_pre_pass"] = after_users_pass(collectives, patches)
 
     def compile_graph(graph: fx.GraphModule, inputs: list[Any]) -> Callable:
         recorder(FINAL, rewrite)
@@ -65,6 +75,8 @@ def intscale(
     quantized = sum(c.packed is not None for c in rewrite.candidates)
     with timed(quantized, rewrite.seconds), code_generation(), generated_files() as files:
         compiled = bind(rewrite, compile_graph)
+    if collectives is not None:
+        note_collectives(rewrite, collectives, files())
     report(remember(recorder, rewrite, mode, patches, files()))
     rewrite.release()
     return compiled
@@ -89,6 +101,48 @@ def rewrite_graph(
             logging.WARNING, f"a compiled graph has {len(refused)} linear products and none was quantized: {reasons}"
         )
     return rewrite
+
+
+def collectives_pass(settings: _options.Settings, example_inputs: Sequence[Any]) -> Optional[QuantizeCollectives]:
+    """The pass over collectives, where an option or the weights ask for it.
+
+    Raises:
+        ConfigError: the weights of the graph ask for different wire formats, or the table of a link is malformed.
+    """
+    wire = settings.config.communication or wire_of_weights(example_inputs)
+    if wire is None:
+        return None
+    from .passes.quantize_collectives import NAME, QuantizeCollectives
+
+    return QuantizeCollectives(wire, settings.communication_min_bytes, NAME in settings.disable_passes)
+
+
+def wire_of_weights(example_inputs: Sequence[Any]) -> Optional[str]:
+    """The wire format that quantized weights, sharded or not, carry since they were quantized; None where there is none."""
+    weights = map(local_tensor, example_inputs)
+    asked = {w.communication for w in weights if isinstance(w, IntScaleTensor)} - {None}
+    if len(asked) > 1:
+        raise ConfigError(
+            f"the weights of one graph ask for different wire formats, {sorted(map(str, asked))}: set intscale.communication."
+        )
+    return asked.pop() if asked else None
+
+
+def after_users_pass(ours: QuantizeCollectives, patches: Mapping[str, Any]) -> Any:
+    """A value for Inductor's option that runs the user's own post-grad pass, wherever it was set, and then ours."""
+    from torch._inductor import config
+
+    from .passes.quantize_collectives import chained
+
+    return chained(ours, patches.get("post_grad_custom_pre_pass", config.post_grad_custom_pre_pass))
+
+
+def note_collectives(rewrite: GraphRewrite, collectives: QuantizeCollectives, files: Sequence[str] = ()) -> None:
+    """Put down what the pass over collectives did; where Inductor had the graph in its cache, what the generated code calls."""
+    rewrite.collectives = tuple(collectives.reports) if collectives.ran else None
+    if collectives.ran or files:
+        rewrite.counts[collectives.name] = collectives.count if collectives.ran else collectives.calls_in(files)
+    rewrite.seconds[collectives.name] = collectives.seconds
 
 
 def most_tokens(rewrite: GraphRewrite) -> Optional[int]:
@@ -118,6 +172,12 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 def bind(rewrite: GraphRewrite, compile_graph: Callable[[fx.GraphModule, list[Any]], Callable]) -> Callable:
     """Compile the rewritten graph and put it behind the original signature."""
+    compiled = _bound(rewrite, compile_graph)
+    indices = [index for index, *_ in rewrite.local_inputs.values()]
+    return takes_shards(compiled, indices) if indices else compiled
+
+
+def _bound(rewrite: GraphRewrite, compile_graph: Callable[[fx.GraphModule, list[Any]], Callable]) -> Callable:
     if not rewrite.packed_inputs:
         return compile_graph(rewrite.gm, list(rewrite.example_inputs))
     kept = _drop_replaced_weights(rewrite)

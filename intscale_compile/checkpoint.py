@@ -128,15 +128,19 @@ def load_safetensors(path: PathLike, device: str = "cpu") -> dict[str, torch.Ten
     state, unused = {}, set(tensors)
     for name in names:
         parts = of_module.get(name.rpartition(".")[0], {})
-        state[name.removeprefix(".")], used = _stored_tensor(name, parts, metadata, path)
+        state[name.removeprefix(".")], used = stored_tensor(name, parts, metadata, path)
         unused -= used
     if unused:
         raise CheckpointError(f"{path}: data without a name in the header: {sorted(unused)[:3]}.")
     return state
 
 
-def _stored_tensor(name: str, parts: dict, metadata: dict, path: PathLike) -> tuple[torch.Tensor, set]:
-    """One tensor of a file, and the keys that it is made of."""
+def stored_tensor(name: str, parts: dict, metadata: dict, path: PathLike) -> tuple[torch.Tensor, set]:
+    """One tensor of a file, and the keys that it is made of.
+
+    Raises:
+        CheckpointError: the header and the data do not fit together.
+    """
     try:
         header = {"tensor_names": json.dumps([name]), name: metadata[name]}
         state, rest = unflatten_tensor_state_dict(parts, header)

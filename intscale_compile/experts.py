@@ -8,14 +8,12 @@ It is optional: ``grouped_mm`` (the default of transformers), ``batched_mm`` and
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import sys
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from .after_import import after_import
 from .errors import InputError
 from .kernels.quantize_per_token import check_activation
 from .kernels.w4a8_grouped import GROUPED_OP
@@ -176,35 +174,6 @@ def _register(moe: Any) -> None:
     expert_ops.register_fallback(torch.ops.transformers.grouped_mm_fallback)
 
 
-class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Registers with transformers when its module of experts is imported: we must not import it ourselves."""
-
-    def __init__(self) -> None:
-        self._loader: Any = None
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
-        if name != _MOE_MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        if spec is not None:
-            self._loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> Any:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: Any) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _register(module)
-
-
 def register_experts_implementation() -> None:
     """Offer ``"intscale"`` to transformers: now where it is imported, else when it will be."""
-    moe = sys.modules.get(_MOE_MODULE)
-    if moe is not None:
-        _register(moe)
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    after_import(_MOE_MODULE, _register)

@@ -32,6 +32,8 @@ class Settings:
             The default does so on a GPU.
         causal_attention: whether a mask that hides just the future becomes SDPA's ``is_causal``. The default does so.
         disable_passes: names of passes that do not run.
+        communication_min_bytes: from how many bytes on a collective is quantized, where ``config.communication`` asks for
+            it. The default is the threshold of the link that joins the ranks (``communication.link_cost``).
     """
 
     config: IntScaleConfig = field(default_factory=IntScaleConfig)
@@ -42,6 +44,7 @@ class Settings:
     gated_activation: Optional[bool] = None
     causal_attention: Optional[bool] = None
     disable_passes: tuple[str, ...] = ()
+    communication_min_bytes: Optional[int] = None
 
 
 _OWN_FIELDS = tuple(f.name for f in dataclasses.fields(Settings))
@@ -115,17 +118,18 @@ def _settings(own: dict[str, Any]) -> Settings:
         own.get("gated_activation"),
         own.get("causal_attention"),
         _disabled(own.get("disable_passes", ())),
+        _bytes("communication_min_bytes", own.get("communication_min_bytes")),
     )
 
 
 def _disabled(names: Any) -> tuple[str, ...]:
     """Names of passes, checked. ``match`` is refused: the others work on what it finds."""
-    from .passes import PASSES
+    from .passes import PASSES, POST_GRAD_PASSES
 
     names = (names,) if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"option 'intscale.disable_passes' takes a list of names of passes, not {names!r}.")
-    known = [one.name for one in PASSES]
+    known = [*(one.name for one in PASSES), *POST_GRAD_PASSES]
     for name in names:
         if name == "match":
             raise ConfigError(
@@ -137,6 +141,12 @@ def _disabled(names: Any) -> tuple[str, ...]:
                 f"option 'intscale.disable_passes': no pass is called {name!r}{_nearest(name, known) or f': use one of {known}.'}"
             )
     return tuple(names)
+
+
+def _bytes(name: str, value: Any) -> Optional[int]:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ConfigError(f"option {PREFIX + name!r} takes a number of bytes, 0 or more, or None, not {value!r}.")
+    return value
 
 
 def _patterns(skip: Any) -> tuple[str, ...]:

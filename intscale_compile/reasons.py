@@ -29,6 +29,11 @@ class Reason(enum.Enum):
     )
     NOT_CONSTANT = "weight is computed in the graph, not a parameter or buffer"
     FOREIGN_SUBCLASS = "weight is another library's tensor subclass"
+    SHARDED_FORM = (
+        "sharded weight (DTensor) in a form that the pass local_shards does not know, on a mesh of several dimensions, or with "
+        "gradients: it runs quantized through its tensor subclass, without the fusions"
+    )
+    SHARDED_PLAIN = "sharded weight (DTensor) that is not quantized: call quantize_ before the model is sharded"
     FAKE_WEIGHT = "weight has no data at compile time (fake tensor)"
     NON_FINITE = "weight has NaN or Inf entries: repair the checkpoint"
     WEIGHT_DTYPE = "weight dtype is not float32, bfloat16 or float16"
@@ -54,6 +59,26 @@ class Reason(enum.Enum):
     NOT_REACHED = "in no compiled graph: not called with these inputs, or called outside of the graphs (graph break)"
     SUBGRAPH = "inside a higher-order operator (checkpoint, cond, nested_compile_region), which passes do not enter"
     UNKNOWN_FORM = "a product with this weight in a form that no pass knows"
+    # Of collectives, where the option intscale.communication asks for quantized ones.
+    COLLECTIVE_REDUCE_OP = "collective with a reduction other than sum: it stays plain"
+    COLLECTIVE_DTYPE = "collective of a tensor that is not float32, bfloat16 or float16: it stays plain"
+    COLLECTIVE_ONE_RANK = "collective over a group of one rank: there is nothing to send"
+    COLLECTIVE_TOO_SMALL = (
+        "collective of a message with fewer elements than one group of the wire format: it stays plain"
+    )
+    COLLECTIVE_BELOW_THRESHOLD = (
+        "collective of fewer bytes than the threshold of its link, below which quantizing does not pay: it stays plain; set "
+        "intscale.communication_min_bytes, or measure the link with intscale_compile.communication.tune_link"
+    )
+    COLLECTIVE_GATHERS_INPUT = (
+        "all_gather of an input of the graph, which may be a sharded weight: only activations are quantized"
+    )
+    COLLECTIVE_NOT_MULTIPLIED = (
+        "all_gather whose result goes into no matrix product of the graph (logits): it stays exact"
+    )
+    COLLECTIVE_BACKWARD = "collective in a backward graph: gradients are not quantized"
+    COLLECTIVE_GROUP = "collective over a process group that is not known when the graph is compiled: it stays plain"
+    COLLECTIVE_FORM = "collective in a form that the pass does not know: its result is used before it is waited for"
 
 
 @functools.lru_cache(maxsize=4096)

@@ -44,6 +44,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         dtype: the dtype that the tensor claims, and of ``dequantize()``.
         rotation: size of the block Hadamard transform that is applied to the activation before it is quantized; the
             stored weight is already multiplied by it. 0: none.
+        communication: wire format of the collectives of graphs that this weight is in (``IntScaleConfig.communication``).
 
     Raises:
         CheckpointError: the parts contradict each other.
@@ -60,7 +61,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         "dtype",
     ]
     optional_tensor_data_names = ["zero_point", "act_pre_scale"]
-    optional_tensor_attribute_names = ["rotation"]
+    optional_tensor_attribute_names = ["rotation", "communication"]
 
     def __new__(  # noqa: D102  (the class says what the arguments are)
         cls,
@@ -77,6 +78,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         zero_point: Optional[Tensor] = None,
         act_pre_scale: Optional[Tensor] = None,
         rotation: int = 0,
+        communication: Optional[str] = None,
     ):
         matrix = (in_features, out_features) if transposed else (out_features, in_features)
         shape = (*qdata.shape[:-2], *matrix)
@@ -97,6 +99,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         zero_point: Optional[Tensor] = None,
         act_pre_scale: Optional[Tensor] = None,
         rotation: int = 0,
+        communication: Optional[str] = None,
     ):
         super().__init__()
         self.qdata = qdata
@@ -111,6 +114,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         self.zero_point = zero_point
         self.act_pre_scale = act_pre_scale
         self.rotation = rotation
+        self.communication = communication
 
     @property
     def group_scale(self) -> Tensor:
@@ -191,6 +195,7 @@ class IntScaleTensor(TorchAOBaseTensor):
             "plain",
             False,
             weight.dtype,
+            communication=config.communication,
         )
         return tensor.to_packing(resolve_packing(config.packing_format, weight.device))
 
@@ -365,6 +370,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         flag += ", asymmetric" if self.zero_point is not None else ""
         flag += ", static activation scale" if self.act_pre_scale is not None else ""
         flag += f", rotation={self.rotation}" if self.rotation else ""
+        flag += f", communication={self.communication}" if self.communication else ""
         return (
             f"IntScaleTensor(shape={tuple(self.shape)}, int{self.weight_bits}, {group}, scale_bits={self.scale_bits}, "
             f"{self.packing_format}{flag}, dtype={self.dtype}, device={self.device})"
@@ -392,7 +398,7 @@ ALL_NAMES = (  # in the order of the constructor
     *IntScaleTensor.optional_tensor_data_names,
     *IntScaleTensor.optional_tensor_attribute_names,
 )
-ABSENT = {"zero_point": None, "act_pre_scale": None, "rotation": 0}  # what absent parts mean
+ABSENT = {"zero_point": None, "act_pre_scale": None, "rotation": 0, "communication": None}  # what absent parts mean
 
 # torchao's base class installs its own, unchecked one on every subclass, over what the class body says.
 IntScaleTensor.__setstate__ = IntScaleTensor._set_checked_state  # type: ignore[method-assign]

@@ -81,7 +81,7 @@ def _(func, types, args, kwargs):
 # --- structure --------------------------------------------------------------------------------------------------------
 
 
-def _stored_dim(tensor: IntScaleTensor, dim: int) -> int:
+def stored_dim(tensor: IntScaleTensor, dim: int) -> int:
     """The dimension of the stored rows that ``dim`` of the (maybe transposed) tensor stands for, counted from 0."""
     dim = dim % tensor.dim()
     first = tensor.dim() - 2
@@ -90,7 +90,7 @@ def _stored_dim(tensor: IntScaleTensor, dim: int) -> int:
 
 def _slice(func, args, kwargs):
     tensor, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
-    stored = _stored_dim(tensor, dim)
+    stored = stored_dim(tensor, dim)
     length = tensor.shape[dim]
     start, end, step = slice(start, end, step).indices(length)
     end = max(start, end)
@@ -176,7 +176,7 @@ def _(func, types, args, kwargs):
 
 
 def _gather_rows(tensor: IntScaleTensor, dim: int, index: torch.Tensor) -> IntScaleTensor:
-    stored = _stored_dim(tensor, dim)
+    stored = stored_dim(tensor, dim)
     if stored == tensor.dim() - 1 or index.dim() != 1 or index.dtype == torch.bool:
         raise _refuse("indexing takes one 1-D integer index along experts or output rows", DENSE_MEND)
     is_rows = stored == tensor.dim() - 2
@@ -232,7 +232,7 @@ def _(func, types, args, kwargs):
     for name in same:
         if any(getattr(t, name) != getattr(first, name) for t in tensors):
             raise _refuse(f"cat of weights that differ in {name}", "quantize them with one configuration")
-    stored = _stored_dim(first, dim)
+    stored = stored_dim(first, dim)
     if stored == first.dim() - 1:
         raise _refuse("cat along input features: every part has row scales of its own", "concatenate before quantizing")
     is_rows = stored == first.dim() - 2

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import format as fmt
-from .config import GROUP_SIZES
+from .config import GROUP_SIZES, is_wire_format
 from .errors import CheckpointError
 from .tensor import ABSENT, DATA_NAMES, QDATA_DTYPES, SCALE_DTYPES, IntScaleTensor
 
@@ -54,6 +54,8 @@ def _check_attributes(tensor: IntScaleTensor, name: str) -> None:
     fits = fmt.rotation_fits(tensor.rotation, tensor.in_features)
     _require(fits, name, f"rotation={tensor.rotation!r} does not fit {tensor.in_features} input features")
     _require(tensor.weight_bits == 4 or tensor.group_size == -1, name, "8-bit codes with group scales")
+    known = is_wire_format(tensor.communication)
+    _require(known, name, f"communication={tensor.communication!r} is no wire format")
 
 
 def _check_shapes(tensor: IntScaleTensor, name: str) -> None:

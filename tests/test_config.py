@@ -23,6 +23,7 @@ BAD = [
     ),
     *(("scale_search", value, "'mse', 'absmax'") for value in ("MSE", "grid", "", None, 1, [])),
     *(("packing_format", value, "'auto', 'plain', 'tiled'") for value in ("Plain", "", None, 0, [])),
+    *(("communication", value, '"int8", "int6"') for value in ("int7", "INT8", "", 8, True, ["int8"], "int8-g64")),
     *(("version", value, "knows no other format") for value in (0, 2, "1", None)),
 ]
 
@@ -52,6 +53,8 @@ GOOD = [
     {"scale_search": "absmax"},
     {"packing_format": "tiled"},
     {"packing_format": "plain"},
+    {"communication": "int8"},
+    {"communication": "int4-g32-spikes"},
     {},
 ]
 
@@ -76,6 +79,7 @@ def test_defaults_are_the_documented_ones():
         "amplifier": "row",
         "scale_search": "mse",
         "packing_format": "auto",
+        "communication": None,
         "version": 1,
     }
 
@@ -123,6 +127,7 @@ CONFIG_FIELDS = {
     "amplifier": "layer",
     "scale_search": "absmax",
     "packing_format": "plain",
+    "communication": "int6",
 }
 
 

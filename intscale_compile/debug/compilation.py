@@ -16,6 +16,7 @@ import torch
 from ..errors import CompileError
 from ..options import Settings
 from ..passes.base import GraphRewrite
+from ..passes.collective_report import CollectiveReport
 from . import python_code
 from .stages import InputRecord, Product, RecordedStage, StageRecorder, changed, differences
 
@@ -126,6 +127,8 @@ class Compilation:
         pass_counts, pass_seconds: by pass.
         products: the products with weights and what became of them.
         stages: the graph before the passes, after each, and as Inductor got it.
+        collectives: what became of each collective, where quantized communication was asked for; None where Inductor had the
+            graph in its cache, so that nothing is known.
         kernels: what Inductor generated; empty where it had the graph in memory already.
     """
 
@@ -138,6 +141,7 @@ class Compilation:
     products: tuple[Product, ...]
     stages: tuple[Stage, ...]
     kernels: tuple[KernelSource, ...]
+    collectives: Optional[tuple[CollectiveReport, ...]] = ()
 
     def stage(self, name: str) -> Stage:
         """The stage of that name.
@@ -153,7 +157,15 @@ class Compilation:
     def __str__(self) -> str:
         done = sum(p.reason is None for p in self.products)
         head = f"graph {self.number}: {done} of {len(self.products)} products with weights quantized"
-        return "\n".join([head, *(f"  {stage}" for stage in self.stages)])
+        return "\n".join([head, *(f"  {stage}" for stage in self.stages), *self.collective_lines()])
+
+    def collective_lines(self) -> list[str]:
+        """A line for each collective, or one that says why nothing is known."""
+        if self.collectives is None:
+            count = self.pass_counts.get("quantize_collectives")
+            known = "" if count is None else f"{count} quantized; "
+            return [f"  collectives: {known}Inductor had the graph in its cache, explain(...) lists them"]
+        return [f"  collective {one}" for one in self.collectives]
 
     __repr__ = __str__
 
@@ -188,7 +200,7 @@ def remember(
         stages.append(Stage(recorded.name, recorded.count, moved, number, recorded, before, recorder.inputs))
     compilation = Compilation(
         number, mode, rewrite.settings, dict(patches), dict(rewrite.counts), dict(rewrite.seconds),
-        recorder.products, tuple(stages), tuple(map(KernelSource, files)),
+        recorder.products, tuple(stages), tuple(map(KernelSource, files)), rewrite.collectives,
     )  # fmt: skip
     _compilations.append(compilation)
     return compilation

@@ -88,7 +88,8 @@ def _passes(compilation: Compilation) -> str:
     lines = [f"{'pass':20} {'count':>6} {'seconds':>9}"]
     for name, count in compilation.pass_counts.items():
         lines.append(f"{name:20} {count:6} {compilation.pass_seconds[name]:9.4f}")
-    lines += ["", *(f"{p.name}: {p.reason or 'quantized'}" for p in compilation.products), ""]
+    lines += ["", *(f"{p.name}: {p.reason or 'quantized'}" for p in compilation.products)]
+    lines += [*(line.strip() for line in compilation.collective_lines()), ""]
     return "\n".join(lines)
 
 

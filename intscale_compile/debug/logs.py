@@ -34,6 +34,8 @@ def log_compilation(compilation: Compilation) -> None:
             )
         for product in compilation.products:
             log.debug("graph %d: %s: %s", compilation.number, product.name, product.reason or "quantized")
+        for line in compilation.collective_lines():
+            log.debug("graph %d: %s", compilation.number, line.strip())
     shown = GRAPHS.level != logging.NOTSET and GRAPHS.isEnabledFor(logging.INFO)  # never by the level of all loggers
     for stage in compilation.stages:
         if stage.changed or stage.name == "dynamo":

@@ -8,6 +8,8 @@ from typing import Optional
 
 from torch import Tensor, nn
 
+from ..local_tensors import local_tensor
+
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
 
@@ -54,15 +56,15 @@ def without_wrappers(name: str) -> str:
 
 
 class TensorNames:
-    """Dotted names of the parameters and buffers of a model, found by identity."""
+    """Dotted names of the parameters and buffers of a model, found by identity; of a DTensor, by that of its local tensor."""
 
     def __init__(self, model: nn.Module):
         self._names: dict[int, list[str]] = {}
         for named in (model.named_parameters, model.named_buffers):
             for name, tensor in named(remove_duplicate=False):
-                self._names.setdefault(id(tensor), []).append(without_wrappers(name))
+                self._names.setdefault(id(local_tensor(tensor)), []).append(without_wrappers(name))
 
     def __call__(self, tensor: Optional[Tensor], otherwise: str) -> str:
         """Its name; of several the one that ``otherwise``, the graph's name for it, is or ends."""
-        names = self._names.get(id(tensor), [otherwise])
+        names = self._names.get(id(local_tensor(tensor)), [otherwise])
         return next((name for name in names if name == otherwise), names[0])

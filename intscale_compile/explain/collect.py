@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
-from typing import Any, Optional
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from ..backend import bind, rewrite_graph
+from ..backend import bind, collectives_pass, note_collectives, rewrite_graph
 from ..debug.captured import fresh_call
 from ..kernels.hadamard import HADAMARD_QUANTIZE_OP
 from ..kernels.quantize_per_token import OP as QUANTIZE_OP
 from ..kernels.quantize_static import STATIC_OP
 from ..kernels.w4a8_gated import GATED_OP
+from ..local_tensors import local_tensor
 from ..options import Settings
 from ..packed_weights import Packed
 from ..passes import Candidate, GraphRewrite
@@ -28,6 +30,9 @@ from .kernels import kernel_name, kernel_notes
 from .layers import not_reached, quantized_layer, refused_layer, stored_bytes, unpacked_bytes
 from .report import Explanation, GemmReport, GraphPart, LayerReport
 from .roofline import ASSUMED, Gpu, gpu_of_device
+
+if TYPE_CHECKING:
+    from ..passes.quantize_collectives import QuantizeCollectives
 
 NOT_FUSED = "not fused"  # in Q/DQ form: the pass that fuses it is turned off
 QUANTIZERS = (QUANTIZE_OP, STATIC_OP, HADAMARD_QUANTIZE_OP)
@@ -50,10 +55,11 @@ class SeenGraph:
 
     def called(self, args: Sequence[Any]) -> None:
         """Remember the weights of a call."""
-        key = tuple(id(args[i]) for i in self._indices)
+        weights = {i: local_tensor(args[i]) for i in self._indices}
+        key = tuple(map(id, weights.values()))
         if key not in self._known:
             self._known.add(key)
-            self.weights.append({i: args[i] for i in self._indices})
+            self.weights.append(weights)
 
     def layers(
         self, names: TensorNames, number: int, gemms: dict[int, tuple[int, str]]
@@ -96,8 +102,11 @@ def run(
         recorder = GraphRecorder(len(graphs) + 1, names, blocks)
         rewrite = rewrite_graph(gm, example_inputs, settings, cuda_graphs, recorder)
         graph = SeenGraph(rewrite, recorder.finish(rewrite))
-        graphs.append(graph)
-        bound = bind(rewrite, lambda module, _: module.forward)
+        collectives = collectives_pass(settings, example_inputs)
+        bound = bind(rewrite, functools.partial(_compile, collectives))
+        if collectives is not None:
+            note_collectives(rewrite, collectives)
+        graphs.append(graph)  # AOTAutograd may make Dynamo start anew
 
         def call(*args):
             graph.called(args)
@@ -108,6 +117,21 @@ def run(
     with torch.no_grad():
         torch.compile(fresh_call(), backend=backend, dynamic=dynamic)(model, inputs, kwargs)
     return graphs
+
+
+def _compile(collectives: Optional[QuantizeCollectives], module: fx.GraphModule, inputs: list[Any]) -> Callable:
+    """The graph as it is; where collectives are to be quantized, what AOTAutograd makes of it and then the pass."""
+    if collectives is None:
+        return module.forward
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def lower(lowered: fx.GraphModule, _: list[Any]) -> Callable:
+        collectives(lowered.graph)
+        lowered.recompile()
+        return make_boxed_func(lowered.forward)
+
+    return aot_autograd(fw_compiler=lower)(module, inputs)
 
 
 def explanation(
@@ -128,7 +152,8 @@ def explanation(
             if weight is not None and (layer.quantized or id(weight) not in weights):
                 weights[id(weight)] = layer
     layers += not_reached(model, set(weights))
-    parameters: dict[int, Tensor] = {id(p): p for p in model.parameters()}
+    local = [local_tensor(p) for p in model.parameters()]
+    parameters: dict[int, Tensor] = {id(p): p for p in local}
     before, after = _bytes(parameters, weights)
     return Explanation(
         tuple(_named(layer) for layer in layers),
@@ -150,6 +175,11 @@ def explanation(
         assumed,
         device if not device.startswith("cuda") else torch.cuda.get_device_name(device),
         settings,
+        tuple(
+            dataclasses.replace(one, graph=number)
+            for number, graph in enumerate(graphs, 1)
+            for one in graph.rewrite.collectives or ()
+        ),
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..passes.collective_report import CollectiveReport
 from .blocks import block_of
 from .report import LayerReport
 
@@ -100,3 +102,34 @@ def fold(layers: Sequence[LayerReport], blocks: Sequence[str], least: int = LEAS
         elif block not in hidden:
             folds.append(Fold(layer.name, (layer,)))
     return folds
+
+
+@dataclass(frozen=True)
+class FoldedCollective:
+    """Collectives of repeated layers that are alike, shown as one."""
+
+    name: str
+    first: CollectiveReport
+    count: int
+
+
+def fold_collectives(
+    found: Sequence[CollectiveReport], blocks: Sequence[str], least: int = LEAST
+) -> list[FoldedCollective]:
+    """Collectives in order, those of at least ``least`` blocks that are alike in place of the first of these."""
+    known = frozenset(blocks)
+    groups: dict[tuple, list[CollectiveReport]] = {}
+    for one in found:
+        block = block_of(one.name, known)
+        leaf = re.sub(r"_\d+$", "", one.name[len(block) :])
+        same = dataclasses.astuple(dataclasses.replace(one, name=leaf, graph=0))
+        groups.setdefault((block.rpartition(".")[0], bool(block), *same), []).append(one)
+    folds = []
+    for (_, inside, leaf, *_), members in groups.items():
+        names = list(dict.fromkeys(block_of(one.name, known) for one in members))
+        if inside and len(names) >= least:
+            folds.append((members[0], FoldedCollective(joined(names) + leaf, members[0], len(members))))
+        else:
+            folds += [(one, FoldedCollective(one.name, one, 1)) for one in members]
+    place = {id(one): i for i, one in enumerate(found)}
+    return [fold for _, fold in sorted(folds, key=lambda pair: place[id(pair[0])])]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import format as fmt
 from ..expert_layers import expert_stacks
+from ..local_tensors import local_tensor
 from ..passes import Candidate
 from ..quantize import is_conv1d
 from ..reasons import Reason
@@ -86,7 +87,8 @@ def not_reached(model: nn.Module, seen: set[int]) -> Iterator[LayerReport]:
         yield from _stacks_not_reached(module, name, seen)
         if not isinstance(module, kinds) and not is_conv1d(module):
             continue
-        for leaf, weight in module.named_parameters(name, recurse=False):
+        for leaf, parameter in module.named_parameters(name, recurse=False):
+            weight = local_tensor(parameter)
             if weight.dim() > 1 and "weight" in leaf and id(weight) not in seen:
                 seen.add(id(weight))
                 rows = weight.shape[-1 if is_conv1d(module) else 0]
@@ -96,7 +98,7 @@ def not_reached(model: nn.Module, seen: set[int]) -> Iterator[LayerReport]:
 def _stacks_not_reached(module: nn.Module, name: str, seen: set[int]) -> Iterator[LayerReport]:
     """Stacks of experts that no graph holds: a loop over experts breaks the graph. Quantized ones still run quantized."""
     for leaf, transposed in expert_stacks(module).items():
-        weight = getattr(module, leaf)
+        weight = local_tensor(getattr(module, leaf))
         if id(weight) not in seen:
             reason = Reason.NOT_REACHED if isinstance(weight, IntScaleTensor) else Reason.EXPERTS
             experts, *matrix = weight.shape

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from ..passes.collective_report import CollectiveReport
+
 SCHEMA = 1  # of to_dict(); raised when a key changes its meaning or goes
 
 
@@ -136,6 +138,7 @@ class Explanation:
         gpu_assumed: whether no such GPU is here.
         device: where the model is.
         settings: mode and options that were in force.
+        collectives: the collectives of the graphs, where quantized communication was asked for.
     """
 
     layers: tuple[LayerReport, ...]
@@ -157,6 +160,7 @@ class Explanation:
     gpu_assumed: bool = False
     device: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    collectives: tuple[CollectiveReport, ...] = ()
 
     @property
     def quantized_fraction(self) -> float:

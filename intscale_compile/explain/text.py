@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
-from .folding import Fold, fold
+import sys
+
+from .folding import Fold, FoldedCollective, fold, fold_collectives
 from .report import Explanation
 
+NEVER = sys.maxsize  # a threshold that no message reaches
 HEADER = ("layer", "N x K", "tokens", "decision", "activation", "group", "scales", "headroom", "gemm", "kernel")
+COLLECTIVES = (
+    "collective", "times", "kind", "ranks", "tensor", "bytes", "decision", "from bytes", "threshold", "predicted gain",
+)  # fmt: skip
 
 
 def table(report: Explanation, folded: bool) -> str:
     """One line for each layer, or for each of those that repeat; then reasons, notes and totals."""
     folds = fold(report.layers, report.blocks) if folded else [Fold(x.name, (x,)) for x in report.layers]
-    rows = [HEADER, *map(row, folds)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    lines = _columns([HEADER, *map(row, folds)])
+    if report.collectives:
+        rows = fold_collectives(report.collectives, report.blocks if folded else ())
+        lines += ["", *_columns([COLLECTIVES, *map(collective_row, rows)])]
+    plain = {(one.reason, one.explanation) for one in report.collectives if not one.quantized}
+    reasons = sorted(f"{a}: {b}" for a, b in {(one.reason, one.explanation) for one in report.fallbacks} | plain)
+    return "\n".join([*lines, "", *reasons, *report.notes, *collective_totals(report), totals(report)])
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows in aligned columns, with a rule under the first."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    reasons = sorted({f"{layer.reason}: {layer.explanation}" for layer in report.fallbacks})
-    return "\n".join([*lines, "", *reasons, *report.notes, totals(report)])
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def collective_row(fold: FoldedCollective) -> tuple[str, ...]:
+    """The cells of one collective, or of those that are alike."""
+    one = fold.first
+    return (
+        fold.name,
+        str(fold.count),
+        one.kind,
+        "-" if one.ranks is None else str(one.ranks),
+        f"{one.dtype} {one.shape}",
+        "by call" if one.nbytes is None else f"{one.nbytes:,}",
+        one.decision,
+        "-" if one.threshold is None else "never" if one.threshold == NEVER else f"{one.threshold:,}",
+        one.threshold_source or "-",
+        "-" if one.predicted_gain is None else f"{one.predicted_gain:.2f}",
+    )
+
+
+def collective_totals(report: Explanation) -> list[str]:
+    """A line about all collectives, where there are any."""
+    if not report.collectives:
+        return []
+    done = sum(one.quantized for one in report.collectives)
+    words = f"{done} of {len(report.collectives)} collectives quantized ({report.collectives[0].wire})."
+    if any(one.threshold_source == "built-in" for one in report.collectives):
+        words += " Thresholds marked built-in are guesses: intscale_compile.communication.tune_link measures the link."
+    return [words]
 
 
 def size_of(one: Fold) -> str:

@@ -2,6 +2,7 @@
 
 | pass | matches | emits |
 |---|---|---|
+| local_shards | products with weights that DTensor has divided among ranks | the same products with each rank's shard |
 | match | products of an activation with a constant weight | nothing: lists candidates and reasons |
 | insert_qdq | candidates that can be quantized | quantize and dequantize nodes around a linear |
 | experts | grouped and batched products with a stack of expert weights | ``intscale.w4a8_grouped_linear`` |
@@ -13,6 +14,7 @@
 | causal_attention | attention whose mask hides just the future, or nothing | attention with a flag and shared heads |
 | decode_attention | attention of one query token over repeated heads | ``intscale.decode_attention`` |
 | cache_counters | the counters of a static cache, one for each layer | one addition to all of them |
+| quantize_collectives | sums and gathers of activations over ranks, after AOTAutograd | ``intscale.quantized_all_reduce`` ... |
 """
 
 from .base import Candidate, GraphRewrite, Pass, apply_passes
@@ -23,14 +25,19 @@ from .experts import EXPERTS
 from .fuse import FUSE
 from .gated_activation import GATED_ACTIVATION
 from .insert_qdq import INSERT_QDQ
+from .local_shards import LOCAL_SHARDS
 from .match import MATCH
 from .merge_siblings import MERGE_SIBLINGS
 from .rotate_quantize import ROTATE_QUANTIZE
 from .share_quantize import SHARE_QUANTIZE
 
 PASSES: tuple[Pass, ...] = (
-    MATCH, INSERT_QDQ, EXPERTS, SHARE_QUANTIZE, MERGE_SIBLINGS, FUSE, ROTATE_QUANTIZE, GATED_ACTIVATION, CAUSAL_ATTENTION,
-    DECODE_ATTENTION, CACHE_COUNTERS,
+    LOCAL_SHARDS, MATCH, INSERT_QDQ, EXPERTS, SHARE_QUANTIZE, MERGE_SIBLINGS, FUSE, ROTATE_QUANTIZE, GATED_ACTIVATION,
+    CAUSAL_ATTENTION, DECODE_ATTENTION, CACHE_COUNTERS,
 )  # fmt: skip
 
-__all__ = ["PASSES", "Candidate", "GraphRewrite", "Pass", "apply_passes"]
+POST_GRAD_PASSES = (
+    "quantize_collectives",
+)  # run in Inductor, on the graph of ATen operators; a file imported when needed
+
+__all__ = ["PASSES", "POST_GRAD_PASSES", "Candidate", "GraphRewrite", "Pass", "apply_passes"]

@@ -17,6 +17,7 @@ from ..options import Settings
 from ..packed_weights import Packed, WeightSource
 from ..reasons import Reason
 from ..tensor import IntScaleTensor
+from .collective_report import CollectiveReport
 
 EXAMPLE = "example_value"  # where Dynamo keeps a node's fake tensor
 
@@ -63,8 +64,12 @@ class GraphRewrite:
         cuda_graphs: whether Inductor will capture the graph in CUDA graphs, so that launches cost the host nothing.
         candidates: filled by the match pass.
         packed_inputs: placeholders that the passes added, with their recipe and part.
+        local_inputs: placeholders that take the local tensor where the caller passes a DTensor: with the index of the
+            argument, what the placeholder stood for, and its readers then.
         counts: how often each pass matched.
         seconds: how long each pass took.
+        collectives: what became of each collective; None where Inductor had the graph in its cache, so that the pass over
+            collectives did not run.
     """
 
     gm: fx.GraphModule
@@ -73,8 +78,10 @@ class GraphRewrite:
     cuda_graphs: bool = False
     candidates: list[Candidate] = field(default_factory=list)
     packed_inputs: dict[fx.Node, tuple[Any, Optional[str]]] = field(default_factory=dict)
+    local_inputs: dict[fx.Node, tuple[int, Any, tuple[fx.Node, ...]]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    collectives: Optional[tuple[CollectiveReport, ...]] = ()
     fake_mode: Any = None
     _packed_nodes: dict[tuple, fx.Node] = field(default_factory=dict)
     _last_input: Optional[fx.Node] = None

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..expert_layers import ROUTER_CLASS, ROUTER_NAMES
+from ..local_tensors import is_dtensor, local_tensor
 from ..packed_weights import WeightSource
 from ..quantize import LEFT_OUT
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
@@ -272,6 +273,8 @@ def _plain_reason(candidate: Candidate, tensor: Tensor, weights: WeightFinder, g
     quantize_plain = weights.rewrite.settings.quantize_plain
     if isinstance(tensor, FakeTensor):
         return Reason.FAKE_WEIGHT
+    if is_dtensor(tensor):
+        return Reason.SHARDED_FORM if isinstance(local_tensor(tensor), IntScaleTensor) else Reason.SHARDED_PLAIN
     if type(tensor) not in (torch.nn.Parameter, Tensor, torch.nn.Buffer):
         return Reason.FOREIGN_SUBCLASS
     if id(tensor) in weights.embeddings:

@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as fc
 import torch.utils.checkpoint
-from torch import nn
+from torch import fx, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchao.quantization import quantize_
 
-from intscale_compile import IntScaleConfig, explain
+from intscale_compile import IntScaleConfig, IntScaleTensor, explain
 from intscale_compile.backend import rewrite_graph
 from intscale_compile.options import parse_options
 from intscale_compile.reasons import Reason, log_once
@@ -136,8 +141,30 @@ MODELS = {
 }
 
 
-# Not by explain: quantize_ says the first; the second needs a compiler that hands weights without data to the backend.
-ELSEWHERE = {Reason.ALREADY_QUANTIZED, Reason.FAKE_WEIGHT}
+ALONE = []  # a group of one rank, while there are ranks
+# Collectives over a pretended group of four ranks; one over a group of one.
+COLLECTIVES = {
+    Reason.COLLECTIVE_REDUCE_OP: lambda x, w: fc.all_reduce(x, "avg", dist.group.WORLD),
+    Reason.COLLECTIVE_DTYPE: lambda x, w: fc.all_reduce(x.long(), "sum", dist.group.WORLD),
+    Reason.COLLECTIVE_ONE_RANK: lambda x, w: fc.all_reduce(x + 1, "sum", ALONE[0]),
+    Reason.COLLECTIVE_TOO_SMALL: lambda x, w: fc.all_reduce(x[0] + 1, "sum", dist.group.WORLD),
+    Reason.COLLECTIVE_BELOW_THRESHOLD: lambda x, w: fc.all_reduce(x[:2] + 1, "sum", dist.group.WORLD),
+    Reason.COLLECTIVE_GATHERS_INPUT: lambda x, w: F.linear(
+        x, fc.all_gather_tensor(w.bfloat16(), 0, dist.group.WORLD).float()
+    ),
+    Reason.COLLECTIVE_NOT_MULTIPLIED: lambda x, w: fc.all_gather_tensor(F.linear(x, w), 0, dist.group.WORLD),
+    Reason.COLLECTIVE_FORM: lambda x, w: (
+        torch.ops._c10d_functional.all_reduce(x, "sum", dist.group.WORLD.group_name) + 1
+    ),
+    Reason.PASS_DISABLED: lambda x, w: fc.all_reduce(x + 1, "sum", dist.group.WORLD),
+}
+
+# Not by explain: quantize_ says the first; the second needs a compiler that hands weights without data to the backend; explain
+# has no backward graphs, and a graph over a group that is not there does not run; sharded weights need ranks.
+ELSEWHERE = {
+    Reason.ALREADY_QUANTIZED, Reason.FAKE_WEIGHT, Reason.COLLECTIVE_BACKWARD, Reason.COLLECTIVE_GROUP, Reason.SHARDED_FORM,
+    Reason.SHARDED_PLAIN,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("reason", MODELS, ids=lambda reason: reason.name)
@@ -149,6 +176,76 @@ def test_explain_shows_the_reason_with_its_mend(reason):
     assert reason.name in {layer.reason for layer in report.fallbacks}
     assert f"{reason.name}: {reason.value}" in str(report)
     assert reason.name in report.to_html() and report.to_dict()["layers"]
+
+
+@pytest.fixture
+def ranks():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    ALONE[:] = [dist.new_group([0])]
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("reason", COLLECTIVES, ids=lambda reason: reason.name)
+def test_explain_shows_why_a_collective_stays_plain(ranks, reason):
+    torch._dynamo.reset()
+    options = {"intscale.communication": "int8", "intscale.communication_min_bytes": 1000}
+    if reason is Reason.PASS_DISABLED:
+        options["intscale.disable_passes"] = ["quantize_collectives"]
+    report = explain(Holder(COLLECTIVES[reason], torch.randn(32, 64)), torch.randn(16, 64), options=options)
+    (one,) = report.collectives
+    assert (one.reason, one.explanation) == (reason.name, reason.value) and not one.quantized
+    assert f"{reason.name}: {reason.value}" in str(report) and reason.name in report.to_html()
+    assert report.to_dict()["collectives"][0]["reason"] == reason.name
+
+
+def _reports(graph):
+    from intscale_compile.passes.quantize_collectives import QuantizeCollectives
+
+    one = QuantizeCollectives("int8", 0)
+    one(graph)
+    return [report.reason for report in one.reports]
+
+
+def _graph_with_a_sum(group, placeholder="x"):
+    graph = fx.Graph()
+    x = graph.placeholder(placeholder)
+    x.meta["val"] = torch.empty(64, 64, device="cpu")
+    total = graph.call_function(torch.ops._c10d_functional.all_reduce.default, (x, "sum", group))
+    graph.output(graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (total,)))
+    return graph
+
+
+def test_collective_backward(ranks):
+    name = dist.group.WORLD.group_name
+    assert _reports(_graph_with_a_sum(name, "tangents_1")) == [Reason.COLLECTIVE_BACKWARD.name]
+    assert _reports(_graph_with_a_sum(name)) == [None]
+
+
+def test_collective_group(ranks):
+    assert _reports(_graph_with_a_sum("no such group")) == [Reason.COLLECTIVE_GROUP.name]
+
+
+def _sharded(product, quantize):
+    """A model whose weight the first of four ranks has a shard of."""
+    mesh = init_device_mesh("cpu", (4,))
+    model = Holder(lambda x, w: product(DTensor.from_local(x, mesh, [Replicate()]), w).to_local(), torch.randn(64, 64))
+    if quantize:
+        model.w0 = nn.Parameter(IntScaleTensor.from_hp(model.w0.detach()), requires_grad=False)
+    model.w0 = nn.Parameter(distribute_tensor(model.w0, mesh, [Shard(0)], src_data_rank=None), requires_grad=False)
+    torch._dynamo.reset()
+    return explain(model, torch.randn(4, 64))
+
+
+def test_sharded_form(ranks):
+    report = _sharded(lambda x, w: x @ w.t(), quantize=True)
+    assert [layer.reason for layer in report.layers] == ["SHARDED_FORM"] and Reason.SHARDED_FORM.value in str(report)
+    assert _sharded(F.linear, quantize=True).gemms == 1  # the form that the pass knows
+
+
+def test_sharded_plain(ranks):
+    report = _sharded(F.linear, quantize=False)
+    assert [layer.reason for layer in report.layers] == ["SHARDED_PLAIN"] and Reason.SHARDED_PLAIN.value in str(report)
 
 
 def test_already_quantized(caplog):
@@ -175,7 +272,7 @@ def test_fake_weight():
 
 
 def test_every_reason_has_a_model():
-    assert set(MODELS) | ELSEWHERE == set(Reason)
+    assert set(MODELS) | set(COLLECTIVES) | ELSEWHERE == set(Reason)
     assert all(callable(globals()[f"test_{reason.name.lower()}"]) for reason in ELSEWHERE)
 
 

@@ -42,7 +42,7 @@ def test_insert_qdq_gives_the_readable_form():
     rewrite = capture(Siblings(), torch.randn(2, 5, 64))
     assert linears(rewrite) == 3
     apply_until(rewrite, "insert_qdq")
-    assert rewrite.counts == {"match": 3, "insert_qdq": 3}
+    assert rewrite.counts == {"local_shards": 0, "match": 3, "insert_qdq": 3}
     assert linears(rewrite) == count(rewrite, QUANTIZE) == count(rewrite, DEQUANTIZE_TOKEN) == 3
     assert count(rewrite, DEQUANTIZE_WEIGHT) == 3 and len(rewrite.packed_inputs) == 9
     assert_true_metadata(rewrite)

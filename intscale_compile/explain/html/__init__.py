@@ -6,10 +6,11 @@ from html import escape
 from pathlib import Path
 
 from ..difference import Difference, show
+from ..folding import fold_collectives
 from ..report import Explanation
-from ..text import totals
+from ..text import COLLECTIVES, collective_row, collective_totals, totals
 from .graphs import graph_parts
-from .tables import Cell, Row, gemms_table, html_table, layers_table
+from .tables import Cell, Row, badge, gemms_table, html_table, layers_table
 from .tree import model_tree
 
 FOLDER = Path(__file__).parent
@@ -26,6 +27,7 @@ def page(report: Explanation) -> str:
         f"<h2>Model</h2>{model_tree(report)}" if report.layers else "",
         f"<h2>Layers</h2>{layers_table(report)}" if report.layers else "<p>The model has no linear layer.</p>",
         f"<h2>GEMMs: predicted and measured time</h2>{_roofline(report)}{gemms_table(report)}" if report.gemms else "",
+        f"<h2>Collectives</h2>{_collectives(report)}" if report.collectives else "",
         f"<h2>Passes</h2>{_passes(report)}",
         f"<h2>Graphs before and after each pass</h2>{graph_parts(report)}" if report.parts else "",
         "</main>",
@@ -107,6 +109,12 @@ def _remarks(report: Explanation) -> str:
         f'<li><span class="badge no">{escape(name)}</span> {count} layer{"s" * (count != 1)}: {escape(text)}</li>'
         for (name, text), count in sorted(reasons.items())
     ]
+    items += [
+        f'<li><span class="badge no">{escape(name)}</span> {escape(text)}</li>'
+        for name, text in sorted(
+            {(str(one.reason), one.explanation) for one in report.collectives if not one.quantized}
+        )
+    ]
     items += [f"<li>{escape(note)}</li>" for note in report.notes]
     items += [f"<li>graph break: {escape(reason)}</li>" for reason in report.graph_breaks]
     warning = "" if len(report.fallbacks) < len(report.layers) else f"<p><b>{escape(totals(report))}</b></p>"
@@ -123,6 +131,18 @@ def _roofline(report: Explanation) -> str:
     if report.gpu_assumed:
         words += f" Measured times, where there are any, are those of this device: {report.device}."
     return f'<p class="dim">{escape(words)}</p>'
+
+
+def _collectives(report: Explanation) -> str:
+    rows: list[Row] = []
+    for fold in fold_collectives(report.collectives, report.blocks):
+        one = fold.first
+        name, times, kind, ranks, tensor, size, decision, *rest = collective_row(fold)
+        shown = Cell(badge(one.quantized, decision, one.explanation), decision)
+        sized = Cell(size, one.nbytes or 0, "number")
+        rows.append([Cell(escape(name), None, "name"), times, kind, ranks, tensor, sized, shown, *rest])
+    words = "".join(f'<p class="dim">{escape(line)}</p>' for line in collective_totals(report))
+    return words + html_table(COLLECTIVES, rows, "collectives")
 
 
 def _passes(report: Explanation) -> str:

@@ -1,0 +1,161 @@
+"""One rank: trained models of transformers, divided by our function and by transformers' own loading."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import os
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import nn  # noqa: E402
+from torchao.quantization import quantize_  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig  # noqa: E402
+
+import intscale_compile  # noqa: E402
+from intscale_compile import IntScaleConfig, IntScaleError, IntScaleTensor, tensor_parallel  # noqa: E402
+from intscale_compile.sharding import shard  # noqa: E402
+from tests.support.ranks import main  # noqa: E402
+
+LENGTH = 128
+
+
+def load(folder: Path, layers: int | None = None, **options):
+    more = {} if layers is None else {"num_hidden_layers": layers}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # tp_plan= gives way to distributed_config=
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more, **options).eval()
+
+
+def quantized(folder: Path, layers: int | None = None, group_size: int = 64):
+    model = load(folder, layers).requires_grad_(False)
+    quantize_(model, IntScaleConfig(group_size), filter_fn=intscale_compile.linears_and_experts)
+    return model
+
+
+def perplexity(model, ids: torch.Tensor) -> float:
+    logits = model(ids).logits
+    return float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp())
+
+
+class DividedByHand(nn.Module):
+    """A row-parallel layer as the ranks compute it, one after another."""
+
+    def __init__(self, linear: nn.Linear, ranks: int):
+        super().__init__()
+        self.shards = [shard(linear.weight, 1, rank, ranks) for rank in range(ranks)]
+
+    def forward(self, x):
+        pieces = x.chunk(len(self.shards), -1)
+        return sum(nn.functional.linear(piece, weight) for piece, weight in zip(pieces, self.shards))
+
+
+def divided_by_hand(model, ranks: int):
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = DividedByHand(layer.self_attn.o_proj, ranks)
+        layer.mlp.down_proj = DividedByHand(layer.mlp.down_proj, ranks)
+    return model
+
+
+def error_of(function) -> str:
+    try:
+        function()
+    except (IntScaleError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def packed_bytes(model) -> int:
+    return sum(p.nbytes_packed() for p in model.parameters() if isinstance(p, IntScaleTensor))
+
+
+def our_function(llama: Path, ids: torch.Tensor, ranks: int, seen: dict) -> None:
+    whole = quantized(llama)
+    bytes_of_all = packed_bytes(whole)
+    seen["perplexity"] = perplexity(whole, ids)
+    divided = tensor_parallel.parallelize(copy.deepcopy(whole))
+    seen["perplexity divided"] = perplexity(divided, ids)
+    seen["by hand"] = relative(divided(ids).logits, divided_by_hand(whole, ranks)(ids).logits)
+    seen["packed bytes"], seen["packed bytes of all"] = packed_bytes(divided), bytes_of_all
+    seen["cut"] = error_of(lambda: tensor_parallel.parallelize(quantized(llama, 1, 128)))
+
+
+def compiled(llama: Path, ids: torch.Tensor, seen: dict) -> None:
+    model = tensor_parallel.parallelize(quantized(llama, 1))
+    call = torch.compile(model, backend="intscale", fullgraph=True)
+    seen["compiled"] = relative(call(ids).logits, model(ids).logits)
+    report = intscale_compile.explain(model, ids)
+    seen["gemms"] = (report.gemms, [layer.shape for layer in report.layers if layer.quantized])
+
+
+def transformers_loading(llama: Path, folder: Path, ids: torch.Tensor, ranks: int, seen: dict) -> None:
+    divide = {"tp_plan": "auto", "tp_size": ranks}
+    if dist.get_rank() == 0:
+        for group in (64, 128):
+            saved = quantized(llama, 1, group)
+            intscale_compile.make_savable(saved).save_pretrained(folder / f"group{group}")
+    dist.barrier()
+    expected = tensor_parallel.parallelize(quantized(llama, 1))(ids).logits
+    model = load(folder / "group64", **divide)
+    seen["checkpoint"] = relative(model(ids).logits, expected)
+    local = [p.to_local() for p in model.parameters() if isinstance(getattr(p, "_local_tensor", None), IntScaleTensor)]
+    seen["checkpoint shapes"] = [tuple(p.shape) for p in local]
+    call = torch.compile(model, backend="intscale", fullgraph=True)
+    seen["checkpoint compiled"] = relative(call(ids).logits, model(ids).logits)
+    report = intscale_compile.explain(model, ids)
+    seen["checkpoint gemms"] = (
+        report.gemms,
+        report.pass_counts["local_shards"],
+        [x.shape for x in report.layers if x.quantized],
+    )
+    flying = load(llama, 1, quantization_config=TorchAoConfig(IntScaleConfig(64)), **divide)
+    whole = quantized(llama, 1)(ids).logits
+    seen["on the fly"] = (relative(flying(ids).logits, whole), relative(expected, whole))
+    seen["on the fly shapes"] = [tuple(p.shape) for p in flying.parameters() if isinstance(p, IntScaleTensor)]
+    seen["checkpoint cut"] = error_of(lambda: load(folder / "group128", **divide))
+
+
+def experts(mixtral: Path, folder: Path, ids: torch.Tensor, ranks: int, seen: dict) -> None:
+    whole = quantized(mixtral, 2)
+    expected = whole(ids).logits
+    seen["experts perplexity"] = perplexity(whole, ids)
+    divided = tensor_parallel.parallelize(quantized(mixtral, 2))
+    seen["experts"] = relative(divided(ids).logits, expected)
+    seen["experts perplexity divided"] = perplexity(divided, ids)
+    stacks = {n.rpartition(".")[2]: tuple(p.shape) for n, p in divided.named_parameters() if "experts" in n}
+    seen["experts shapes"] = stacks
+    if dist.get_rank() == 0:
+        intscale_compile.make_savable(whole).save_pretrained(folder / "experts")
+    dist.barrier()
+    loaded = load(folder / "experts", tp_plan="auto", tp_size=ranks)
+    seen["experts checkpoint"] = relative(loaded(ids).logits, divided(ids).logits)
+
+
+def run(models: str, folder: str) -> dict:
+    torch.set_num_threads(1)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    llama, mixtral = Path(models) / "tiny-llama", Path(models) / "tiny-mixtral"
+    text = inspect.getsource(argparse)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(llama)(text).input_ids[: 2 * LENGTH]).view(2, LENGTH)
+    seen: dict = {}
+    with torch.no_grad():
+        our_function(llama, ids, ranks, seen)
+        compiled(llama, ids, seen)
+        transformers_loading(llama, Path(folder), ids, ranks, seen)
+        experts(mixtral, Path(folder), ids, ranks, seen)
+    return seen
+
+
+if __name__ == "__main__":
+    main(run)
