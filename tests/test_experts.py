@@ -303,11 +303,13 @@ class GatedMixture(nn.Module):
         return sum(share[:, e : e + 1] * expert(x) for e, expert in enumerate(self.experts))
 
 
-def test_linear_routers_stay_in_high_precision():
-    model = nn.Sequential(GatedMixture())
-    assert router_linears(model) == {id(model[0].gate)}
+@pytest.mark.parametrize("root", [False, True])
+def test_linear_routers_stay_in_high_precision(root):
+    model = GatedMixture() if root else nn.Sequential(GatedMixture())
+    gate, name = (model.gate, "gate.weight") if root else (model[0].gate, "0.gate.weight")
+    assert router_linears(model) == {id(gate)}
     report = intscale_compile.explain(model, torch.randn(3, 64))
-    assert {layer.name: layer.reason for layer in report.layers}["0.gate.weight"] == Reason.ROUTER.name
+    assert {layer.name: layer.reason for layer in report.layers}[name] == Reason.ROUTER.name
     quantize_(model, QUICK, filter_fn=linears_and_experts)
     assert [isinstance(p, IntScaleTensor) for p in model.parameters()] == [False, True, True]
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CommunicationError, InputError, UnsupportedOpError
-from . import transport
+from . import symmetric, transport
 from .agreement import agree
 from .fallback import plain_reason
 from .message import WireFormat
@@ -74,7 +74,9 @@ def _all_reduce(x: Tensor, wire: str, group_name: str) -> Tensor:
         if group.size() > 1 and x.numel():
             dist.all_reduce(out, group=group)
         return out
-    return transport.all_reduce(_contiguous(x), parsed, group).view(x.shape)
+    flat = _contiguous(x)
+    out = symmetric.all_reduce(flat, parsed, group) if x.is_cuda else None
+    return (transport.all_reduce(flat, parsed, group) if out is None else out).view(x.shape)
 
 
 @torch.library.impl("intscale::quantized_reduce_scatter", "CompositeExplicitAutograd")

@@ -79,11 +79,6 @@ def gather(message: Tensor, group: dist.ProcessGroup, overlap: bool) -> Pending:
 
 def all_reduce(x: Tensor, wire: WireFormat, group: dist.ProcessGroup) -> Tensor:
     """Sum of the 1-D ``x`` over the ranks, the same bits on each."""
-    if x.is_cuda:
-        from . import symmetric
-
-        if (fused := symmetric.all_reduce(x, wire, group)) is not None:
-            return fused
     codec, out = codec_for(x), torch.empty_like(x)
     length = wire.slice_elements(x.numel(), group.size())
     cuts = cut(x, x.numel(), length, wire)

@@ -84,8 +84,8 @@ class WeightFinder:
             if node.target is torch.nn.functional.embedding and (source := self.source(node.args[1])) is not None
         }
         tensors = [self.tensor(s) for n in rewrite.graph.nodes if (s := self.source(n)) is not None]
-        names = [dotted_name(node) for node in self.index]
-        self.beside_experts = {name.partition(".experts.")[0] for name in names if ".experts." in name}
+        names = ["." + dotted_name(node) for node in self.index]
+        self.beside_experts = {name.partition(".experts.")[0][1:] for name in names if ".experts." in name}
         self.any_quantized = any(isinstance(t, IntScaleTensor) for t in tensors)
 
     def tensor(self, source: WeightSource) -> Tensor:

@@ -92,7 +92,7 @@ def test_without_measurement_thresholds_are_built_in_and_no_gain_is_predicted():
     for link, least in (
         (LINK, NEVER),
         (Link("gloo", "cpu", 4, 2), 8 << 20),
-        (Link("nccl", "h200", 2), 32 << 20),
+        (Link("nccl", "h200", 2), 8 << 20),
         (Link("nccl", "h200", 16, 2), 8 << 20),
         (Link("mpi", "cpu", 2), 32 << 20),
     ):
