@@ -163,25 +163,15 @@ def test_first_token_table(bench):
     assert "| 128 | 20.00 | 8.00 (**2.50x**), 10.00% |" in run.table() and "- a note" in run.table()
 
 
-def test_first_token_on_two_ranks(tmp_path):
+def test_first_token_on_two_ranks(bench, tmp_path, monkeypatch):
     """Not compiled, which takes a minute, so no pass runs; and the benchmark notices that nothing is quantized."""
     pytest.importorskip("transformers")
-    command = [
-        sys.executable,
-        "e2e_parallel.py",
-        "--backend",
-        "gloo",
-        "--model",
-        "tiny",
-        "--layers",
-        "1",
-        "--prompts",
-        "16",
-    ]
-    command += ["--wires", "int4", "--json", str(tmp_path / "run.json"), "--seconds", "100"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = ["--backend", "gloo", "--model", "tiny", "--layers", "1", "--prompts", "16", "--wires", "int4"]
+    command = [str(BENCHMARKS / "e2e_parallel.py"), *arguments, "--json", str(tmp_path / "run.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert bench.ranks.launch(2, 120) == 0
     run = json.loads((tmp_path / "run.json").read_text())
     plain, quantized = run["points"]
     assert (plain["peer"], quantized["peer"]) == ("w4a8", "w4a8 int4") and min(plain["ms"], quantized["ms"]) > 0
