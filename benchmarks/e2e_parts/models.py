@@ -25,6 +25,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=512, max_position_embeddings=16384,
     ),
+    "narrow": dict(  # few operations for each byte that sharded layers sum: a link is the larger part of the time
+        hidden_size=1024, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=64, vocab_size=512, max_position_embeddings=16384,
+    ),
     "tiny-mixtral": dict(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=512, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=16384,

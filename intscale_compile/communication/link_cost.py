@@ -26,8 +26,8 @@ MARGIN = 1.05  # the quantized collective has to be faster by this, so that nois
 ELEMENT = 2  # bytes of bf16, in which links are measured
 # Without measurement, by backend and whether all ranks are on one host; chosen so that quantizing does not lose on a fast
 # link. On one host NCCL runs over NVLink or PCIe, and which of them is not known here: two H200 gained over NVLink at every
-# size, through the host's memory clearly from 8 MB on (benchmarks/results/2026-11-22-h200x2-allreduce.md); gloo copies through loopback, where
-# quantizing on the CPU took many times longer than the copy at every size (two ranks on two cores).
+# size, through the host's memory clearly from 8 MB on (benchmarks/results/2026-11-22-h200x2-allreduce.md). gloo copies
+# through loopback, where quantizing on the CPU was slower than the copy at nearly every size (two ranks on two cores).
 BUILT_IN = {("nccl", True): 8 << 20, ("nccl", False): 8 << 20, ("gloo", True): NEVER, ("gloo", False): 8 << 20}
 BUILT_IN_OTHER = 32 << 20
 

@@ -75,8 +75,8 @@ def _all_reduce(x: Tensor, wire: str, group_name: str) -> Tensor:
             dist.all_reduce(out, group=group)
         return out
     flat = _contiguous(x)
-    out = symmetric.all_reduce(flat, parsed, group) if x.is_cuda else None
-    return (transport.all_reduce(flat, parsed, group) if out is None else out).view(x.shape)
+    fused = symmetric.all_reduce(flat, parsed, group) if x.is_cuda else None
+    return (transport.all_reduce(flat, parsed, group) if fused is None else fused).view(x.shape)
 
 
 @torch.library.impl("intscale::quantized_reduce_scatter", "CompositeExplicitAutograd")

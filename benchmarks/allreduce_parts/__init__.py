@@ -1,0 +1,1 @@
+"""Parts of the benchmark of collectives ``allreduce.py``: peers, measuring, stress, reporting, projection."""

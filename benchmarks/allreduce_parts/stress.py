@@ -1,0 +1,141 @@
+"""Many collectives in a row with random sizes, dtypes and wire formats, each compared with the reference, bit for bit.
+
+Every rank can make the inputs of all ranks, so each computes what it must receive (``reference.simulate_all_reduce``) without
+sending anything. On a GPU the mismatches are counted there: the host does not wait for a call.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from intscale_compile.communication import ops as quantized
+from intscale_compile.communication import reference, symmetric, transport
+from intscale_compile.communication.message import WireFormat
+
+DTYPES = ("bfloat16", "float16", "float32")
+MOST_BYTES = {"cuda": 1 << 23, "cpu": 1 << 17}
+FUSED_SHARE = 0.7  # of the calls, where it is possible
+BAD_SHARE = 0.03  # of the calls have NaN or Inf somewhere on one rank
+SYNCHRONIZE = 100  # calls
+
+
+@dataclass
+class Outcome:
+    """What became of the calls.
+
+    Attributes:
+        calls: how many there were.
+        wrong: how many gave a wrong result on some rank.
+        by: how many went which way.
+        bytes: of all messages before quantization.
+        seconds: for all.
+    """
+
+    calls: int = 0
+    wrong: int = 0
+    by: Counter = field(default_factory=Counter)
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        ways = ", ".join(f"{count} {way}" for way, count in sorted(self.by.items()))
+        return (
+            f"stress: {self.calls} collectives ({ways}), {self.bytes / 1e9:.2f} GB, {self.seconds:.1f} s: "
+            f"{self.wrong} wrong results"
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; the same on every rank."""
+
+    number: int
+    elements: int
+    dtype: torch.dtype
+    wire: WireFormat
+    scale: float
+    bad: float  # 0, or the NaN or Inf to put in
+
+    def inputs(self, device: torch.device) -> list[Tensor]:
+        """What every rank puts in."""
+        generator = torch.Generator(device).manual_seed(self.number)
+        shape = (dist.get_world_size(), self.elements)
+        values = torch.randn(shape, generator=generator, device=device) * self.scale
+        if self.bad:
+            place = self.number % self.elements
+            values[self.number % shape[0], place] = self.bad
+        return list(values.to(self.dtype))
+
+
+def draw(source: random.Random, number: int, wires: Sequence[WireFormat], dtypes: Sequence[str], most: int) -> Case:
+    """A random call; small and large messages are as likely."""
+    wire, dtype = source.choice(wires), getattr(torch, source.choice(dtypes))
+    least = wire.group_size
+    elements = int(math.exp(source.uniform(math.log(least), math.log(max(least + 1, most // dtype.itemsize)))))
+    bad = source.choice((math.nan, math.inf, -math.inf)) if source.random() < BAD_SHARE else 0.0
+    return Case(number, elements, dtype, wire, 10.0 ** source.uniform(-3, 3), bad)
+
+
+def differs(out: Tensor, wanted: Tensor) -> Tensor:
+    """bool scalar: whether any element has other bits; all NaN are alike."""
+    integer = {2: torch.int16, 4: torch.int32}[out.element_size()]
+    return ((out.view(integer) != wanted.view(integer)) & ~(out.isnan() & wanted.isnan())).any()
+
+
+def run(
+    calls: int,
+    wires: Sequence[str],
+    dtypes: Sequence[str],
+    most: int | None,
+    seed: int,
+    link: str,
+    device: torch.device,
+) -> Outcome:
+    """Run so many collectives on the default group; the outcome is the same on every rank."""
+    source, group = random.Random(seed), dist.group.WORLD
+    parsed = [WireFormat.parse(wire) for wire in wires]
+    most = most or MOST_BYTES[device.type]
+    ways = _ways(device, link)
+    if "fused" in ways:  # the largest message first, as a workspace grows
+        symmetric.all_reduce(
+            torch.zeros(most // 2, dtype=torch.bfloat16, device=device), WireFormat.parse("int8"), group
+        )
+    outcome, start = Outcome(calls), time.monotonic()
+    wrong = torch.zeros(calls, dtype=torch.int32, device=device)
+    for number in range(calls):
+        case = draw(source, seed * calls + number, parsed, dtypes, most)
+        way = "fused" if "fused" in ways and source.random() < FUSED_SHARE else next(iter(ways))
+        inputs = case.inputs(device)
+        out = ways[way](inputs[group.rank()], case.wire)
+        wrong[number] = differs(out, reference.simulate_all_reduce(inputs, case.wire))
+        outcome.by[way] += 1
+        outcome.bytes += case.elements * case.dtype.itemsize
+        if number % SYNCHRONIZE == SYNCHRONIZE - 1:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number % (10 * SYNCHRONIZE) == 10 * SYNCHRONIZE - 1 and group.rank() == 0:
+                print(f"stress: {number + 1} calls, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    dist.all_reduce(wrong, dist.ReduceOp.MAX)
+    outcome.wrong, outcome.seconds = int(wrong.sum()), time.monotonic() - start
+    return outcome
+
+
+def _ways(device: torch.device, link: str) -> dict[str, Callable[[Tensor, WireFormat], Tensor]]:
+    """How a call can go. On a CPU through the operator, which compares the ranks' arguments, on a GPU straight to the kernels."""
+    group = dist.group.WORLD
+    if device.type == "cpu":
+        return {"operator": lambda x, wire: quantized.all_reduce(x, str(wire))}
+    ways = {"group": lambda x, wire: transport.all_reduce(x, wire, group)}
+    if link == "nvlink" and symmetric.usable(group, device):
+        ways["fused"] = lambda x, wire: symmetric.all_reduce(x, wire, group)
+    return ways
