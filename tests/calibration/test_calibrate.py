@@ -322,3 +322,17 @@ def test_wrong_models(model, data):
     calibrate(model, data, Recipe(**SHORT), progress=False)
     with pytest.raises(CalibrationError, match="quantized already"):
         calibrate(model, data, Recipe(**SHORT), progress=False)
+
+
+def test_a_rotation_where_possible(model, data, caplog):
+    """The model that can be rotated is; an encoder is calibrated without, and the log says why."""
+    chosen = Recipe(rotation="auto", **SHORT)
+    assert same_weights(calibrated(model, data, chosen), calibrated(model, data, Recipe(rotation="hadamard", **SHORT)))
+    shape = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+    encoder = hf.BertModel(hf.BertConfig(**shape)).eval().requires_grad_(False)
+    with caplog.at_level("WARNING", "intscale_compile"):
+        found = calibrated(encoder, data, chosen)
+    assert "calibrated without a rotation" in caplog.text
+    assert same_weights(found, calibrated(encoder, data, Recipe(**SHORT)))
+    with pytest.raises(CalibrationError):
+        calibrated(encoder, data, Recipe(rotation="hadamard", **SHORT))
