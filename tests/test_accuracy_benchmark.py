@@ -35,6 +35,7 @@ def test_rows_of_a_preset(bench, models_dir, tmp_path, capsys):
     assert 5 < rows["integer, 4 bits"]["snr"] < 40
 
 
+@pytest.mark.slow
 def test_outliers_keep_the_original_and_hurt_rounding(bench, models_dir, tmp_path):
     kls = []
     for extra in ([], ["--outliers"]):

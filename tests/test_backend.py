@@ -436,6 +436,7 @@ def test_caches_hit_across_processes_and_never_with_other_sources(tmp_path):
     assert cold[1] == warm[1] == changed[1]
 
 
+@pytest.mark.slow
 def test_tables_that_inductor_copied_before_us_do_not_matter(tmp_path):
     """transformers may import torch.distributed.tensor.debug, which reads Inductor's decompositions at its import."""
     before = "from torch._inductor.decomposition import select_decomp_table as t; t()\n"

@@ -19,6 +19,7 @@ def bench():
     return load(("e2e", "e2e_parts.models", "e2e_parts.measure", "e2e_parts.report"))
 
 
+@pytest.mark.slow
 def test_a_tiny_model_runs_from_end_to_end(tmp_path):
     """Two peers in processes of their own, both kinds of points, table, JSON and picture."""
     out, picture = tmp_path / "run.json", tmp_path / "run.svg"

@@ -81,6 +81,7 @@ def test_fptq_mends_outliers(trained, with_outliers, plain):
     assert mended < 1.03 * plain
 
 
+@pytest.mark.slow
 def test_rotation_mends_outliers(trained, with_outliers, plain):
     model, _, perplexity = trained
     rotated = [copy.deepcopy(model), copy.deepcopy(with_outliers)]
@@ -92,6 +93,7 @@ def test_rotation_mends_outliers(trained, with_outliers, plain):
     assert mended < 1.03 * plain
 
 
+@pytest.mark.slow
 def test_auto_buys_accuracy_with_a_tenth_more_memory(trained, plain):
     model, calibration, perplexity = trained
     names = [name for name in quantizable(model) if "v_proj" in name or "layers.0" in name]

@@ -14,6 +14,7 @@ from intscale_compile.commands import bench, bench_gemms  # noqa: E402
 from tests.support.cli import in_process  # noqa: E402
 
 
+@pytest.mark.slow
 def test_cpu(capsys):
     options = ["--shape", "96x128", "--tokens", 3, "--seconds", 0.05, "--device", "cpu", "-c", "group_size=32"]
     code, stdout, _ = in_process(capsys, "bench", *options, "--json")

@@ -109,7 +109,10 @@ def compiled(name: str, wire: WireFormat, target, element: str = "*bf16", ranks:
     return assemble(kernel, signature, constants, target, aligned=aligned, **options)
 
 
-@pytest.mark.parametrize("wire", ["int8", "int6", "int5", "int4", "int4-g32", "int5-g32"])
+@pytest.mark.parametrize(
+    "wire",
+    ["int8", "int5", "int4-g32", *(pytest.param(w, marks=pytest.mark.slow) for w in ("int6", "int4", "int5-g32"))],
+)
 @pytest.mark.parametrize("name", ["encode_kernel", "reduce_kernel", "decode_kernel"])
 def test_hopper_reads_and_writes_wide(name, wire, tmp_path):
     """16 bytes of bf16 and 8 bytes of codes at a time, and nothing is spilled or converted between integer and float."""
@@ -132,8 +135,10 @@ def test_hopper_reads_and_writes_wide(name, wire, tmp_path):
         assert len(loads) == 7 * (2 if wire.reduce_bits == 8 else 1), "codes of the seven others"
 
 
-@pytest.mark.parametrize("name", ["encode_kernel", "reduce_kernel", "decode_kernel"])
-@pytest.mark.parametrize("wire", ["int6-spikes", "int5-g32-spikes"])
+@pytest.mark.parametrize(
+    "name", ["encode_kernel", "decode_kernel", pytest.param("reduce_kernel", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("wire", ["int6-spikes", pytest.param("int5-g32-spikes", marks=pytest.mark.slow)])
 def test_other_gpus(name, wire, tmp_path):
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget

@@ -134,6 +134,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_machine_code_of_triton_kernels_is_written(tmp_path, monkeypatch):
     script = tmp_path / "kernel.py"
     script.write_text(TRITON)

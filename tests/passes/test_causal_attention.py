@@ -290,7 +290,7 @@ def test_gradients_are_the_same():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+@pytest.mark.parametrize("family", ["Llama", pytest.param("Mistral", marks=pytest.mark.slow)])
 def test_whole_model_under_the_real_backend(family, dynamic, monkeypatch):
     """Mistral's window of 8 is shorter than the text: there nothing may change."""
     transformers = pytest.importorskip("transformers")
