@@ -163,6 +163,7 @@ def test_first_token_table(bench):
     assert "| 128 | 20.00 | 8.00 (**2.50x**), 10.00% |" in run.table() and "- a note" in run.table()
 
 
+@pytest.mark.slow
 def test_first_token_on_two_ranks(bench, tmp_path, monkeypatch):
     """Not compiled, which takes a minute, so no pass runs; and the benchmark notices that nothing is quantized."""
     pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ from intscale_compile import IntScaleConfig, IntScaleTensor, linears_and_experts
 pytest.importorskip("transformers")
 from tests.support.model_families import FAMILIES, Family, linear_modules  # noqa: E402
 
-INDUCTOR = ("gpt2", "qwen3", "opt", "phi3", "gemma2", "vit", "t5")
+INDUCTOR = ("gpt2", "qwen3", "opt", "phi3", "gemma2", "vit")
 # Vectorized C++ takes a compiler twice as long, and is not what these tests are about.
 QUICK_CPP = {"cpp.simdlen": 1}
 
@@ -140,7 +140,7 @@ def wrong_row(model, quantized):
     return model
 
 
-@pytest.mark.parametrize("name", INDUCTOR)
+@pytest.mark.parametrize("name", [*INDUCTOR, pytest.param("t5", marks=pytest.mark.slow)])
 def test_inductor(name):
     """The whole backend, one layer: both doors to the bit, and near the eager path (xq may differ by one unit)."""
     prepared = prepare(name, layers=1)

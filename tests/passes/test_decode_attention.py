@@ -177,7 +177,8 @@ def test_a_call_that_autograd_watches_is_left_alone():
     assert seen == [0]
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
 def test_tiny_llama_decodes_the_same_with_the_option_on_and_off(dynamic, monkeypatch):
     transformers = pytest.importorskip("transformers")
     layers = 2
