@@ -12,16 +12,15 @@ import dataclasses
 import functools
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
-from ..kernels.tile_tables import device_slug, user_folder
+from ..kernels.tile_tables import device_slug, user_folder, write_entries
 from .message import WireFormat
 
 VERSION = 1
@@ -170,21 +169,11 @@ def write_table(path: Path, link: Link, header: dict[str, Any], times: Times) ->
     for key, measured in times.items():
         merged[key] = {**merged.get(key, {}), **measured}
     entries = [
-        json.dumps({**key._asdict(), "bytes": nbytes, "us": us})
+        {**key._asdict(), "bytes": nbytes, "us": us}
         for key, measured in sorted(merged.items())
         for nbytes, us in sorted(measured.items())
     ]
-    head = json.dumps({"version": VERSION, "link": dataclasses.asdict(link), **header}, indent=2).removesuffix("\n}")
-    text = f'{head},\n  "entries": [\n    ' + ",\n    ".join(entries) + "\n  ]\n}\n"
-    temporary: Optional[str] = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        write_entries(path, {"version": VERSION, "link": dataclasses.asdict(link), **header}, entries)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise ConfigError(f"table of a link {path} cannot be written ({error}): set {VARIABLE} to a folder.") from error

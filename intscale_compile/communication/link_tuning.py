@@ -122,6 +122,7 @@ class _Bench:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self.group, self.device = group, device
+        self._restore: Callable[[], Any] = lambda: None  # what a collective in place has overwritten
 
     def agreed(self, number: float) -> float:
         """The largest of the ranks' numbers."""
@@ -131,6 +132,7 @@ class _Bench:
 
     def times(self, op: str, wires: Sequence[str], nbytes: int) -> dict[str, float]:
         """Median microseconds of the plain collective and of each wire format, measured in turn."""
+        self._restore = lambda: None
         calls = {PLAIN: self._plain(op, nbytes), **{wire: self._quantized(op, wire, nbytes) for wire in wires}}
         count = {}
         for form, call in calls.items():
@@ -141,6 +143,7 @@ class _Bench:
         return {form: statistics.median(one[form] for one in rounds) * 1e6 for form in calls}
 
     def _seconds(self, call: Callable[[], Any], count: int) -> float:
+        self._restore()
         dist.barrier(self.group)
         self._synchronize()
         start = time.perf_counter()
@@ -160,7 +163,10 @@ class _Bench:
         """In place or into a tensor that is there, as Inductor generates it."""
         ranks, group = self.group.size(), self.group
         if op == "all_reduce":
-            whole = torch.zeros(nbytes // 2, device=self.device, dtype=torch.bfloat16)  # random numbers would overflow
+            # Each call in place grows the numbers by the number of ranks at most: small ones stay finite for MOST_CALLS.
+            source = self._tensor(nbytes) * 2.0**-60
+            whole = source.clone()
+            self._restore = lambda: whole.copy_(source)
             return lambda: dist.all_reduce(whole, group=group)
         whole, part = self._tensor(nbytes), self._tensor(nbytes // ranks)
         if op == "reduce_scatter":

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -231,20 +232,25 @@ def write_table(path: Path, header: dict[str, Any], entries: list[dict[str, Any]
     """
     merged = read_for(path, header["device"])
     merged.update({_parse_entry(entry): entry for entry in entries})
-    lines = ",\n    ".join(json.dumps(merged[key]) for key in sorted(merged))
-    head = json.dumps({"version": VERSION, **header}, indent=2).removesuffix("\n}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=_TEMPORARY)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(f'{head},\n  "entries": [\n    {lines}\n  ]\n}}\n')
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        write_entries(path, {"version": VERSION, **header}, [merged[key] for key in sorted(merged)])
     except OSError as error:
         raise ConfigError(f"tile table {path} cannot be written ({error}): give another path.") from error
     reload()
+
+
+def write_entries(path: Path, header: dict[str, Any], entries: Sequence[dict[str, Any]]) -> None:
+    """Write a JSON object of a header and ``entries``, one a line, in one step: a reader sees the old file or the new one."""
+    lines = ",\n    ".join(json.dumps(entry) for entry in entries)
+    head = json.dumps(header, indent=2).removesuffix("\n}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=_TEMPORARY)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f'{head},\n  "entries": [\n    {lines}\n  ]\n}}\n')
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
