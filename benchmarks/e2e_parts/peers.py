@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
+import torch._inductor.config
 from torch import nn
 
 
@@ -21,6 +22,8 @@ class Peer:
         by_layer: whether ``quantize`` takes a decoder layer as well, and then the model that holds the quantized layers.
         backend, mode: of ``torch.compile``.
         attention: of the model.
+        gemm_backends: Inductor's ``max_autotune_gemm_backends``. It compiles and times dozens of Triton kernels for each int8
+            and fp8 matmul, in any mode, which takes minutes; ``"ATEN"``: cuBLAS alone.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Peer:
     mode: str = "reduce-overhead"
     attention: str = "grouped_sdpa"
     by_layer: bool = False
+    gemm_backends: Optional[str] = None
 
 
 def _torchao(make_config: Callable[[], Any]) -> Callable[[nn.Module], None]:
@@ -109,9 +113,11 @@ PEERS = {
         Peer("bf16", "bf16, Inductor reduce-overhead"),
         Peer("bf16_autotune", "bf16, Inductor max-autotune", mode="max-autotune"),
         Peer("bf16_default", "bf16, transformers' default attention", attention="sdpa"),
-        Peer("fp8", "torchao fp8, dynamic, per row", _torchao(_fp8)),
+        Peer("fp8", "torchao fp8, dynamic, per row; cuBLAS", _torchao(_fp8), gemm_backends="ATEN"),
+        Peer("fp8_autotune", "torchao fp8, dynamic, per row; Inductor chooses the kernel", _torchao(_fp8)),
         Peer("int4", "torchao int4 weight-only, group 128", _torchao(_int4)),
-        Peer("int8", "torchao int8, dynamic", _torchao(_int8)),
+        Peer("int8", "torchao int8, dynamic; cuBLAS", _torchao(_int8), gemm_backends="ATEN"),
+        Peer("int8_autotune", "torchao int8, dynamic; Inductor chooses the kernel", _torchao(_int8)),
         Peer("float_scales", "ours with float group scales", _float_scales, "intscale"),
         Peer("intscale", "ours", lambda m: _intscale(m, True), "intscale", by_layer=True),
         Peer("intscale_head", "ours, output embedding left in bf16", lambda m: _intscale(m, False), "intscale",
@@ -124,4 +130,6 @@ PEERS = {
 
 def compiled(peer: Peer, model: nn.Module) -> Callable:
     """The model's forward, compiled as the peer asks for."""
+    if peer.gemm_backends is not None:  # of this process, which runs no other peer; ``mode`` excludes ``options``
+        torch._inductor.config.max_autotune_gemm_backends = peer.gemm_backends
     return torch.compile(model, backend=peer.backend, mode=peer.mode, dynamic=False)

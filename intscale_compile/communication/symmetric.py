@@ -23,7 +23,6 @@ from .message import WireFormat
 
 VARIABLE = "INTSCALE_SYMMETRIC_MEMORY"  # 0: never
 LEAST_WORKSPACE = 1 << 20
-PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 @dataclass
@@ -35,12 +34,14 @@ class Workspace:
         peers: int64 ``[ranks]`` on the device: how far every rank's part, as this rank maps it, lies behind its own.
         counts: int32 on the device: how often each program has raised its flags.
         handle: keeps the mapping alive.
+        stream: of the last launch. Launches must not overlap.
     """
 
     buffer: Tensor
     peers: Tensor
     counts: Tensor
     handle: Any
+    stream: Optional[torch.cuda.Stream] = None
 
 
 @dataclass
@@ -54,25 +55,35 @@ _members: weakref.WeakKeyDictionary[dist.ProcessGroup, _Member] = weakref.WeakKe
 
 def all_reduce(x: Tensor, wire: WireFormat, group: dist.ProcessGroup) -> Optional[Tensor]:
     """Sum of the 1-D ``x`` over the ranks, the same bits on each and as through the process group; None: not possible here."""
-    from .fused_kernel import MOST_PROGRAMS, fused_all_reduce_kernel
-    from .triton_kernels import ELEMENTS, _constants
+    from .fused_kernel import MOST_PROGRAMS, fused_all_reduce_kernel, gather_slots, schedule, workspace_bytes
 
     ranks = group.size()
     length = wire.slice_elements(x.numel(), ranks)
     groups = length // wire.group_size
     layout, out_layout = wire.reduce_layout(groups), wire.gather_layout(groups)
-    space = _workspace(group, x.device, 8 * ranks * MOST_PROGRAMS + ranks * (layout.nbytes + out_layout.nbytes))
+    space = _workspace(group, x.device, workspace_bytes(ranks, layout, out_layout))
     if space is None:
         return None
     out = torch.empty_like(x)
-    chunks = -(-length // ELEMENTS)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    plan = schedule(length, torch.cuda.get_device_properties(x.device).multi_processor_count)
     with torch.cuda.device(x.device):
-        fused_all_reduce_kernel[(min(chunks, PROGRAMS_PER_MULTIPROCESSOR * processors, MOST_PROGRAMS),)](
-            x, out, space.buffer, space.peers, space.counts, x.numel(), length, groups, layout.nbytes, out_layout.nbytes,
-            OUT_BITS=out_layout.bits, RANK=group.rank(), RANKS=ranks, PROGRAMS=MOST_PROGRAMS, **_constants(layout),
+        _follow(space)
+        fused_all_reduce_kernel[(plan.programs,)](
+            x, out, space.buffer, space.peers, space.counts, x.numel(), length, groups, plan.per_round, layout.nbytes,
+            out_layout.nbytes, gather_slots(ranks, space.buffer.numel()), OUT_BITS=out_layout.bits, RANK=group.rank(),
+            RANKS=ranks, PROGRAMS=MOST_PROGRAMS, **plan.constants(layout),
         )  # fmt: skip
     return out
+
+
+def _follow(space: Workspace) -> None:
+    """Let the current stream wait for the last launch on another one; in a captured graph the graph's own order holds."""
+    stream = torch.cuda.current_stream()
+    if torch.cuda.is_current_stream_capturing():
+        return
+    if space.stream is not None and space.stream != stream:
+        stream.wait_stream(space.stream)
+    space.stream = stream
 
 
 def usable(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -87,12 +98,15 @@ def usable(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 def _vote(group: dist.ProcessGroup, device: torch.device) -> bool:
     """The common answer of all ranks."""
-    mine = (socket.gethostname(), _boot(), device.index, _reason_against(device))
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    mine = (socket.gethostname(), _boot(), device.index, _reason_against(device), multiprocessors)
     answers: list[Any] = [None] * group.size()
     dist.all_gather_object(answers, mine, group=group)
     against = next((answer[3] for answer in answers if answer[3]), None)
     if against is None and len({answer[:2] for answer in answers}) > 1:
         against = "its ranks are on several hosts"
+    if against is None and len({answer[4] for answer in answers}) > 1:
+        against = "its GPUs have different numbers of multiprocessors"  # all ranks must divide a message alike
     blind = [a[2] for a in answers if a[2] != device.index and not torch.cuda.can_device_access_peer(device, a[2])]
     dist.all_gather_object(
         answers, against or (f"GPU {device.index} cannot map GPU {blind[0]}" if blind else None), group

@@ -14,31 +14,46 @@ from pathlib import Path
 
 from tests.support.interpreter import interpret, run_cases
 
-# ranks, wire, dtype, elements, programs: fewer programs than chunks make several rounds; a last slice that is partial, or empty
+# ranks, wire, dtype, elements, programs, chunks a round: fewer programs than chunks make several rounds, the last of them not
+# full; a last slice that is partial, or empty
 CASES = (
-    (2, "int8", "float32", 2 * 3 * 2048 + 300, 2),
-    (3, "int6-g32-spikes", "float32", 5000, 1),
-    (3, "int5", "float16", 257, 1),
+    (2, "int8", "float32", 2 * 2 * 4096 + 300, 2, 1),
+    (2, "int4", "float32", 2 * 2 * 4096 + 300, 1, 2),
+    (3, "int6-mixed-g32-spikes", "float32", 5000, 1, 1),
+    (3, "int5", "float16", 257, 1, 4),
 )
 CALLS = 2  # one after the other on one workspace
 
 
-def rank_main(folder: Path, rank: int, case: tuple) -> None:
-    """Run the kernel ``CALLS`` times and save what it gave."""
+def rank_main(folder: Path, rank: int, ranks: int) -> None:
+    """Run the cases of ``ranks`` ranks and save what they gave."""
     interpret()
     import torch
 
-    from intscale_compile.communication.fused_kernel import MOST_PROGRAMS, fused_all_reduce_kernel
-    from intscale_compile.communication.message import WireFormat
-    from intscale_compile.communication.triton_kernels import _constants
-
     torch.set_num_threads(1)
-    ranks, wire, dtype, elements, programs = case
+    torch.save([run(folder / str(i), rank, case) for i, case in enumerate(cases(ranks))], folder / f"result{rank}")
+
+
+def run(folder: Path, rank: int, case: tuple) -> list:
+    """What ``CALLS`` launches of the kernel give."""
+    import torch
+
+    from intscale_compile.communication.fused_kernel import (
+        LARGE_CHUNK,
+        MOST_PROGRAMS,
+        Schedule,
+        fused_all_reduce_kernel,
+        gather_slots,
+        workspace_bytes,
+    )
+    from intscale_compile.communication.message import WireFormat
+
+    ranks, wire, dtype, elements, programs, per_round = case
     form = WireFormat.parse(wire)
     length = form.slice_elements(elements, ranks)
     groups = length // form.group_size
     layout, out_layout = form.reduce_layout(groups), form.gather_layout(groups)
-    nbytes = 8 * ranks * MOST_PROGRAMS + ranks * (layout.nbytes + out_layout.nbytes)
+    nbytes = workspace_bytes(ranks, layout, out_layout)
     spaces = [
         torch.from_file(str(folder / f"space{r}"), shared=True, size=nbytes, dtype=torch.uint8) for r in range(ranks)
     ]
@@ -49,11 +64,17 @@ def rank_main(folder: Path, rank: int, case: tuple) -> None:
         x = inputs(call, elements, dtype, ranks)[rank]
         out = torch.empty_like(x)
         fused_all_reduce_kernel[(programs,)](
-            x, out, spaces[rank], peers, counts, elements, length, groups, layout.nbytes, out_layout.nbytes,
-            OUT_BITS=out_layout.bits, RANK=rank, RANKS=ranks, PROGRAMS=MOST_PROGRAMS, **_constants(layout),
+            x, out, spaces[rank], peers, counts, elements, length, groups, per_round, layout.nbytes, out_layout.nbytes,
+            gather_slots(ranks, nbytes), OUT_BITS=out_layout.bits, RANK=rank, RANKS=ranks, PROGRAMS=MOST_PROGRAMS,
+            **Schedule(LARGE_CHUNK, per_round, programs).constants(layout),
         )  # fmt: skip
         results.append(out)
-    torch.save(results, folder / f"result{rank}")
+    return results
+
+
+def cases(ranks: int) -> list[tuple]:
+    """The cases of so many ranks."""
+    return [case for case in CASES if case[0] == ranks]
 
 
 def inputs(call: int, elements: int, dtype: str, ranks: int):
@@ -64,32 +85,35 @@ def inputs(call: int, elements: int, dtype: str, ranks: int):
     return [torch.randn(elements, generator=generator).to(getattr(torch, dtype)) for _ in range(ranks)]
 
 
-def check(case: tuple) -> None:
+def check(ranks: int) -> None:
     """All ranks give the bits of the reference."""
     import torch
 
     from intscale_compile.communication.message import WireFormat
     from intscale_compile.communication.reference import simulate_all_reduce
 
-    ranks, wire, dtype, elements, _ = case
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for r in range(ranks):
-            (folder / f"space{r}").write_bytes(bytes(1 << 20))
-        started = [context.Process(target=rank_main, args=(folder, r, case)) for r in range(ranks)]
+        for i in range(len(cases(ranks))):
+            (folder / str(i)).mkdir()
+            for r in range(ranks):
+                (folder / str(i) / f"space{r}").write_bytes(bytes(1 << 20))
+        started = [context.Process(target=rank_main, args=(folder, r, ranks)) for r in range(ranks)]
         for process in started:
             process.start()
         for process in started:
-            process.join(120)
+            process.join(300)
             process.kill()
         assert [process.exitcode for process in started] == [0] * ranks
         results = [torch.load(folder / f"result{r}") for r in range(ranks)]
-    for call in range(CALLS):
-        wanted = simulate_all_reduce(inputs(call, elements, dtype, ranks), WireFormat.parse(wire))
-        for rank in range(ranks):
-            torch.testing.assert_close(results[rank][call], wanted, rtol=0, atol=0)
+    for i, (_, wire, dtype, elements, *_) in enumerate(cases(ranks)):
+        for call in range(CALLS):
+            wanted = simulate_all_reduce(inputs(call, elements, dtype, ranks), WireFormat.parse(wire))
+            for rank in range(ranks):
+                message = f"{wire} {dtype} {elements}, call {call}, rank {rank}"
+                torch.testing.assert_close(results[rank][i][call], wanted, rtol=0, atol=0, msg=message)
 
 
 if __name__ == "__main__":
-    sys.exit(run_cases((f"{c[0]}-{c[1]}-{c[2]}-{c[3]}", lambda c=c: check(c)) for c in CASES))
+    sys.exit(run_cases((f"{ranks} ranks", lambda ranks=ranks: check(ranks)) for ranks in (2, 3)))

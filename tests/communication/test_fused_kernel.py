@@ -7,8 +7,16 @@ import pytest
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
-from intscale_compile.communication.fused_kernel import MOST_PROGRAMS, fused_all_reduce_kernel
-from intscale_compile.communication.symmetric import PROGRAMS_PER_MULTIPROCESSOR
+from intscale_compile.communication.fused_kernel import (
+    LARGE_CHUNK,
+    MOST_PROGRAMS,
+    PROGRAMS_PER_MULTIPROCESSOR,
+    fused_all_reduce_kernel,
+    gather_slots,
+    schedule,
+    workspace_bytes,
+)
+from intscale_compile.communication.message import WireFormat
 from intscale_compile.communication.triton_kernels import ELEMENTS, WARPS
 from tests.support import interpreter_works
 from tests.support.interpreter import assert_passed, results_of
@@ -20,20 +28,47 @@ def test_ranks_agree_with_the_reference():
     assert_passed(results_of("_fused_main", "tests.communication"), "")
 
 
-@pytest.mark.parametrize(("arch", "ranks", "bits", "out_bits"), [(80, 8, 5, 5), (90, 2, 4, 8)])
-def test_resident_and_published_to_the_system(arch, ranks, bits, out_bits, tmp_path):
+@pytest.mark.parametrize(
+    ("arch", "ranks", "bits", "resident", "spill_bytes"),
+    [(90, 2, 4, PROGRAMS_PER_MULTIPROCESSOR, 0), (80, 8, 6, PROGRAMS_PER_MULTIPROCESSOR - 1, 128)],
+)
+def test_resident_and_published_to_the_system(arch, ranks, bits, resident, spill_bytes, tmp_path):
     pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "own_ptr": "*u8", "peers_ptr": "*i64", "counts_ptr": "*i32"}
-    signature = pointers | dict.fromkeys(("elements", "length", "groups", "nbytes", "out_nbytes"), "i32")
-    constants = dict(BITS=bits, OUT_BITS=out_bits, HALF=64, SPIKES=False, GROUPS=ELEMENTS // 128)
+    aligned = ["elements", "length", "nbytes", "out_nbytes", "out_slots"]
+    signature = pointers | dict.fromkeys((*aligned, "groups", "per_round"), "i32")
+    constants = dict(BITS=bits, OUT_BITS=bits, HALF=64, SPIKES=False, GROUPS=LARGE_CHUNK // 128)
     constants |= dict(RANK=1, RANKS=ranks, PROGRAMS=MOST_PROGRAMS)
-    aligned = [*pointers, "elements", "length", "nbytes", "out_nbytes"]
     options = dict(num_warps=WARPS, enable_fp_fusion=False)
     target = GPUTarget("cuda", arch, 32)
-    compiled = assemble(fused_all_reduce_kernel, signature, constants, target, aligned=aligned, **options)
+    compiled = assemble(fused_all_reduce_kernel, signature, constants, target, aligned=[*pointers, *aligned], **options)
     code = disassemble(compiled, tmp_path)
-    assert code.spill_bytes <= (16 if bits == 5 else 0)  # 5 bits are rarely asked for
-    assert code.registers * 32 * WARPS * PROGRAMS_PER_MULTIPROCESSOR <= 65536
+    assert code.spill_bytes <= spill_bytes
+    assert code.registers * 32 * WARPS * resident <= 65536
     ptx = compiled.asm["ptx"]
     assert "sys.release" in ptx and "sys.acquire" in ptx
-    if bits == 4:  # the plane of high bits of 5-bit codes is written byte by byte
+    if arch == 90:
         assert "ld.global.b8" not in ptx and "st.global.b8" not in ptx
+
+
+def test_schedule_covers_all_chunks_with_few_flags():
+    for length in (32, 132 * ELEMENTS, 132 * ELEMENTS + 1, 528 * LARGE_CHUNK, 528 * LARGE_CHUNK + 1, 1 << 30):
+        plan = schedule(length, 132)
+        chunks = -(-length // plan.chunk)
+        assert plan.chunk == (ELEMENTS if length <= 132 * ELEMENTS else LARGE_CHUNK)
+        assert 1 <= plan.programs <= min(528, chunks) and 1 <= plan.per_round <= 4
+        rounds = -(-chunks // (plan.programs * plan.per_round))
+        assert (rounds - 1) * plan.programs * plan.per_round < chunks
+        assert rounds == 1 or plan.per_round == 4
+    assert schedule(LARGE_CHUNK * 5000, 1000).programs == MOST_PROGRAMS
+
+
+@pytest.mark.parametrize("wire", ["int8", "int6-mixed", "int4-g32-spikes"])
+def test_the_legs_of_all_launches_on_a_workspace_lie_apart(wire):
+    form, ranks = WireFormat.parse(wire), 3
+    needed = {n: workspace_bytes(ranks, form.reduce_layout(n), form.gather_layout(n)) for n in (1, 7, 100, 5000)}
+    space = max(needed.values())
+    boundary = gather_slots(ranks, space)
+    for groups, smaller in needed.items():
+        assert 8 * ranks * MOST_PROGRAMS + ranks * form.reduce_layout(groups).nbytes <= boundary
+        assert boundary + ranks * form.gather_layout(groups).nbytes <= space
+        assert boundary % 16 == 0 and gather_slots(ranks, smaller) <= boundary

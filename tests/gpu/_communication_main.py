@@ -18,17 +18,18 @@ from intscale_compile.communication.message import WireFormat
 from intscale_compile.communication.reference import simulate_all_reduce
 from tests.communication.inputs import contributions, same_bits
 
-FORMS = [(wire, torch.bfloat16) for wire in ("int8", "int6", "int5", "int4", "int4-g32-spikes")]
+FORMS = [(wire, torch.bfloat16) for wire in ("int8", "int6", "int6-mixed", "int5", "int4", "int4-g32-spikes")]
 FORMS += [("int8", torch.float32), ("int4", torch.float32), ("int5", torch.float16)]
 
 
-def exact(forms: str = "8", most: str = "5000000") -> dict[str, str]:
+def exact(forms: str = "9", most: str = "20000001") -> dict[str, str]:
     """Fused kernel and process group against the one-process reference, bit for bit: where they differ."""
     wrong = {}
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sizes = [n for n in (128, 1000, 4096 * ranks, 300_001, 5_000_000) if n <= int(most)]
     for wire, dtype in FORMS[: int(forms)]:
-        for elements in sizes:
+        several_rounds = [20_000_001] if wire in ("int8", "int4") and int(most) >= 20_000_001 else []
+        for elements in sizes + several_rounds:
             inputs = [x.cuda() for x in contributions(elements, ranks, dtype, special=elements == 300_001)]
             wanted = simulate_all_reduce([x.cpu() for x in inputs], WireFormat.parse(wire))
             fused = symmetric.all_reduce(inputs[rank], WireFormat.parse(wire), dist.group.WORLD)
@@ -43,6 +44,31 @@ def exact(forms: str = "8", most: str = "5000000") -> dict[str, str]:
 def through_group(x: torch.Tensor, wire: str) -> torch.Tensor:
     """The all-reduce as it is without symmetric memory."""
     return transport.all_reduce(x, WireFormat.parse(wire), dist.group.WORLD)
+
+
+def queued() -> list[str]:
+    """Collectives of changing sizes and forms one behind the other, none of them waited for: which of them are wrong."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    symmetric.all_reduce(
+        torch.zeros(1 << 21, dtype=torch.bfloat16, device="cuda"), WireFormat.parse("int8"), dist.group.WORLD
+    )
+    cases = [
+        (wire, elements) for wire in ("int8", "int4", "int6-mixed") for elements in (1 << 14, 1 << 21, 3 << 16, 1 << 19)
+    ]
+    inputs = {n: [x.cuda() for x in contributions(n, ranks, torch.bfloat16)] for _, n in cases}
+    wanted = {(w, n): simulate_all_reduce([x.cpu() for x in inputs[n]], WireFormat.parse(w)) for w, n in cases}
+    order = torch.randint(len(cases), (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    dist.barrier()
+    torch.cuda.synchronize()
+    found = []
+    for place, i in enumerate(order):
+        if place % 7 == rank:  # now one rank is late, now the other
+            torch.cuda._sleep(100_000)
+        wire, n = cases[i]
+        found.append(symmetric.all_reduce(inputs[n][rank], WireFormat.parse(wire), dist.group.WORLD))
+    return [
+        f"{i}: {cases[c]}" for i, (c, out) in enumerate(zip(order, found)) if not same_bits(out.cpu(), wanted[cases[c]])
+    ]
 
 
 def captured() -> bool:

@@ -13,9 +13,9 @@ SCRIPT = Path(__file__).with_name("_communication_main.py")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
 
-@pytest.mark.parametrize("name", ["exact", "captured"])
+@pytest.mark.parametrize("name", ["exact", "captured", "queued"])
 def test_bits_are_those_of_the_reference(name, tmp_path):
-    assert run_ranks(SCRIPT, 2, tmp_path, name) == {"exact": [{}] * 2, "captured": [True] * 2}[name]
+    assert run_ranks(SCRIPT, 2, tmp_path, name) == {"exact": [{}] * 2, "captured": [True] * 2, "queued": [[]] * 2}[name]
 
 
 def test_reduce_scatter_and_all_gather(tmp_path):
