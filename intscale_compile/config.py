@@ -13,7 +13,9 @@ GROUP_SIZES = (32, 64, 128, 256, -1)
 WEIGHT_BITS = (4, 8)
 SCALE_SEARCHES = ("mse", "absmax")
 PACKING_FORMATS = ("auto", "plain", "tiled")
-WIRE_FORMATS = '"int8", "int6", "int5" or "int4", with "-g32" and "-spikes" after it where wanted, or None'
+WIRE_FORMATS = (
+    '"int8", "int6", "int6-mixed", "int5" or "int4", with "-g32" and "-spikes" after it where wanted, or None'
+)
 
 
 def _is_int(value: object) -> bool:

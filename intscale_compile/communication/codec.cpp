@@ -50,6 +50,7 @@ struct Half {
 // Pointers to the parts of a message (message.py).
 template <int BITS, int G>
 struct Parts {
+  static constexpr int PLANE = BITS == 8 ? 0 : G * (BITS - 4) / 8;  // bytes of the high bits of a group
   uint8_t *codes, *plane, *scales, *minimums, *values, *positions, *end;
   Parts(const uint8_t* message, int64_t groups, bool spikes) {
     codes = const_cast<uint8_t*>(message);
@@ -100,6 +101,7 @@ inline float poison(const float* v) {
 // Quantize the group of `valid` fp32 values, `v` [G], into group `index` of a message. `v` is overwritten behind `valid`.
 template <int BITS, int G, bool SPIKES>
 inline void encode_group(float* v, int valid, const Parts<BITS, G>& to, int64_t index) {
+  constexpr int PLANE = Parts<BITS, G>::PLANE;
   // Copies of the first element change neither end of the range; their codes are cleared below.
   const float filler = valid ? v[0] : 0.0f;
   for (int i = valid; i < G; ++i) v[i] = filler;
@@ -132,7 +134,7 @@ inline void encode_group(float* v, int valid, const Parts<BITS, G>& to, int64_t 
       to.positions[2 * index + k] = 0;
     }
     std::memset(to.codes + index * (BITS == 8 ? G : G / 2), 0, BITS == 8 ? G : G / 2);
-    if (BITS == 5) std::memset(to.plane + index * (G / 8), 0, G / 8);
+    if (PLANE) std::memset(to.plane + index * PLANE, 0, PLANE);
     return;
   }
   float scale = from_bits((bits_of(extent / float((1 << BITS) - 1)) + 0xFFFF) & 0xFFFF0000u);
@@ -153,7 +155,14 @@ inline void encode_group(float* v, int valid, const Parts<BITS, G>& to, int64_t 
     uint8_t plane[G / 8] = {};
     for (int k = 0; k < 8; ++k)
       for (int j = 0; j < G / 8; ++j) plane[j] |= uint8_t((code[j + k * (G / 8)] >> 4) << k);
-    std::memcpy(to.plane + index * (G / 8), plane, G / 8);
+    std::memcpy(to.plane + index * PLANE, plane, PLANE);
+  }
+  if (BITS == 6) {
+    uint8_t* __restrict plane = to.plane + index * PLANE;
+    for (int j = 0; j < G / 4; ++j) {
+      const uint8_t *low = code + 2 * j, *high = code + 2 * j + G / 2;
+      plane[j] = uint8_t((low[0] >> 4) | ((low[1] >> 4) << 2) | ((high[0] >> 4) << 4) | ((high[1] >> 4) << 6));
+    }
   }
   put(to.scales, index, uint16_t(bits_of(scale) >> 16));
   put(to.minimums, index, uint16_t(bits_of(minimum) >> 16));
@@ -172,11 +181,18 @@ inline void decode_group(const Parts<BITS, G>& from, int64_t index, float* __res
     for (int i = 0; i < G; ++i) v[i] = minimum + float(code[i]) * scale;
   } else {
     const uint8_t* __restrict bytes = from.codes + index * (G / 2);
-    int32_t high[G] = {};
+    const uint8_t* __restrict plane = from.plane + index * (Parts<BITS, G>::PLANE);
+    uint8_t high[G] = {};
     if (BITS == 5) {
-      const uint8_t* __restrict plane = from.plane + index * (G / 8);
       for (int k = 0; k < 8; ++k)
         for (int j = 0; j < G / 8; ++j) high[j + k * (G / 8)] = ((plane[j] >> k) & 1) << 4;
+    }
+    if (BITS == 6) {
+      for (int j = 0; j < G / 4; ++j) {
+        uint8_t *low = high + 2 * j, *up = high + 2 * j + G / 2;
+        low[0] = uint8_t((plane[j] & 3) << 4), low[1] = uint8_t((plane[j] & 12) << 2);
+        up[0] = uint8_t(plane[j] & 48), up[1] = uint8_t((plane[j] >> 6) << 4);
+      }
     }
     for (int j = 0; j < G / 2; ++j) v[j] = minimum + float((bytes[j] & 15) | high[j]) * scale;
     for (int j = 0; j < G / 2; ++j) v[j + G / 2] = minimum + float((bytes[j] >> 4) | high[j + G / 2]) * scale;
@@ -275,7 +291,7 @@ template <typename T>
 int with_bits(int action, const Call& call, int bits, int out_bits) {
 #define FORMAT(in, out) \
   if (bits == in && out_bits == out) return run<T, in, out>(action, call), 0;
-  FORMAT(8, 0) FORMAT(5, 0) FORMAT(4, 0) FORMAT(8, 8) FORMAT(4, 8) FORMAT(5, 5) FORMAT(4, 4)
+  FORMAT(8, 0) FORMAT(6, 0) FORMAT(5, 0) FORMAT(4, 0) FORMAT(8, 8) FORMAT(6, 6) FORMAT(4, 8) FORMAT(5, 5) FORMAT(4, 4)
 #undef FORMAT
   return 1;
 }

@@ -59,7 +59,7 @@ def quantize_groups(
     Args:
         values: fp32 ``[G, g]``.
         valid: bool ``[G, g]``; the other elements take no part, and their codes are 0.
-        bits: 4, 5 or 8.
+        bits: 4, 5, 6 or 8.
         spikes: whether the smallest and the largest element keep their values.
 
     Returns:
@@ -94,9 +94,17 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     packed = (low | (high << 4)).to(torch.uint8).flatten()
     if bits == 4:
         return packed
-    planes = (codes >> 4).view(codes.shape[0], 8, -1)
-    shifts = torch.arange(8, dtype=torch.int32, device=codes.device).view(1, 8, 1)
-    return torch.cat([packed, (planes << shifts).sum(1).to(torch.uint8).flatten()])
+    if bits == 5:
+        plane = ((codes >> 4).view(codes.shape[0], 8, -1) << _shifts(1, codes.device).view(8, 1)).sum(1)
+    else:
+        pairs = (codes >> 4).view(codes.shape[0], 2, -1, 2)
+        plane = (pairs << _shifts(2, codes.device).view(2, 1, 2)).sum((1, 3))
+    return torch.cat([packed, plane.to(torch.uint8).flatten()])
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    """Where the elements of a byte of a plane of high bits begin."""
+    return torch.arange(0, 8, bits, dtype=torch.int32, device=device)
 
 
 def unpack_codes(packed: Tensor, layout: MessageLayout) -> Tensor:
@@ -108,9 +116,12 @@ def unpack_codes(packed: Tensor, layout: MessageLayout) -> Tensor:
     codes = torch.cat([low & 15, low >> 4], -1)
     if layout.bits == 4:
         return codes
-    plane = packed[layout.high_plane :].view(groups, 1, -1).to(torch.int32)
-    shifts = torch.arange(8, dtype=torch.int32, device=packed.device).view(1, 8, 1)
-    return codes | (((plane >> shifts) & 1) << 4).view(groups, -1)
+    plane = packed[layout.high_plane :].view(groups, -1).to(torch.int32)
+    if layout.bits == 5:
+        high = (plane[:, None] >> _shifts(1, packed.device).view(8, 1)) & 1
+    else:
+        high = (plane[:, None, :, None] >> _shifts(2, packed.device).view(2, 1, 2)) & 3
+    return codes | (high << 4).view(groups, -1)
 
 
 def encode_message(x: Tensor, layout: MessageLayout, out: Tensor) -> None:

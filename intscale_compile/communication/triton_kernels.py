@@ -60,10 +60,24 @@ def _nearest(x):
 
 
 @triton.jit
-def _high_bits(codes, GROUPS: tl.constexpr, HALF: tl.constexpr, SHIFT: tl.constexpr):
-    """Four bits of each byte of the plane of high bits: int32 ``[GROUPS, g/8]`` of codes ``[GROUPS, g/2]``."""
-    high = tl.reshape(codes >> 4, (GROUPS, 4, HALF // 4))
-    return tl.sum(high << (tl.arange(0, 4) + SHIFT)[None, :, None], 1)
+def _half_plane(codes, BITS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
+    """The four bits that codes ``[GROUPS, g/2]`` of one half have in each byte of the plane of high bits, int32."""
+    if BITS == 5:
+        high = tl.reshape(codes >> 4, (GROUPS, 4, HALF // 4))
+        return tl.sum(high << tl.arange(0, 4)[None, :, None], 1)
+    else:
+        even, odd = tl.split(tl.reshape(codes >> 4, (GROUPS, HALF // 2, 2)))
+        return even | (odd << 2)
+
+
+@triton.jit
+def _from_half_plane(plane, BITS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
+    """The inverse: high bits ``[GROUPS, g/2]``, in their place in the codes, from the low four bits of each byte."""
+    if BITS == 5:
+        high = (plane[:, None, :] >> tl.arange(0, 4)[None, :, None]) & 1
+    else:
+        high = tl.join(plane & 3, (plane >> 2) & 3)
+    return tl.reshape(high << 4, (GROUPS, HALF))
 
 
 @triton.jit
@@ -155,10 +169,11 @@ def _write_codes(
     else:
         packed = (lo & 15) | ((hi & 15) << 4)
         tl.store(message + first * HALF + (g * HALF + place), packed.to(tl.uint8), mask=here)
-    if BITS == 5:
-        plane = _high_bits(lo, GROUPS, HALF, 0) | _high_bits(hi, GROUPS, HALF, 4)
-        byte = g * (HALF // 4) + tl.arange(0, HALF // 4)[None, :]
-        tl.store(message + (groups * HALF + first * (HALF // 4)) + byte, plane.to(tl.uint8), mask=here)
+    if BITS == 5 or BITS == 6:
+        BYTES: tl.constexpr = HALF * (BITS - 4) // 4
+        plane = _half_plane(lo, BITS, GROUPS, HALF) | (_half_plane(hi, BITS, GROUPS, HALF) << 4)
+        byte = g * BYTES + tl.arange(0, BYTES)[None, :]
+        tl.store(message + (groups * HALF + first * BYTES) + byte, plane.to(tl.uint8), mask=here)
 
 
 @triton.jit
@@ -174,12 +189,12 @@ def _read(message, first, groups, BITS: tl.constexpr, HALF: tl.constexpr, SPIKES
     else:
         packed = tl.load(message + first * HALF + (g[:, None] * HALF + place), mask, 0).to(tl.int32)
         lo, hi = packed & 15, packed >> 4
-    if BITS == 5:
-        byte = g[:, None] * (HALF // 4) + tl.arange(0, HALF // 4)[None, :]
-        plane = tl.load(message + (groups * HALF + first * (HALF // 4)) + byte, mask, 0).to(tl.int32)
-        spread = plane[:, None, :] >> tl.arange(0, 4)[None, :, None]
-        lo = lo | tl.reshape((spread & 1) << 4, (GROUPS, HALF))
-        hi = hi | tl.reshape(((spread >> 4) & 1) << 4, (GROUPS, HALF))
+    if BITS == 5 or BITS == 6:
+        BYTES: tl.constexpr = HALF * (BITS - 4) // 4
+        byte = g[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+        plane = tl.load(message + (groups * HALF + first * BYTES) + byte, mask, 0).to(tl.int32)
+        lo = lo | _from_half_plane(plane, BITS, GROUPS, HALF)
+        hi = hi | _from_half_plane(plane >> 4, BITS, GROUPS, HALF)
     parameters = (message + groups * (2 * HALF * BITS // 8)).to(tl.pointer_type(tl.int16), bitcast=True) + first
     scale = _from_bf16(tl.load(parameters + g, here, 0))[:, None]
     minimum = _from_bf16(tl.load(parameters + groups + g, here, 0))[:, None]

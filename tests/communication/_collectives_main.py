@@ -28,7 +28,8 @@ from intscale_compile.communication.reference import (  # noqa: E402
 from tests.communication.inputs import contributions, same_bits  # noqa: E402
 from tests.support.ranks import main  # noqa: E402
 
-WIRES = ("int8", "int6", "int5", "int4", "int8-g32", "int4-g32", "int4-spikes", "int4-g32-spikes", "int5-g32-spikes")
+WIRES = ("int8", "int6", "int6-mixed", "int5", "int4", "int8-g32", "int6-g32", "int4-g32")
+WIRES += ("int4-spikes", "int4-g32-spikes", "int5-g32-spikes")
 ODD = (128, 129, 1000, 4097, 70001)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,12 +76,12 @@ def check_odd_sizes(rank: int, ranks: int) -> None:
 def check_pieces(rank: int, ranks: int) -> None:
     """The number of pieces changes no bit, of none of the three collectives."""
     x = contributions(9000 * ranks, ranks, torch.bfloat16)[rank]
-    before = [collective(x, "int6") for collective in (all_reduce, reduce_scatter, all_gather)]
+    before = [collective(x, "int6-mixed") for collective in (all_reduce, reduce_scatter, all_gather)]
     kept = transport.PIECE_BYTES["cpu"]
     for nbytes in (1, 2000):
         transport.PIECE_BYTES["cpu"] = nbytes
         for collective, expected in zip((all_reduce, reduce_scatter, all_gather), before):
-            assert torch.equal(collective(x, "int6"), expected), (collective, nbytes)
+            assert torch.equal(collective(x, "int6-mixed"), expected), (collective, nbytes)
     transport.PIECE_BYTES["cpu"] = kept
 
 

@@ -21,7 +21,9 @@ from tests.communication.inputs import contributions, same_bits  # noqa: E402
 
 WIRES = tuple(
     name + group + spikes
-    for name, group, spikes in itertools.product(("int8", "int6", "int5", "int4"), ("", "-g32"), ("", "-spikes"))
+    for name, group, spikes in itertools.product(
+        ("int8", "int6", "int6-mixed", "int5", "int4"), ("", "-g32"), ("", "-spikes")
+    )
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

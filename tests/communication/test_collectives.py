@@ -10,15 +10,17 @@ import torch
 from tests.support.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("_collectives_main.py")
-# Largest relative error on normal data, which has no structure that a quantizer could use. One quantization to 4 bits in groups
-# of 128 costs 10 %, whatever the quantizer; two legs and N contributions more.
+# Largest relative error on normal data, which has no structure that a quantizer could use. One quantization of an element to 4
+# bits costs 9.8 % at best, so no form of 4 bits in groups of 128 stays below 8 % over two legs (docs/communication.md).
 BOUNDS = {
     "int8": 0.01,
     "int8-g32": 0.01,
+    "int6-g32": 0.027,
+    "int6": 0.034,
     "int5-g32-spikes": 0.05,
     "int5": 0.075,
     "int4-g32-spikes": 0.085,
-    "int6": 0.1,
+    "int6-mixed": 0.095,
     "int4-g32": 0.12,
     "int4-spikes": 0.13,
     "int4": 0.15,
@@ -35,7 +37,8 @@ def test_error_on_normal_data(results):
     errors = results[0]["errors"]
     assert set(errors) == set(BOUNDS)
     assert all(0 < errors[wire] <= bound for wire, bound in BOUNDS.items()), errors
-    assert errors["int8"] < errors["int5"] < errors["int4"] and errors["int6"] < errors["int4"]
+    assert errors["int8"] < errors["int6-g32"] < errors["int6"] < errors["int5"] < errors["int6-mixed"] < errors["int4"]
+    assert errors["int6"] < errors["int6-mixed"] / 2, "bits divided evenly among the legs"
     assert errors["int4-spikes"] < errors["int4"] and errors["int4-g32-spikes"] < errors["int4-g32"] < errors["int4"]
 
 

@@ -56,11 +56,12 @@ def test_the_fit_has_no_negative_constants():
 def test_bytes_on_the_wire():
     """Two ranks, 1024 elements of bf16, groups of 128: four groups a slice, each with a scale and a minimum in bf16."""
     assert plain_bytes("all_reduce", 2, 2048) == 2048 and plain_bytes("all_gather", 2, 2048) == 1024
-    leg8, leg4 = 512 + 4 * 4, 256 + 4 * 4
+    leg8, leg6, leg4 = 512 + 4 * 4, 384 + 4 * 4, 256 + 4 * 4
     assert wire_bytes("all_reduce", 2, 2048, "int8") == 2 * leg8
-    assert wire_bytes("all_reduce", 2, 2048, "int6") == leg4 + leg8
-    assert wire_bytes("reduce_scatter", 2, 2048, "int6") == leg4
-    assert wire_bytes("all_gather", 2, 2048, "int6") == leg8
+    assert wire_bytes("all_reduce", 2, 2048, "int6") == wire_bytes("all_reduce", 2, 2048, "int6-mixed") == leg4 + leg8
+    assert wire_bytes("reduce_scatter", 2, 2048, "int6") == wire_bytes("all_gather", 2, 2048, "int6") == leg6
+    assert wire_bytes("reduce_scatter", 2, 2048, "int6-mixed") == leg4
+    assert wire_bytes("all_gather", 2, 2048, "int6-mixed") == leg8
 
 
 def test_threshold_is_the_size_from_which_on_all_are_faster():

@@ -21,7 +21,7 @@ from intscale_compile.communication.reference import (
     unpack_codes,
 )
 
-NAMES = ("int8", "int6", "int5", "int4")
+NAMES = ("int8", "int6", "int6-mixed", "int5", "int4")
 FORMATS = [name + g + s for name, g, s in itertools.product(NAMES, ("", "-g32"), ("", "-spikes"))]
 
 
@@ -42,8 +42,10 @@ def test_names_come_back(text):
 
 
 def test_names_of_bits():
-    assert WireFormat.parse("int6") == WireFormat(4, 8) and WireFormat.parse("int5-g128") == WireFormat(5, 5, 128)
-    for text in ("int7", "int8-g64", "int8-spikes-g32", "", "INT8", "int8 ", None, 8):
+    assert WireFormat.parse("int6") == WireFormat(6, 6) and WireFormat.parse("int5-g128") == WireFormat(5, 5, 128)
+    assert WireFormat.parse("int6-mixed-g32-spikes") == WireFormat(4, 8, 32, True)
+    bad = ("int7", "int8-mixed", "int6-g32-mixed", "int6-", "int8-g64", "int8-spikes-g32", "", "INT8", "int8 ", None, 8)
+    for text in bad:
         with pytest.raises(ConfigError, match="no wire format"):
             WireFormat.parse(text)
     with pytest.raises(ConfigError, match="gather leg"):
@@ -65,7 +67,7 @@ def test_slices_cover_the_tensor_in_whole_groups():
         assert all(before[1] == after[0] for before, after in itertools.pairwise(covered))
 
 
-@pytest.mark.parametrize("bits", [4, 5, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_planes(bits, group_size):
     """Bytes as the layout says, and their inverse."""
@@ -77,12 +79,16 @@ def test_planes(bits, group_size):
     if bits == 8:
         assert torch.equal(packed.view(5, -1).int(), codes)
         return
-    half, eighth = group_size // 2, group_size // 8
+    half, quarter, eighth = group_size // 2, group_size // 4, group_size // 8
     for group, j in ((0, 0), (3, 7), (4, half - 1)):
         assert packed[group * half + j] == codes[group, j] & 15 | (codes[group, j + half] & 15) << 4
     for group, j in ((0, 0), (4, eighth - 1)) if bits == 5 else ():
         expected = sum(int(codes[group, j + k * eighth] >> 4) << k for k in range(8))
         assert packed[layout.high_plane + group * eighth + j] == expected
+    for group, j in ((0, 0), (2, 5), (4, quarter - 1)) if bits == 6 else ():
+        places = (2 * j, 2 * j + 1, half + 2 * j, half + 2 * j + 1)
+        expected = sum(int(codes[group, place] >> 4) << 2 * k for k, place in enumerate(places))
+        assert packed[layout.high_plane + group * quarter + j] == expected
 
 
 def test_parts_of_a_message():
@@ -90,6 +96,10 @@ def test_parts_of_a_message():
     assert (layout.high_plane, layout.scales, layout.minimums) == (7 * 16, 7 * 20, 7 * 22)
     assert (layout.spike_values, layout.spike_positions, layout.nbytes) == (7 * 24, 7 * 28, 7 * 30 + 14)
     assert WireFormat.parse("int8").reduce_layout(1).nbytes == 144  # 132 and padding
+    six, mixed = WireFormat.parse("int6"), WireFormat.parse("int6-mixed")
+    assert (six.reduce_layout(8).high_plane, six.reduce_layout(8).scales) == (8 * 64, 8 * 96)
+    both = [wire.reduce_layout(8).nbytes + wire.gather_layout(8).nbytes for wire in (six, mixed)]
+    assert both[0] == both[1] == 8 * (64 + 128 + 2 * 4), "an all-reduce sends as much in one form as in the other"
 
 
 def line(x: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,11 @@ SHAPES = ((8192, 2), (5000, 3), (257, 4), (100, 2), (12345, 3))  # elements, ran
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = [
     name + group + spikes
-    for name, group, spikes in itertools.product(("int8", "int6", "int5", "int4"), ("", "-g32"), ("", "-spikes"))
+    for name, group, spikes in itertools.product(
+        ("int8", "int6", "int6-mixed", "int5", "int4"), ("", "-g32"), ("", "-spikes")
+    )
 ]
+SLOW_FORMATS = ("int6-mixed", "int4", "int6-g32", "int5-g32")
 
 
 def run(codec, wire: WireFormat, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -72,7 +75,8 @@ def test_without_a_compiler_the_reference_runs_and_says_so(tmp_path, monkeypatch
 
 @interpreter_works
 @pytest.mark.parametrize(
-    "prefix", ["messages-int8", "messages-int6", "messages-int5", "messages-int4", "pieces", "unaligned", "far"]
+    "prefix",
+    [*(f"messages-{name}-" for name in ("int8", "int6", "int6-mixed", "int5", "int4")), "pieces", "unaligned", "far"],
 )
 def test_triton_kernels_have_the_bits_of_the_reference(interpreted, prefix):
     from tests.support.interpreter import assert_passed
@@ -111,7 +115,7 @@ def compiled(name: str, wire: WireFormat, target, element: str = "*bf16", ranks:
 
 @pytest.mark.parametrize(
     "wire",
-    ["int8", "int5", "int4-g32", *(pytest.param(w, marks=pytest.mark.slow) for w in ("int6", "int4", "int5-g32"))],
+    ["int8", "int6", "int5", "int4-g32", *(pytest.param(w, marks=pytest.mark.slow) for w in SLOW_FORMATS)],
 )
 @pytest.mark.parametrize("name", ["encode_kernel", "reduce_kernel", "decode_kernel"])
 def test_hopper_reads_and_writes_wide(name, wire, tmp_path):
@@ -130,6 +134,8 @@ def test_hopper_reads_and_writes_wide(name, wire, tmp_path):
         assert "64" in widths["LDG"] and "128" in widths["STG"], widths
     else:
         assert "128" in widths["LDG"] and "64" in widths["STG"], widths
+    if name == "decode_kernel" and wire.gather_bits != 5:
+        assert code.count("SHFL") == code.count("LDS") == 0, "the planes need no exchange between threads"
     if name == "reduce_kernel":
         loads = [i for i in code.instructions if i.base == "LDG" and i.opcode.endswith(".64")]
         assert len(loads) == 7 * (2 if wire.reduce_bits == 8 else 1), "codes of the seven others"
@@ -138,7 +144,10 @@ def test_hopper_reads_and_writes_wide(name, wire, tmp_path):
 @pytest.mark.parametrize(
     "name", ["encode_kernel", "decode_kernel", pytest.param("reduce_kernel", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("wire", ["int6-spikes", pytest.param("int5-g32-spikes", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "wire",
+    ["int6-spikes", *(pytest.param(w, marks=pytest.mark.slow) for w in ("int6-mixed-spikes", "int5-g32-spikes"))],
+)
 def test_other_gpus(name, wire, tmp_path):
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget

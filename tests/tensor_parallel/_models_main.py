@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import math
 import os
 import sys
 import warnings
@@ -14,12 +15,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torchao.quantization import quantize_  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig  # noqa: E402
 
 import intscale_compile  # noqa: E402
+from benchmarks.perplexity import MODULE_LIST, held_out_sequences  # noqa: E402
 from intscale_compile import IntScaleConfig, IntScaleError, IntScaleTensor, tensor_parallel  # noqa: E402
+from intscale_compile.communication import all_reduce  # noqa: E402
 from intscale_compile.sharding import shard  # noqa: E402
 from tests.support.ranks import main  # noqa: E402
 
@@ -42,6 +47,20 @@ def quantized(folder: Path, layers: int | None = None, group_size: int = 64):
 def perplexity(model, ids: torch.Tensor) -> float:
     logits = model(ids).logits
     return float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp())
+
+
+class LowBitSums(TorchDispatchMode):
+    """What the compiler's pass does to the sums of the ranks, to those of a model that is not compiled."""
+
+    def __init__(self, wire: str):
+        super().__init__()
+        self.wire, self.replaced = wire, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops._c10d_functional.all_reduce.default:
+            self.replaced += 1
+            return all_reduce(args[0], self.wire)
+        return op(*args, **(kwargs or {}))
 
 
 class DividedByHand(nn.Module):
@@ -75,6 +94,14 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same tensors and say the same of them."""
+    files = [safe_open(folder / "model.safetensors", "pt") for folder in (one, other)]
+    keys = [sorted(file.keys()) for file in files]
+    same = all(torch.equal(files[0].get_tensor(key), files[1].get_tensor(key)) for key in keys[0] if key in keys[1])
+    return same and keys[0] == keys[1] and files[0].metadata() == files[1].metadata()
+
+
 def packed_bytes(model) -> int:
     return sum(p.nbytes_packed() for p in model.parameters() if isinstance(p, IntScaleTensor))
 
@@ -87,7 +114,20 @@ def our_function(llama: Path, ids: torch.Tensor, ranks: int, seen: dict) -> None
     seen["perplexity divided"] = perplexity(divided, ids)
     seen["by hand"] = relative(divided(ids).logits, divided_by_hand(whole, ranks)(ids).logits)
     seen["packed bytes"], seen["packed bytes of all"] = packed_bytes(divided), bytes_of_all
+    low_bit_sums(divided, llama, 4, seen)
     seen["cut"] = error_of(lambda: tensor_parallel.parallelize(quantized(llama, 1, 128)))
+
+
+def low_bit_sums(model, llama: Path, sequences: int, seen: dict) -> None:
+    """Perplexity on held-out text with quantized collectives over that with plain ones, less 1."""
+    tokens = held_out_sequences(AutoTokenizer.from_pretrained(llama), llama.parent / MODULE_LIST, sequences, 512)
+    parts = tokens.split(4)
+    plain = math.fsum(math.log(perplexity(model, ids)) for ids in parts)
+    for wire in ("int8", "int6"):
+        with LowBitSums(wire) as sums:
+            found = math.fsum(math.log(perplexity(model, ids)) for ids in parts)
+        seen[f"change {wire}"] = math.expm1((found - plain) / len(parts))
+        seen[f"sums {wire}"] = sums.replaced
 
 
 def compiled(llama: Path, ids: torch.Tensor, seen: dict) -> None:
@@ -118,9 +158,16 @@ def transformers_loading(llama: Path, folder: Path, ids: torch.Tensor, ranks: in
         report.pass_counts["local_shards"],
         [x.shape for x in report.layers if x.quantized],
     )
+    # Every rank; the first one writes. transformers cannot revert how it read a torchao checkpoint, divided or not.
+    model.save_pretrained(folder / "again", save_original_format=False)
+    divided = tensor_parallel.parallelize(quantized(llama, 1))
+    intscale_compile.make_savable(divided).save_pretrained(folder / "divided")
+    dist.barrier()
+    seen["saved again"] = [same_file(folder / name, folder / "group64") for name in ("again", "divided")]
     flying = load(llama, 1, quantization_config=TorchAoConfig(IntScaleConfig(64)), **divide)
     whole = quantized(llama, 1)(ids).logits
     seen["on the fly"] = (relative(flying(ids).logits, whole), relative(expected, whole))
+    seen["on the fly saved"] = error_of(lambda: flying.save_pretrained(folder / "flying", save_original_format=False))
     seen["on the fly shapes"] = [tuple(p.shape) for p in flying.parameters() if isinstance(p, IntScaleTensor)]
     seen["checkpoint cut"] = error_of(lambda: load(folder / "group128", **divide))
 
@@ -141,14 +188,19 @@ def experts(mixtral: Path, folder: Path, ids: torch.Tensor, ranks: int, seen: di
     seen["experts checkpoint"] = relative(loaded(ids).logits, divided(ids).logits)
 
 
-def run(models: str, folder: str) -> dict:
+def run(models: str, folder: str, sequences: str = "") -> dict:
+    """All of it; with ``sequences`` only the perplexity over quantized collectives, of so many."""
     torch.set_num_threads(1)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     llama, mixtral = Path(models) / "tiny-llama", Path(models) / "tiny-mixtral"
+    seen: dict = {}
+    if sequences:
+        with torch.no_grad():
+            low_bit_sums(tensor_parallel.parallelize(quantized(llama)), llama, int(sequences), seen)
+        return seen
     text = inspect.getsource(argparse)
     ids = torch.tensor(AutoTokenizer.from_pretrained(llama)(text).input_ids[: 2 * LENGTH]).view(2, LENGTH)
-    seen: dict = {}
     with torch.no_grad():
         our_function(llama, ids, ranks, seen)
         compiled(llama, ids, seen)
