@@ -205,19 +205,47 @@ def bench(
     output.print_json([row.to_dict() for row in timings]) if json else views.timed(timings)
 
 
-@app.command(epilog=_examples("intscale tune", "intscale tune ./out", "intscale tune --shape 28672x4096 --seconds 300"))
+@app.command(
+    epilog=_examples(
+        "intscale tune",
+        "intscale tune ./out",
+        "intscale tune --shape 28672x4096 --seconds 300",
+        "intscale tune --link --seconds 120",
+        "intscale tune --link --device cpu --ranks 2 --wire int8",
+    )
+)
 def tune(
     model: Annotated[Optional[str], typer.Argument(help="Quantized model whose shapes to tune.")] = None,
     shape: Shapes = None,
     tokens: Tokens = None,
     config: Config = None,
+    link: Annotated[bool, typer.Option("--link", help="Time collectives instead: from which size on to quantize.")] = False,
+    ranks: Annotated[Optional[int], typer.Option(min=1, help="With --link: processes to start; default: one a GPU.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="With --link: cuda (NCCL), or cpu (gloo).")] = None,
+    wire: Annotated[Optional[list[str]], typer.Option(help="With --link: wire format; may be given again.")] = None,
+    size: Annotated[Optional[list[int]], typer.Option("--bytes", help="With --link: size; may be given again.")] = None,
+    op: Annotated[Optional[list[str]], typer.Option(help="With --link: collective; may be given again.")] = None,
     path: Annotated[Optional[Path], typer.Option(help="Table to write; default: the one that is read.")] = None,
     seconds: Annotated[Optional[float], typer.Option(min=1, help="Budget for all of it.")] = None,
     json: Json = False,
-) -> None:
-    """Find the fastest tiles of the kernels for this GPU, and keep them. Without arguments: shapes of Llama 3 8B."""
+) -> None:  # fmt: skip
+    """Find the fastest tiles of the kernels for this GPU, and keep them. Without arguments: shapes of Llama 3 8B.
+
+    With --link: find from which size on quantized collectives pay between this machine's GPUs. It starts the ranks itself,
+    or is one of those that torchrun starts: torchrun --nproc-per-node 8 --nnodes 2 ... -m intscale_cli tune --link
+    """
     commands = _library()
     from intscale_compile import ConfigError
+
+    if link:
+        if model is not None or shape or tokens or config:
+            raise ConfigError(
+                "--link measures collectives, not products: leave out the model, --shape, --tokens and -c."
+            )
+        _tune_link(device or "auto", ranks, {"wires": wire, "sizes": size, "ops": op}, path, seconds, json)
+        return
+    if ranks is not None or device is not None or wire or size or op:
+        raise ConfigError("--ranks, --device, --wire, --bytes and --op belong to --link: give that too.")
     from intscale_compile.kernels.tile_timing import GpuBench
     from intscale_compile.tune import TOKENS
     from intscale_compile.tune import tune as tune_tiles
@@ -232,6 +260,27 @@ def tune(
         entries = tune_tiles(source, tokens or TOKENS, config=chosen, path=path, seconds=seconds)
     if json:
         output.print_json(entries)
+
+
+def _tune_link(
+    device: str, ranks: Optional[int], lists: dict[str, Any], path: Optional[Path], seconds: Optional[float], json: bool
+) -> None:
+    """``intscale tune --link``, as one of the ranks or as what starts them."""
+    from intscale_compile import ConfigError
+    from intscale_compile.commands import link
+
+    given = {name: values for name, values in lists.items() if values}
+    if not link.is_rank():
+        kind, count = link.usable_ranks(device, ranks)
+        run = link.LinkRun(kind, path=path, seconds=seconds, **given)
+        raise typer.Exit(link.launch(run, count, ["--json"] if json else []))
+    if ranks is not None:
+        raise ConfigError("--ranks: there is a process group, or torchrun has started the ranks already; leave it out.")
+    run = link.LinkRun(link.rank_device(device), path=path, seconds=seconds, **given)
+    with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
+        found = link.tune_this_rank(run)
+    if json and found is not None:
+        output.print_json(found)
 
 
 @app.command(epilog=_examples("intscale doctor", "intscale doctor --quick --json"))

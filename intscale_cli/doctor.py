@@ -60,6 +60,7 @@ def diagnose(*, compiled: bool = True) -> Iterator[Check]:
     yield from graphics()
     yield processor()
     yield from folders()
+    yield from links()
     import torch
 
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
@@ -197,6 +198,7 @@ def processor() -> Check:
 
 def folders() -> Iterator[Check]:
     """Whether caches can be written, and whether tables of tiles can be read."""
+    from intscale_compile.communication import link_table
     from intscale_compile.kernels import tile_tables
 
     user = os.environ.get("USER") or os.environ.get("LOGNAME") or "user"
@@ -206,6 +208,7 @@ def folders() -> Iterator[Check]:
     yield folder("cache of Triton", Path(triton), "TRITON_CACHE_DIR")
     tables = tile_tables.user_path("any").parent
     yield folder("tables of tiles", tables, tile_tables.VARIABLE)
+    yield folder("tables of links", link_table.folder(), link_table.VARIABLE)
     for path in tile_tables.user_tables():
         yield _attempt(f"table {path.name}", functools.partial(_read_table, path))
 
@@ -229,6 +232,41 @@ def _read_table(path: Path) -> str:
     from intscale_compile.kernels import tile_tables
 
     return f"{len(tile_tables.read_table(path)[1])} entries in {path}"
+
+
+def links() -> Iterator[Check]:
+    """Which links between ranks were measured, and from how many bytes on a collective is quantized on each."""
+    import torch
+
+    from intscale_compile.communication import link_cost, link_table
+
+    measured = set()
+    for path in link_table.tables():
+        check = _attempt(f"link {path.stem}", functools.partial(_thresholds, path))
+        measured.add(path.stem if check.status == OK else "")
+        yield check
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus < 2:
+        found = "one GPU" if gpus else "no GPU"
+        yield Check("links", OK, f"{found}; {len(measured)} measured, in {link_table.folder()}")
+        return
+    link = link_table.Link("nccl", link_table.device_slug(torch.cuda.get_device_name(0)), gpus)
+    if str(link) not in measured:
+        least = link_cost.threshold(link, {}, "all_reduce", "int8")
+        size = "never quantized" if least.nbytes == link_cost.NEVER else f"quantized from {least.nbytes:,} bytes on"
+        found = f"not measured; collectives are {size} ({least.source}), where that is asked for"
+        yield Check(f"link {link}", NOTE, found, "intscale tune --link")
+
+
+def _thresholds(path: Path) -> str:
+    from intscale_compile.communication import link_cost, link_table
+
+    link, times = link_table.read_table(path)
+    words: dict[str, list[str]] = {}
+    for key, least in link_cost.thresholds(link, times).items():
+        size = "never" if least.nbytes == link_cost.NEVER else f"from {least.nbytes:,} bytes"
+        words.setdefault(key.op, []).append(f"{key.wire} {size}")
+    return "measured; " + ("; ".join(f"{op}: {', '.join(found)}" for op, found in words.items()) or "nothing in it")
 
 
 def linear(device: str, compiled: bool) -> Check:

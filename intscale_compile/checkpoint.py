@@ -14,6 +14,8 @@ from torchao.prototype.safetensors.safetensors_support import flatten_tensor_sta
 
 from .config import IntScaleConfig
 from .errors import CheckpointError, ConfigError
+from .local_tensors import local_tensor
+from .sharded_saving import gather_shards, is_divided
 from .tensor import ABSENT, ALL_NAMES, IntScaleTensor
 
 PathLike = Union[str, Path]
@@ -70,7 +72,7 @@ def make_savable(model: nn.Module, config: IntScaleConfig | None = None) -> nn.M
 
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"make_savable takes a transformers model, not {type(model).__name__}: use save_safetensors.")
-    weight = next((p for p in model.parameters() if isinstance(p, IntScaleTensor)), None)
+    weight = next((w for p in model.parameters() if isinstance(w := local_tensor(p), IntScaleTensor)), None)
     if weight is None:
         raise ConfigError("make_savable: no parameter of the model is quantized; call quantize_ first.")
     if config is None:
@@ -84,11 +86,21 @@ def make_savable(model: nn.Module, config: IntScaleConfig | None = None) -> nn.M
 def save_safetensors(model: nn.Module, path: PathLike) -> None:
     """Write the model's state dict, quantized weights included, into one safetensors file.
 
-    Tied weights are written once for each of their names.
+    Tied weights are written once for each of their names. A model that is divided among ranks is gathered: every rank calls
+    this, and rank 0 writes the file that it would have written before.
+
+    Raises:
+        ShardingError: shards do not fit together (``tensor_parallel.gather_shards``).
     """
     from safetensors.torch import save_file
 
-    state = {_stored_name(n): t if isinstance(t, IntScaleTensor) else t.detach() for n, t in model.state_dict().items()}
+    if is_divided(model):
+        whole = gather_shards(model)
+        if torch.distributed.get_rank():
+            return
+    else:
+        whole = model.state_dict()
+    state = {_stored_name(n): t if isinstance(t, IntScaleTensor) else t.detach() for n, t in whole.items()}
     tensors, metadata = flatten_tensor_state_dict(state)
     separate, seen = {}, set()
     for name, tensor in tensors.items():

@@ -21,6 +21,7 @@ from .after_import import after_import
 from .checkpoint import PathLike, stored_tensor
 from .errors import CheckpointError, ShardingError
 from .local_tensors import is_dtensor, local_tensor
+from .sharded_saving import gather_shards, is_divided
 from .sharding import PER_WEIGHT, Layout, chunk
 from .tensor import DATA_NAMES
 
@@ -136,12 +137,15 @@ def local_header(text: str, shape: tuple[int, ...]) -> str:
     return json.dumps(header)
 
 
-def read_shards(path: PathLike, divided: Mapping[str, tuple[int, int]], rank: int, ranks: int) -> dict[str, Tensor]:
+def read_shards(
+    path: PathLike, divided: Mapping[str, tuple[int, int, int]], rank: int, ranks: int
+) -> dict[str, Tensor]:
     """This rank's shards of the tensors in a file of ``save_safetensors``; nothing else is read.
 
     Args:
         path: the file.
-        divided: names of the tensors to divide, with the dimension, from the end, and how many projections lie packed in it.
+        divided: names of the tensors to divide, with the dimension, from the end, how many projections lie packed in it,
+            and how many ranks in a row read the same shard.
         rank, ranks: which shard of how many.
 
     Raises:
@@ -157,7 +161,9 @@ def read_shards(path: PathLike, divided: Mapping[str, tuple[int, int]], rank: in
             parts = stored_parts({key: file.get_slice(key) for key in file.keys()}, metadata)
             for name in json.loads(metadata["tensor_names"]):
                 public = name.removeprefix(".")
-                state[public] = _read_shard(name, parts, metadata, divided.get(public), rank, ranks, path)
+                dim, packed, copies = divided.get(public, (None, 1, 1))
+                cut = None if dim is None else (dim, packed)
+                state[public] = _read_shard(name, parts, metadata, cut, rank // copies, ranks // copies, path)
     except FileNotFoundError:
         raise
     except KeyError as error:
@@ -203,10 +209,11 @@ def _read(stored: Any, name: str, divided: Optional[tuple[int, int]], rank: int,
 
 
 def register_sharded_loading() -> None:
-    """Let ``from_pretrained(..., tp_plan="auto")`` read quantized checkpoints shard by shard."""
+    """Let ``from_pretrained(..., tp_plan="auto")`` read quantized checkpoints shard by shard, and ``save_pretrained`` gather."""
     after_import("transformers.modeling_utils", _hook_loading)
     after_import("transformers.distributed.sharding_utils", _hook_sharding)
     after_import("transformers.integrations.torchao", _hook_deserializing)
+    after_import("transformers.quantizers.quantizer_torchao", _hook_saving)
 
 
 def _hook_loading(modeling: Any) -> None:
@@ -221,6 +228,10 @@ def _hook_deserializing(integration: Any) -> None:
     _wrap(integration.TorchAoDeserialize, "convert", _with_local_headers)
 
 
+def _hook_saving(quantizers: Any) -> None:
+    _wrap(quantizers.TorchAoHfQuantizer, "get_state_dict_and_metadata", _gathering)
+
+
 def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
     """Put ``wrapper`` around a function of transformers, once; what another version does not have is left alone."""
     function = getattr(owner, name, None)
@@ -228,6 +239,26 @@ def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> Non
         wrapped = wrapper(function)
         setattr(wrapped, _HOOKED, True)
         setattr(owner, name, wrapped)
+
+
+def _gathering(get_state: Callable) -> Callable:
+    @functools.wraps(get_state)
+    def gathered(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_divided(model):
+            return get_state(self, model, *args, **kwargs)
+        return get_state(self, _WithState(gather_shards(model)), *args, **kwargs)
+
+    return gathered
+
+
+class _WithState:
+    """What the quantizer asks of a model."""
+
+    def __init__(self, state: dict[str, Tensor]):
+        self._state = state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._state
 
 
 def _reading_shards(load: Callable) -> Callable:

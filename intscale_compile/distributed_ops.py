@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchao.utils import fill_defaults
 
-from .errors import ShardingError
+from .errors import ShardingError, UnsupportedOpError
 from .sharding import Layout, shard_features
 from .tensor import IntScaleTensor
 from .tensor_ops import stored_dim
@@ -43,6 +43,15 @@ def _(func, types, args, kwargs):
     return tensor.replaced(**{name: torch.empty_like(getattr(tensor, name)) for name in tensor.data_names})
 
 
+@implements([aten.is_pinned.default, torch.ops._c10d_functional.all_gather_into_tensor.default])
+def _(func, types, args, kwargs):
+    """What ``torch.distributed.checkpoint`` and ``DTensor.full_tensor`` ask first: both would lose parts of a weight."""
+    raise UnsupportedOpError(
+        f"IntScaleTensor: {func} is not defined on packed data; to save or gather a sharded model use "
+        "intscale_compile.tensor_parallel.gather_shards or save_shards."
+    )
+
+
 def _same_layout(tensors: list[IntScaleTensor]) -> None:
     first = tensors[0]
     for other in tensors[1:]:
@@ -60,6 +69,11 @@ def _check_received(tensor: IntScaleTensor) -> None:
         )
 
 
+def _sendable(part: Tensor) -> Tensor:
+    """The same memory in a dtype that backends send: neither gloo nor NCCL knows int16."""
+    return part.view(torch.uint8) if part.dtype == torch.int16 else part
+
+
 def _register_collectives() -> None:
     """Scatter and broadcast: of each part, one after another."""
 
@@ -68,10 +82,9 @@ def _register_collectives() -> None:
         outputs, inputs, *rest = args
         _same_layout([*outputs, *(tensor for given in inputs for tensor in given)])
         for name in outputs[0].data_names:
-            received = [getattr(output, name) for output in outputs]
-            work = func(
-                received, [[getattr(t, name).contiguous() for t in given] for given in inputs], *rest, **kwargs
-            )[1]
+            received = [_sendable(getattr(output, name)) for output in outputs]
+            sent = [[_sendable(getattr(t, name).contiguous()) for t in given] for given in inputs]
+            work = func(received, sent, *rest, **kwargs)[1]
             work.wait()
         _check_received(outputs[0])
         return outputs, work
@@ -81,7 +94,7 @@ def _register_collectives() -> None:
         tensors, *rest = args
         parts: list[Tensor] = [getattr(tensors[0], name) for name in tensors[0].data_names]
         for part in parts:
-            work = func([part], *rest, **kwargs)[1]
+            work = func([_sendable(part)], *rest, **kwargs)[1]
             work.wait()
         _check_received(tensors[0])
         return tensors, work

@@ -201,6 +201,54 @@ def shard(
     return part.replaced(**{n: owned(getattr(part, n)) for n in part.data_names})
 
 
+def unshard(shards: Sequence[IntScaleTensor], dim: int, *, packed: int = 1, name: str = "weight") -> IntScaleTensor:
+    """The weight that :func:`shard` divided, from all of its shards in order: the same bits.
+
+    Args:
+        shards, dim, packed, name: as :func:`shard` gives and takes them.
+
+    Raises:
+        ShardingError: feature shards with different row scales: each was quantized by itself.
+    """
+    from .tensor_ops import concatenate, stored_dim
+
+    first = shards[0]
+    stored = stored_dim(first, dim)
+    if stored == first.dim() - 1:
+        return _join_features(shards, name)
+    if stored < first.dim() - 2:
+        return torch.cat(list(shards), dim=dim)  # type: ignore[return-value]
+    if packed > 1:
+        size = first.out_features // packed
+        shards = [shard_rows(s, [(i * size, i * size + size)], name) for i in range(packed) for s in shards]
+    return concatenate(list(shards), stored).to_packing(first.packing_format)
+
+
+def shared_parts(weight: IntScaleTensor) -> list[str]:
+    """Names of the parts that shards of input features have in common."""
+    per_row = ("per_tensor_scale", *(PER_GROUP if weight.group_size == -1 else ()), *PER_WEIGHT)
+    return [name for name in weight.data_names if name in per_row]
+
+
+def _join_features(shards: Sequence[IntScaleTensor], name: str) -> IntScaleTensor:
+    """Codes, group scales and zero points one after another, packed and padded anew."""
+    first = shards[0].to_packing("plain")
+    if any(not torch.equal(getattr(s, n), getattr(shards[0], n)) for n in shared_parts(first) for s in shards[1:]):
+        raise ShardingError(
+            f"{name}: its shards have different row scales, so each was quantized by itself: they cannot be joined."
+        )
+    features, group = sum(s.in_features for s in shards), first.group_size
+    codes = fmt.pad_codes(torch.cat([s.codes for s in shards], dim=-1), features, group)
+    parts = {"qdata": codes if first.weight_bits == 8 else fmt.pack_int4(codes, group)}
+    for part, whole in (("scale", "group_scale"), ("zero_point", "group_zero_point")):
+        if getattr(first, part) is None or group == -1:
+            continue
+        real = torch.cat([getattr(s, whole)[..., : -(-s.in_features // group)] for s in shards], dim=-1)
+        missing = fmt.num_groups(features, group) - real.shape[-1]
+        parts[part] = torch.nn.functional.pad(real, (0, missing), value=1 if part == "scale" else 0)
+    return first.replaced(**parts, in_features=features).to_packing(shards[0].packing_format)
+
+
 def owned(part: Tensor) -> Tensor:
     """``part``, contiguous and in memory of its own: a view would keep the whole weight alive."""
     return part.clone(memory_format=torch.contiguous_format) if part._is_view() or not part.is_contiguous() else part

@@ -14,6 +14,7 @@ that of one device by this rounding, not by more, and is as accurate.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -27,10 +28,14 @@ from .checkpoint import PathLike
 from .checkpoint_shards import read_shards
 from .errors import CheckpointError, ConfigError, InputError, ShardingError
 from .reasons import log_once
+from .sharded_saving import RECORD, Cut, Divided, gather_shards, load_shards, save_shards
 from .sharding import Layout, chunk, owned, shard
 from .tensor import IntScaleTensor
 
+__all__ = ["STYLES", "Style", "gather_shards", "load_sharded", "load_shards", "parallelize", "resolve", "save_shards"]
+
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")  # their rows are heads
+HEADS_PER_KEY = "num_key_value_groups"  # attribute of transformers' attention: query heads that share a key
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,13 @@ STYLES: dict[str, Style] = {  # the names are those of transformers' plans
 
 @dataclass(frozen=True)
 class Division:
-    """One weight of a model and how it is divided."""
+    """One weight of a model and how it is divided; ``copies`` ranks in a row take one and the same shard."""
 
     module: nn.Module
     leaf: str
     name: str
     style: Style
+    copies: int = 1
 
     @property
     def weight(self) -> Tensor:
@@ -83,6 +89,7 @@ class Division:
         """Raise ``ShardingError`` unless the weight can be divided so."""
         weight, dim = self.weight, self.style.dim
         assert dim is not None
+        rank, ranks = rank // self.copies, ranks // self.copies
         if not isinstance(weight, IntScaleTensor):
             chunk(weight.shape[dim], rank, ranks * self.style.packed, self.name)
         elif (dim == -1) != weight.transposed:
@@ -94,6 +101,7 @@ class Division:
         """This rank's shard."""
         dim, packed = self.style.dim, self.style.packed
         assert dim is not None
+        rank, ranks = rank // self.copies, ranks // self.copies
         weight = self.weight.detach()
         if isinstance(weight, IntScaleTensor):
             return shard(weight, dim, rank, ranks, packed=packed, name=self.name)
@@ -127,13 +135,12 @@ def parallelize(model: nn.Module, mesh: Any = None, plan: Union[str, Mapping[str
         log_once(logging.INFO, "tensor parallelism over one rank: the model stays as it is.")
         return model
     chosen = [entry for entry in resolve(model, plan) if not _is_tied(model, *entry)]
-    divisions = [division for module, name, style in chosen for division in _divisions(module, name, style)]
+    divisions = _all_divisions(model, chosen, ranks)
     for division in divisions:
         division.check(rank, ranks)
-        _check_heads(model, division, ranks)
     for division in divisions:
         _assign(division.module, division.leaf, division.local(rank, ranks))
-    _finish(model, chosen, group)
+    _finish(model, chosen, divisions, group)
     return model
 
 
@@ -157,13 +164,11 @@ def load_sharded(
     group = group_of(mesh)
     rank, ranks = group.rank(), group.size()
     chosen = [entry for entry in resolve(model, plan) if not _is_tied(model, *entry)]
-    divisions = {d.name: d for module, name, style in chosen for d in _divisions(module, name, style)}
-    for division in divisions.values():
-        _check_heads(model, division, ranks)
-    wanted = {name: (d.style.dim or -1, d.style.packed) for name, d in divisions.items()}
+    divisions = _all_divisions(model, chosen, ranks)
+    wanted = {d.name: (d.style.dim or -1, d.style.packed, d.copies) for d in divisions}
     _fill(model, read_shards(path, wanted, rank, ranks), path)
     if ranks > 1:
-        _finish(model, chosen, group)
+        _finish(model, chosen, divisions, group)
     return model
 
 
@@ -254,15 +259,32 @@ def _is_tied(model: nn.Module, module: nn.Module, name: str, style: Style) -> bo
     return tied
 
 
-def _check_heads(model: nn.Module, division: Division, ranks: int) -> None:
-    """Each rank needs whole attention heads."""
-    parent, _, leaf = division.name.removesuffix(".weight").rpartition(".")
-    head = getattr(model.get_submodule(parent), "head_dim", None) if leaf in ATTENTION_INPUTS else None
+def _all_divisions(model: nn.Module, chosen: list[tuple[nn.Module, str, Style]], ranks: int) -> list[Division]:
+    """The weights that a plan divides, and how many ranks share each shard."""
+    divisions = [division for module, name, style in chosen for division in _divisions(module, name, style)]
+    return [dataclasses.replace(division, copies=_copies(model, division, ranks)) for division in divisions]
+
+
+def _copies(model: nn.Module, division: Division, ranks: int) -> int:
+    """How many ranks need the same rows: each rank needs whole heads, and may share those of keys and values.
+
+    Raises:
+        ShardingError: the heads cannot be divided so.
+    """
+    parent, _, leaf = division.name.rpartition(".")[0].rpartition(".")
+    attention = model.get_submodule(parent)
+    head = getattr(attention, "head_dim", None) if leaf in ATTENTION_INPUTS else None
     rows = division.weight.shape[0]
-    if isinstance(head, int) and head > 0 and rows // ranks % head:
-        raise ShardingError(
-            f"{division.name}: {rows // head} heads cannot be divided evenly among {ranks} ranks: use a number that divides them."
-        )
+    if not isinstance(head, int) or head <= 0 or rows // ranks % head == 0:
+        return 1
+    heads = rows // head
+    shared = getattr(attention, HEADS_PER_KEY, None) if leaf != "q_proj" else None
+    if isinstance(shared, int) and rows % head == 0 and ranks % heads == 0 and shared % (ranks // heads) == 0:
+        return ranks // heads
+    raise ShardingError(
+        f"{division.name}: {heads} heads cannot be divided evenly among {ranks} ranks: use a number that divides them"
+        + (" or, for keys and values, a multiple of it that divides the query heads." if leaf != "q_proj" else ".")
+    )
 
 
 def _assign(module: nn.Module, leaf: str, value: Tensor) -> None:
@@ -271,19 +293,30 @@ def _assign(module: nn.Module, leaf: str, value: Tensor) -> None:
         module.out_features, module.in_features = value.shape
 
 
-def _finish(model: nn.Module, chosen: list[tuple[nn.Module, str, Style]], group: Any) -> None:
+def _finish(
+    model: nn.Module, chosen: list[tuple[nn.Module, str, Style]], divisions: list[Division], group: Any
+) -> None:
     """Install the collectives, and leave biases that are added before a sum on one rank. From now on for inference."""
     model.requires_grad_(False)
+    alone = []
+    for division in divisions:
+        if division.copies > 1 and division.name.endswith("k_proj.weight"):
+            attention = model.get_submodule(division.name.removesuffix(".k_proj.weight"))
+            setattr(attention, HEADS_PER_KEY, getattr(attention, HEADS_PER_KEY) // division.copies)
     for module, name, style in chosen:
         if name.rpartition(".")[2] in dict(module.named_parameters(recurse=False)):
             continue
         bias = getattr(module, "bias", None)
-        if style.output == "sum" and style.dim is not None and isinstance(bias, Tensor) and group.rank():
-            _assign(module, "bias", torch.zeros_like(bias))
+        if style.output == "sum" and style.dim is not None and isinstance(bias, Tensor):
+            alone.append(f"{name}.bias")
+            if group.rank():
+                _assign(module, "bias", torch.zeros_like(bias))
         if style.splits_input:
             module.register_forward_pre_hook(_split_input(group))
         if style.output:
             module.register_forward_hook(_after(style.output, group))
+    cuts = {d.name: Cut(group, d.style.dim or -1, d.style.packed, d.copies) for d in divisions}
+    model.__dict__.setdefault(RECORD, []).append(Divided(cuts, tuple(alone)))
 
 
 def _after(kind: str, group: Any) -> Callable:

@@ -18,7 +18,7 @@ from typing import Optional
 
 import numpy as np
 
-from .link_table import PLAIN, Key, Link, Times
+from .link_table import OPS, PLAIN, Key, Link, Times
 from .message import WireFormat
 
 NEVER = sys.maxsize  # a threshold that no message reaches
@@ -135,6 +135,12 @@ def threshold(link: Link, times: Times, op: str, wire: str) -> Threshold:
         faster = [model.quantized_us(n, wire) * MARGIN < model.plain_us(n) for n in sizes]
         return Threshold(_first_of_the_rest(sizes, faster), "fitted")
     return Threshold(BUILT_IN.get((link.backend, link.hosts == 1), BUILT_IN_OTHER), "built-in")
+
+
+def thresholds(link: Link, times: Times) -> dict[Key, Threshold]:
+    """The thresholds of everything that was measured on a link, in the order of ``OPS``, widest formats first."""
+    keys = [key for op in OPS for key in sorted(times, reverse=True) if key.op == op and key.wire != PLAIN]
+    return {key: threshold(link, times, *key) for key in keys}
 
 
 def _first_of_the_rest(sizes: Sequence[int], faster: Sequence[bool]) -> int:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +80,11 @@ def folder() -> Path:
     """Where tables of links are."""
     named = os.environ.get(VARIABLE)
     return Path(named).expanduser() if named else user_folder() / "links"
+
+
+def tables() -> list[Path]:
+    """The tables of this user's links."""
+    return sorted(folder().glob("*.json")) if folder().is_dir() else []
 
 
 def table_path(link: Link) -> Path:
@@ -155,6 +161,25 @@ def _times(path: Path, link: Link, *_: int) -> Times:
     return times
 
 
+def check_table(path: Path, link: Link) -> None:
+    """Raise ``ConfigError`` unless a table of this link can be written or merged here: before anything is measured."""
+    if path.exists() and (found := read_table(path)[0]) != link:
+        raise _fail(path, f"is for the link {found}, not {link}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"table of a link {path} cannot be written ({error.strerror or error}): name another file, or set {VARIABLE} to a "
+        "folder that you may write to."
+    )
+
+
 def write_table(path: Path, link: Link, header: dict[str, Any], times: Times) -> None:
     """Write a table in one step, one entry a line; what it held for other keys and sizes stays.
 
@@ -176,4 +201,4 @@ def write_table(path: Path, link: Link, header: dict[str, Any], times: Times) ->
     try:
         write_entries(path, {"version": VERSION, "link": dataclasses.asdict(link), **header}, entries)
     except OSError as error:
-        raise ConfigError(f"table of a link {path} cannot be written ({error}): set {VARIABLE} to a folder.") from error
+        raise _unwritable(path, error) from error

@@ -3,17 +3,20 @@
 As a command, one process a rank:
 
     torchrun --nproc-per-node 2 -m intscale_compile.communication --seconds 120
+
+``intscale tune --link`` starts the ranks of one host itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -22,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CommunicationError, ConfigError, IntScaleError
-from .link_cost import threshold
-from .link_table import OPS, PLAIN, Key, Link, Times, link_of, table_path, write_table
+from .link_cost import thresholds
+from .link_table import OPS, PLAIN, Key, Link, Times, check_table, link_of, read_table, table_path, write_table
 from .message import WireFormat
 from .ops import ALL_GATHER_OP, ALL_REDUCE_OP, REDUCE_SCATTER_OP
 from .transport import all_gather_tensor, reduce_scatter_tensor
@@ -66,7 +69,8 @@ def tune_link(
 
     Raises:
         CommunicationError: there is no process group, or it has one rank.
-        ConfigError: a wire format, size or collective is not supported, or the table to merge with is malformed.
+        ConfigError: a wire format, size or collective is not supported; or, on every rank, one of them cannot write its
+            table, or the table to merge with is malformed.
     """
     if not dist.is_initialized():
         raise CommunicationError("tune_link: call torch.distributed.init_process_group first.")
@@ -74,12 +78,16 @@ def tune_link(
     assert group is not None
     if group.size() < 2:
         raise CommunicationError("tune_link: the group has one rank: there is no link to measure.")
-    wires = [str(WireFormat.parse(wire)) for wire in wires]
-    sizes = _checked(sizes, ops, group.size())
+    wires, sizes = checked(wires, sizes, ops, group.size())
     where = _device(group) if device is None else torch.device(device)
     link, show = link_of(group, where), progress and group.rank() == 0
     bench, left = _Bench(group, where), []
     times: Times = {}
+    target = table_path(link) if path is None else Path(path)
+    writes = os.environ.get("LOCAL_RANK", "0") == "0" or group.rank() == 0
+    with bench.failing_together():
+        if writes:
+            check_table(target, link)
     start = time.monotonic()
     for nbytes in sizes:
         if seconds is not None and bench.agreed(time.monotonic() - start) > seconds:
@@ -91,23 +99,28 @@ def tune_link(
                 times.setdefault(Key(op, form), {})[nbytes] = round(us, 2)
             if show:
                 print(_line(op, nbytes, found), flush=True)
-    target = table_path(link) if path is None else Path(path)
-    if os.environ.get("LOCAL_RANK", "0") == "0" or group.rank() == 0:
-        write_table(target, link, {"torch": torch.__version__, "date": _today()}, times)
-    dist.barrier(group)
+    with bench.failing_together():
+        if writes:
+            write_table(target, link, {"torch": torch.__version__, "date": _today()}, times)
     if show:
-        _summary(link, times, wires, left, seconds, target)
+        _summary(link, left, seconds, target)
     return times
 
 
-def _checked(sizes: Iterable[int], ops: Sequence[str], ranks: int) -> list[int]:
+def checked(wires: Sequence[str], sizes: Iterable[int], ops: Sequence[str], ranks: int) -> tuple[list[str], list[int]]:
+    """Names of the wire formats, and sizes that divide evenly among the ranks.
+
+    Raises:
+        ConfigError: one of them, or one of ``ops``, is not supported.
+    """
+    names = [str(WireFormat.parse(wire)) for wire in wires]
     found = sorted(set(sizes))
     least = 2 * ranks * 128  # a group of every wire format on every rank
     if not found or not all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in found):
         raise ConfigError(f"tune_link: sizes={found!r} are not supported: use integers of at least {least} bytes.")
     if any(op not in OPS for op in ops) or not ops:
         raise ConfigError(f"tune_link: ops={tuple(ops)!r} are not supported: use some of {OPS}.")
-    return [n // (2 * ranks) * (2 * ranks) for n in found]
+    return names, [n // (2 * ranks) * (2 * ranks) for n in found]
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:
@@ -129,6 +142,20 @@ class _Bench:
         value = torch.tensor([number], dtype=torch.float32, device=self.device)
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
         return float(value)
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """What one rank cannot do fails on every rank: no rank waits for one that has left."""
+        failed: Optional[IntScaleError] = None
+        try:
+            yield
+        except IntScaleError as error:
+            failed = error
+        together = self.agreed(float(failed is not None)) > 0
+        if failed is not None:
+            raise failed
+        if together:
+            raise ConfigError("tune_link: another rank cannot write its table of this link: its own message says why.")
 
     def times(self, op: str, wires: Sequence[str], nbytes: int) -> dict[str, float]:
         """Median microseconds of the plain collective and of each wire format, measured in turn."""
@@ -194,15 +221,28 @@ def _line(op: str, nbytes: int, found: dict[str, float]) -> str:
     return f"{op} {nbytes:>11,} bytes: plain {plain:.1f} us, {others}"
 
 
-def _summary(
-    link: Link, times: Times, wires: Sequence[str], left: list[int], seconds: Optional[float], target: Path
-) -> None:
-    for op in sorted({key.op for key in times}):
-        found = ", ".join(f"{wire} {threshold(link, times, op, wire)}" for wire in wires)
-        print(f"tune_link: {op} is quantized from so many bytes on: {found}", flush=True)
+def _summary(link: Link, left: list[int], seconds: Optional[float], target: Path) -> None:
+    """What compiled models go by from now on: the whole table, with what it held before."""
+    found = thresholds(link, read_table(target)[1])
+    for op in dict.fromkeys(key.op for key in found):
+        words = ", ".join(f"{key.wire} {least}" for key, least in found.items() if key.op == op)
+        print(f"tune_link: {op} is quantized from so many bytes on: {words}", flush=True)
     if left:
         print(f"tune_link: the {seconds} s are over; left out: {', '.join(f'{n:,}' for n in left)} bytes", flush=True)
     print(f"tune_link: {link} written to {target}", flush=True)
+
+
+@contextlib.contextmanager
+def process_group(backend: Optional[str] = None) -> Iterator[None]:
+    """The default group, made from the variables that torchrun sets; by default NCCL where there are GPUs, else gloo."""
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(backend)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
@@ -217,13 +257,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--path", help="table to write; default: the one that is read")
     parser.add_argument("--seconds", type=float, help="budget")
     args = parser.parse_args(arguments)
-    backend = args.backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend)
     try:
-        tune_link(wires=args.wires, sizes=args.sizes, ops=args.ops, path=args.path, seconds=args.seconds)
+        with process_group(args.backend):
+            tune_link(wires=args.wires, sizes=args.sizes, ops=args.ops, path=args.path, seconds=args.seconds)
     except IntScaleError as error:
         sys.exit(f"error: {error}")
-    finally:
-        dist.destroy_process_group()

@@ -120,7 +120,8 @@ def _local(rewrite: GraphRewrite, node: fx.Node) -> fx.Node:
         source = source.args[0]  # type: ignore[assignment]
     if _does(source, FROM_LOCAL):
         return source.args[0]  # type: ignore[return-value]
-    return rewrite.call(to_local, (node,), like=node, value=local_tensor(example(node)))
+    shared = next((user for user in source.users if user.target is to_local), None)  # of a sibling: one tensor for both
+    return shared or rewrite.call(to_local, (source,), like=node, value=local_tensor(example(source)))
 
 
 def _placements(node: Any) -> Any:

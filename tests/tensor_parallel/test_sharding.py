@@ -8,7 +8,7 @@ import torch
 from intscale_compile import IntScaleConfig, IntScaleTensor, ShardingError
 from intscale_compile.checkpoint_shards import StoredPart
 from intscale_compile.kernels.w4a8_linear import reference_accumulate
-from intscale_compile.sharding import Layout, shard, shard_features
+from intscale_compile.sharding import Layout, shard, shard_features, unshard
 
 CONFIGS = {
     "group 32": IntScaleConfig(32),
@@ -162,3 +162,47 @@ def test_stored_parts_are_read_by_rows_and_features(name, packing):
             assert torch.equal(stored[ranges], getattr(expected, part)), part
     with pytest.raises(ShardingError, match="proj"):
         shard_features(random_weight(IntScaleConfig(128), 128, 1024), 64, 1024, "proj")
+
+
+def same_bits(found: IntScaleTensor, wanted: IntScaleTensor) -> bool:
+    """Whether two weights have the same parts, padding included, and the same attributes."""
+    return found.__tensor_flatten__() == wanted.__tensor_flatten__() and all(
+        getattr(found, n).dtype == getattr(wanted, n).dtype and torch.equal(getattr(found, n), getattr(wanted, n))
+        for n in wanted.data_names
+    )
+
+
+@pytest.mark.parametrize("packing", ["plain", "tiled"])
+@pytest.mark.parametrize("name", [*CONFIGS, "asymmetric"])
+def test_joined_shards_are_the_weight_again(name, packing):
+    whole = random_weight(CONFIGS.get(name, IntScaleConfig(64)), 96, 1024, name == "asymmetric").to_packing(packing)
+    whole = whole.with_activation_scale(0.02)
+    for dim in (0, 1):
+        shards = [shard(whole, dim, i, 4) for i in range(4)]
+        assert same_bits(unshard(shards, dim), whole)
+        assert same_bits(unshard([s.t() for s in shards], 1 - dim), whole.t())
+    packed = [shard(whole, 0, i, 3, packed=2) for i in range(3)]
+    assert same_bits(unshard(packed, 0, packed=2), whole)
+
+
+def test_joined_cuts_within_packing_blocks_and_padding():
+    for config, features, count in (
+        (IntScaleConfig(32), 288, 3),
+        (IntScaleConfig(-1), 300, 4),
+        (IntScaleConfig(256), 768, 3),
+    ):
+        whole = random_weight(config, 80, features)
+        assert same_bits(unshard([shard(whole, 1, i, count) for i in range(count)], 1), whole)
+    uneven = random_weight(IntScaleConfig(128), 80, 320)
+    assert same_bits(unshard([shard_features(uneven, 0, 256), shard_features(uneven, 256, 320)], 1), uneven)
+    stack = IntScaleTensor.from_hp(torch.randn(4, 128, 256), IntScaleConfig(64))
+    for dim in range(3):
+        assert same_bits(unshard([shard(stack, dim, i, 2) for i in range(2)], dim), stack)
+    assert same_bits(unshard([shard(stack, 1, i, 2, packed=2) for i in range(2)], 1, packed=2), stack)
+
+
+def test_shards_that_were_quantized_apart_are_not_joined():
+    apart = [random_weight(IntScaleConfig(64), 64, 128) for _ in range(2)]
+    assert unshard(apart, 0).shape == (128, 128)
+    with pytest.raises(ShardingError, match="mlp.down: its shards have different row scales"):
+        unshard(apart, 1, name="mlp.down")
