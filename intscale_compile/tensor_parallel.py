@@ -331,7 +331,9 @@ def _after(kind: str, group: Any) -> Callable:
 
     def gather_features(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         _for_inference(output)
-        return collectives.wait_tensor(gather(output, output.dim() - 1, group))
+        # Along a new first dimension: along another one, torch 2.11 calls what Dynamo does not trace.
+        parts = collectives.wait_tensor(gather(output.contiguous().unsqueeze(0), 0, group))
+        return parts.movedim(0, -2).flatten(-2)
 
     return sum_of_ranks if kind == "sum" else gather_features
 
