@@ -4,6 +4,7 @@
     python benchmarks/accuracy.py tiny-mixtral --presets gptq best
     python benchmarks/accuracy.py tiny-llama --outliers --rows 4
     python benchmarks/accuracy.py HUB_NAME --json result.json
+    python benchmarks/accuracy.py tiny-llama --presets gptq --rows float 8 4 --seeds 4 --jitter 3
 
 Text held out: the standard library modules named in ``heldout_stdlib_modules.txt``, as in perplexity.py. Calibration text:
 modules of the running Python's standard library that are not named there.
@@ -12,11 +13,15 @@ Rows of a preset: ``float`` group scales (fake quantized); ``1024`` and ``layer`
 Integer Scale (arXiv 2405.14597) published it; ``8``: the codes of that run, integer scales of 8 bits row by row; ``4``: the
 preset as it ships, codes rounded for integer scales of 4 bits. Logit error is the signal to noise of the logits less their
 mean, in dB, and the mean Kullback-Leibler divergence of the next-token distributions from the original model's.
+
+``--seeds`` calibrates on several samples of text (and injects other outliers), ``--jitter`` measures each row again with row
+scales changed by 1e-6, which is how much of a figure is chance; either ends with the table of paired.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -25,9 +30,10 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import paired
 import torch
 import transformers
 from perplexity import MODULE_LIST, default_model, held_out_sequences
@@ -38,22 +44,29 @@ from torch.nn import functional as F
 from intscale_compile.calibration import PRESETS, calibrate, recipe
 from intscale_compile.calibration.outliers import inject_outliers
 from intscale_compile.calibration.pipeline import make_integer
+from intscale_compile.calibration.solve import FloatScaleWeight, frozen
 from intscale_compile.errors import OverflowProofError
+from intscale_compile.tensor import IntScaleTensor
 
 ROWS = {
-    "float": ("float group scales", None),
+    "float": (paired.FLOAT, None),
     "1024": ("integer, amplifier 1024", {"amplifier": 1024}),
     "layer": ("integer, Listing 1", {"amplifier": "layer"}),
     "8": ("integer, 8 bits", {"scale_bits": 8}),
     "4": ("integer, 4 bits", None),
 }
+JITTER = 1e-6  # relative: a few units in the last place of fp32
 # No programs, or tables rather than programs.
 NOT_CALIBRATION = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "encodings", "pydoc_data"}
 
 
 @dataclass
 class Result:
-    """One row; ``seconds`` is calibration alone, ``bits`` the mean bits of a quantized weight with its scales."""
+    """One row; ``seconds`` is calibration alone, ``bits`` the mean bits of a quantized weight with its scales.
+
+    ``losses`` are those of every held-out sequence, the mean of all readings; ``noise`` is the standard deviation of the
+    perplexity of one reading in percent, NaN where there is only one. KL and dB are of the first reading.
+    """
 
     preset: str
     scales: str
@@ -62,6 +75,9 @@ class Result:
     snr: float = math.inf
     bits: float = 32.0
     seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    noise: float = math.nan
+    seed: int = 0
 
 
 def calibration_sequences(tokenizer, module_list: Path, sequences: int, tokens: int, seed: int = 0) -> Tensor:
@@ -81,10 +97,17 @@ def calibration_sequences(tokenizer, module_list: Path, sequences: int, tokens: 
 
 
 class Reference:
-    """The original model's predictions on the held-out text, to measure others against."""
+    """The original model's predictions on the held-out text, to measure others against.
 
-    def __init__(self, model: nn.Module, sequences: Tensor):
+    Args:
+        model: the original.
+        sequences: token ids ``[S, T]``.
+        jitter: how often a quantized model is measured again with slightly other row scales.
+    """
+
+    def __init__(self, model: nn.Module, sequences: Tensor, jitter: int = 0):
         self.sequences = sequences
+        self.jitter = jitter
         self.logits = [self._logits(model, ids) for ids in sequences]
 
     @staticmethod
@@ -105,8 +128,44 @@ class Reference:
             difference = found - found.mean(-1, keepdim=True) - centered
             signal, noise = signal + centered.square().sum().item(), noise + difference.square().sum().item()
         snr = 10 * math.log10(signal / noise) if noise else math.inf
-        perplexity = math.exp(statistics.fmean(losses))
-        return Result(preset, scales, perplexity, statistics.fmean(divergences), snr, mean_bits(model))
+        readings = [losses, *self._again(model)]
+        means = [statistics.fmean(reading) for reading in readings]
+        losses = [statistics.fmean(column) for column in zip(*readings)]
+        result = Result(preset, scales, math.exp(statistics.fmean(means)), statistics.fmean(divergences), snr)
+        result.bits, result.losses = mean_bits(model), losses
+        result.noise = 100 * statistics.stdev(means) if len(means) > 1 else math.nan
+        return result
+
+    def _again(self, model: nn.Module) -> Iterator[list[float]]:
+        for seed in range(self.jitter):
+            with jittered(model, seed) as changed:
+                if not changed:  # the original: nothing is rounded
+                    return
+                found = ((self._logits(model, ids), ids) for ids in self.sequences)
+                yield [F.cross_entropy(logits[:-1], ids[1:]).item() for logits, ids in found]
+
+
+@contextlib.contextmanager
+def jittered(model: nn.Module, seed: int, size: float = JITTER) -> Iterator[int]:
+    """A quantized model with its row scales times ``1 + size * normal``, for a while; yields how many weights that were."""
+    generator, kept = torch.Generator().manual_seed(seed), []
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if not isinstance(weight, (IntScaleTensor, FloatScaleWeight)):
+                continue
+            rows = weight.source.steps[..., :1] if isinstance(weight, FloatScaleWeight) else weight.row_scale
+            factors = 1 + size * torch.randn(rows.shape, generator=generator).to(rows.device)
+            kept.append((module, name, weight))
+            if isinstance(weight, FloatScaleWeight):
+                changed = weight.with_row_factors(factors.mT if weight.kept_transposed else factors)
+            else:
+                changed = weight.replaced(per_tensor_scale=rows * factors)
+            setattr(module, name, frozen(changed))
+    try:
+        yield len(kept)
+    finally:
+        for module, name, weight in kept:
+            setattr(module, name, weight)
 
 
 def mean_bits(model: nn.Module) -> float:
@@ -119,7 +178,8 @@ def mean_bits(model: nn.Module) -> float:
 
 def results(model: nn.Module, data: Tensor, reference: Reference, presets, rows, changes: dict) -> Iterator[Result]:
     """Calibrate and measure, row by row."""
-    yield Result("original", "", reference.measure(model, "", "").perplexity)
+    original = reference.measure(model, "", "")
+    yield Result("original", "", original.perplexity, losses=original.losses)
     for preset in presets:
         if chosen := [row for row in rows if row != "4"]:
             calibrated = copy.deepcopy(model)
@@ -170,7 +230,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=24, help="held-out sequences")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--calibration", type=int, default=128, help="calibration sequences")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration text")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration text, and of outliers")
+    parser.add_argument("--seeds", type=int, default=1, help="how many samples of calibration text, from --seed on")
+    parser.add_argument("--jitter", type=int, default=0, help="further readings of a row, row scales changed by 1e-6")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of every recipe")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--module-list", type=Path, default=default_model().parent / MODULE_LIST)
@@ -198,21 +260,37 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2)
     tokenizer, model = load_model(args.model, args.device)
     held_out = held_out_sequences(tokenizer, args.module_list, args.sequences, args.tokens)
-    data = calibration_sequences(tokenizer, args.module_list, args.calibration, args.tokens, args.seed)
-    if args.outliers:
-        inject_outliers(model)
-    reference = Reference(model, held_out)
     title = f"{Path(args.model).name}{' with outliers' if args.outliers else ''}"
-    print(f"{title}: {args.sequences} x {args.tokens} held-out tokens, {len(data)} x {args.tokens} for calibration\n")
-    print("| preset | group scales | perplexity | KL | logits, dB | bits | seconds |\n|---|---|---|---|---|---|---|")
-    kept = []
-    for result in results(model, data, reference, args.presets, args.rows, _fields(args.set)):
-        kept.append(asdict(result))
-        error = f"{result.kl:.4f} | {result.snr:.2f} | {result.bits:.2f}" if result.scales else " | | "
-        line = f"{result.perplexity:.3f} | {error} | {result.seconds:.0f}"
-        print(f"| {result.preset} | {result.scales} | {line} |", flush=True)
+    print(
+        f"{title}: {args.sequences} x {args.tokens} held-out tokens, {args.calibration} x {args.tokens} for calibration"
+    )
+    kept: list[dict] = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        data = calibration_sequences(tokenizer, args.module_list, args.calibration, args.tokens, seed)
+        one = copy.deepcopy(model)
+        if args.outliers:
+            inject_outliers(one, seed=seed)
+        reference = Reference(one, held_out, args.jitter)
+        print(f"\nCalibration text {seed}:" if args.seeds > 1 else "")
+        print(
+            "| preset | group scales | perplexity | KL | logits, dB | bits | seconds |\n|---|---|---|---|---|---|---|"
+        )
+        for result in results(one, data, reference, args.presets, args.rows, _fields(args.set)):
+            result.seed = seed
+            kept.append(asdict(result))
+            print(_line(result), flush=True)
     if args.json is not None:
-        args.json.write_text(json.dumps({"model": title, **environment(), "rows": kept}, indent=1))
+        settings = {name: str(value) for name, value in vars(args).items()}
+        args.json.write_text(
+            json.dumps({"model": title, **environment(), "arguments": settings, "rows": kept}, indent=1)
+        )
+    if args.seeds > 1 or args.jitter:
+        print("\n" + paired.table([{"model": title, **row} for row in kept]))
+
+
+def _line(result: Result) -> str:
+    error = f"{result.kl:.4f} | {result.snr:.2f} | {result.bits:.2f}" if result.scales else " | | "
+    return f"| {result.preset} | {result.scales} | {result.perplexity:.3f} | {error} | {result.seconds:.0f} |"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from .recipe import Recipe
 from .recipe import recipe as named_recipe
 from .resume import Checkpoint
 from .rotation import NotRotatableError, rotate
-from .smoothing import ActivationPolicy, smooth_awq, smooth_fptq
+from .smoothing import EQUALIZATIONS, ActivationPolicy, smooth_awq, smooth_fptq
 from .solve import Codes, FloatScaleWeight, frozen, solve
 
 RECIPE_ATTRIBUTE = "intscale_recipe"
@@ -168,8 +168,8 @@ class _Block:
 
     def _smooth(self) -> None:
         batches = _Lazy(self._runs(self.streams.quantized))
-        if self.recipe.smoothing == "fptq":
-            self.policies = smooth_fptq(self.block, batches)
+        if self.recipe.smoothing in EQUALIZATIONS:
+            self.policies = smooth_fptq(self.block, batches, EQUALIZATIONS[self.recipe.smoothing])
         elif self.recipe.smoothing == "awq":
             smooth_awq(self.block, batches, self.recipe.config)
 
@@ -206,7 +206,7 @@ class _Block:
         solved = solve(weight.weight, config, self.recipe, hessian, name, lost)
         policy = self.policies.get(weight.name)
         if self.recipe.activation == "fptq" and policy is not None and policy.static:
-            solved.activation_scale = max(policy.absmax, 1e-12) / 127
+            solved.activation_scale = max(policy.limit, 1e-12) / 127
         solved.rotation = self.rotations.get(f"{self.name}.{weight.name}", 0)
         put(weight, solved, name, float_scales=self.recipe.scales == "float" or not on_integer_grid(config))
 

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 CHOICES = {
     "rounding": ("nearest", "gptq"),
     "clipping": ("none", "search", "learned"),
-    "smoothing": ("none", "fptq", "awq"),
+    "smoothing": ("none", "fptq", "outliers", "awq"),
     "rotation": ("none", "hadamard", "auto"),
     "activation": ("dynamic", "fptq"),
     "scales": ("integer", "float"),
@@ -40,12 +40,13 @@ class Recipe:
             same search with the error of each column weighted by its mean square activation; ``"learned"``: from there
             on by gradient descent on the layer's output error (OmniQuant, arXiv 2308.13137, in the symmetric form of
             OdysseyLLM, arXiv 2311.09550).
-        smoothing: ``"fptq"`` (arXiv 2308.15987) or ``"awq"`` (arXiv 2306.00978): channel scales folded into what comes
-            before the layer.
+        smoothing: ``"fptq"`` (arXiv 2308.15987), ``"outliers"`` (by FPTQ's policy, but only channels above twice the
+            median are scaled) or ``"awq"`` (arXiv 2306.00978): channel scales folded into what comes before the layer.
         rotation: ``"hadamard"``: the residual stream is rotated by a Hadamard matrix folded into the weights, and the
             input of the down projections by an online transform (QuaRot, arXiv 2404.00456). ``"auto"``: so where the
             model is of a kind that can be rotated, else not, with the reason in the log.
-        activation: ``"dynamic"``: one scale per token; ``"fptq"``: static per tensor where FPTQ's policy says so.
+        activation: ``"dynamic"``: one scale per token; ``"fptq"``: static per tensor where FPTQ's policy says so, of the
+            least squared error.
         scales: ``"integer"``, or ``"float"``: group scales stay floats and the model is fake quantized; slow, and only
             there to be compared with.
         tuning_steps: steps of gradient descent on row scales and norm weights of each block, to match the output of
@@ -80,9 +81,8 @@ class Recipe:
         for name in ("sweeps", "tuning_steps", "seed"):
             value = getattr(self, name)
             self._check(name, type(value) is int and value >= 0, "an integer, 0 or more")
-        self._check(
-            "activation", self.activation == "dynamic" or self.smoothing == "fptq", '"dynamic" without smoothing="fptq"'
-        )
+        policy = self.activation == "dynamic" or self.smoothing in ("fptq", "outliers")
+        self._check("activation", policy, '"dynamic" unless smoothing is "fptq" or "outliers"')
         self._check("sweeps", self.sweeps == 0 or self.rounding == "gptq", '0 unless rounding="gptq"')
         for pattern, config in self.overrides.items():
             _compiled(pattern)
@@ -165,7 +165,7 @@ PRESETS: dict[str, Recipe] = {
         Recipe("rtn", rounding="nearest", clipping="search"),
         Recipe("gptq", sweeps=2),
         Recipe("odyssey", IntScaleConfig(group_size=-1), clipping="learned"),
-        Recipe("fptq", rounding="nearest", smoothing="fptq", activation="fptq"),
+        Recipe("fptq", smoothing="outliers", activation="fptq", sweeps=2),
         Recipe("llama3", overrides={"down_proj": W8A8}, rotation="hadamard"),
         Recipe("mixtral", clipping="none", match_original=True, sweeps=2),
         Recipe("best", clipping="none", match_original=True, sweeps=2, rotation="auto", tuning_steps=64),

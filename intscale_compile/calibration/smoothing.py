@@ -2,9 +2,10 @@
 
     X W^T = (X / s) (W s)^T
 
-Three choices of ``s``, each per input channel:
+Four choices of ``s``, each per input channel:
 
 - FPTQ (arXiv 2308.15987): ``s = max|X| / log2(2 + max|X|)``, from activations alone, with a policy for each layer.
+- Outliers alone, with the same policy: ``s = max(1, max|X| / (2 median of max|X|))``.
 - AWQ (arXiv 2306.00978): ``s = mean|X|^alpha / max|W|^(1 - alpha)``, alpha searched for the least output error.
 - SmoothQuant (arXiv 2211.10438): ``s = max|X|^alpha / max|W|^(1 - alpha)`` with a given alpha.
 """
@@ -12,7 +13,7 @@ Three choices of ``s``, each per input channel:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -26,7 +27,10 @@ from .layers import Inputs, LinearWeight, observe_inputs, run_block, stages
 
 STATIC_LIMIT = 15.0  # FPTQ's v0: below, static per tensor
 EQUALIZE_LIMIT = 150.0  # FPTQ's v1: up to here, equalize, then static; above, per token
+OUTLIER = 2.0  # times the median channel's largest magnitude: what is above is an outlier
 SMALLEST = 1e-5  # of a channel's statistic: a channel that was never active keeps a usable scale
+STATIC_TOKENS = 1024  # that the limit of a static scale is searched with
+STATIC_FRACTIONS = tuple(2 ** (-i / 8) for i in range(25))  # of the largest magnitude, down to an eighth
 AWQ_GRID = tuple(i / 10 for i in range(10))  # 20 values: the same perplexity on tiny-llama
 
 
@@ -49,16 +53,18 @@ class ChannelStatistics:
 
 @dataclass(frozen=True)
 class ActivationPolicy:
-    """How the input of a weight is quantized: per token, or with one static scale ``absmax / 127``.
+    """How the input of a weight is quantized: per token, or with one static scale ``limit / 127``.
 
     Attributes:
         static: whether the scale is static.
         absmax: largest magnitude that was seen, after equalization.
-        equalized: whether the input was divided by FPTQ's scale.
+        limit: the largest magnitude that a static scale represents.
+        equalized: whether the input was divided by channel scales.
     """
 
     static: bool
     absmax: float
+    limit: float
     equalized: bool = False
 
 
@@ -98,6 +104,19 @@ def logarithmic_scale(absmax: Tensor) -> Tensor:
     return absmax / torch.log2(2 + absmax)
 
 
+def outlier_scale(absmax: Tensor) -> Tensor:
+    """``max(1, max|X| / (2 median))``, ``[K]``: outlier channels shrink to twice the median channel, all others stay.
+
+    Weights of one group share a scale, so columns that are scaled apart from each other round worse. On tiny-llama with
+    outliers the logarithmic scale, which moves every channel, raises the squared output error of the query and gate
+    projections by 15 %, this one by 1 % (nearest rounding; 11 and 1 % with GPTQ).
+    """
+    return (absmax.float() / (OUTLIER * absmax.float().median().clamp(min=SMALLEST))).clamp(min=1)
+
+
+EQUALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {"fptq": logarithmic_scale, "outliers": outlier_scale}
+
+
 def smoothquant_scale(absmax: Tensor, weight_absmax: Tensor, alpha: float = 0.5) -> Tensor:
     """SmoothQuant's ``max|X|^alpha / max|W|^(1 - alpha)``, ``[K]``; AWQ's with the mean magnitude as ``absmax``."""
     scale = absmax.float().clamp(min=SMALLEST) ** alpha / weight_absmax.float().clamp(min=SMALLEST) ** (1 - alpha)
@@ -121,6 +140,7 @@ def equalize(
     statistics: Mapping[str, ChannelStatistics],
     static_limit: float = STATIC_LIMIT,
     equalize_limit: float = EQUALIZE_LIMIT,
+    scale_of: Callable[[Tensor], Tensor] = logarithmic_scale,
 ) -> tuple[list[tuple[ScalingGroup, Tensor]], dict[str, ActivationPolicy]]:
     """FPTQ's policy for the weights of a block: which scales to fold, and how each activation is quantized then.
 
@@ -128,7 +148,8 @@ def equalize(
     equalized, then one static scale; above, per token. Where nothing before can absorb the scale, ``v`` from
     ``static_limit`` on is per token too. Only norms absorb scales here, as in the paper. Other than in the paper, an
     activation above ``equalize_limit`` is equalized as well where that is free: int8 per token, too, loses the small
-    channels beside such outliers.
+    channels beside such outliers. And a static scale does not reach to the largest magnitude, which one token may have
+    alone, but to where the squared error of the sampled tokens is least (without samples: to the largest).
 
     Returns:
         Pairs for ``fold_scale``, and a policy for each weight that was seen, by name; routers have none.
@@ -141,15 +162,37 @@ def equalize(
         if known is None or weight.router:
             continue
         group = absorbing.get(weight.name)
-        absmax = known.absmax if group is None else merged(group, statistics).absmax
-        largest = float(absmax.max())
-        if largest < static_limit or group is None:
-            policies[weight.name] = ActivationPolicy(largest < static_limit, largest)
-            continue
-        scale = logarithmic_scale(absmax)
-        folds[id(group)] = (group, scale)
-        policies[weight.name] = ActivationPolicy(largest <= equalize_limit, float((absmax / scale).max()), True)
+        known = known if group is None else merged(group, statistics)
+        largest = float(known.absmax.max())
+        scale = torch.ones_like(known.absmax)
+        equalized = largest >= static_limit and group is not None
+        if group is not None and equalized:
+            scale = scale_of(known.absmax)
+            folds[id(group)] = (group, scale)
+        static = largest < static_limit or (equalized and largest <= equalize_limit)
+        absmax = float((known.absmax / scale).max())
+        rows = [part.float() / scale for part in known.sample.values()] if static else []
+        limit = least_error_limit(torch.cat(rows), absmax) if rows else absmax
+        policies[weight.name] = ActivationPolicy(static, absmax, limit, equalized)
     return list(folds.values()), policies
+
+
+def least_error_limit(rows: Tensor, absmax: float) -> float:
+    """Where int8 codes with one scale for all of ``rows`` ``[T, K]`` should saturate for the least squared error.
+
+    ``absmax``, the largest magnitude that was seen anywhere, times one of :data:`STATIC_FRACTIONS`.
+    """
+    if not absmax:
+        return absmax
+    limits = [absmax * fraction for fraction in STATIC_FRACTIONS]
+    errors = [(rounded_statically(rows, limit) - rows).square().sum() for limit in limits]
+    return limits[int(torch.stack(errors).argmin())]
+
+
+def rounded_statically(x: Tensor, limit: float) -> Tensor:
+    """``x`` rounded to int8 with the scale ``limit / 127``."""
+    step = limit / 127
+    return (x / step).round().clamp(-127, 127) * step
 
 
 def quantization_error(weight: LinearWeight, scale: Tensor, sample: Mapping[Optional[int], Tensor], config) -> float:
@@ -209,12 +252,15 @@ def search_scale(
     return best, best_alpha, least / plain if plain > 0 else 1.0
 
 
-def smooth_fptq(block: nn.Module, batches: Sequence[Inputs]) -> dict[str, ActivationPolicy]:
+def smooth_fptq(
+    block: nn.Module, batches: Sequence[Inputs], scale_of: Callable[[Tensor], Tensor] = logarithmic_scale
+) -> dict[str, ActivationPolicy]:
     """Equalize a block as FPTQ does, in place; returns how the input of each weight is to be quantized."""
     with torch.no_grad():
         groups = scaling_groups(block, batches[0])
         weights = [weight for stage in stages(block, batches[0]) for weight in stage]
-        folds, policies = equalize(groups, weights, collect_statistics(block, weights, batches))
+        statistics = collect_statistics(block, weights, batches, STATIC_TOKENS)
+        folds, policies = equalize(groups, weights, statistics, scale_of=scale_of)
         for group, scale in folds:
             fold_scale(group, scale)
     return policies

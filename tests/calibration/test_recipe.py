@@ -22,7 +22,8 @@ def test_presets_survive_json(name):
 
 def test_presets_are_what_their_papers_say():
     assert recipe("odyssey").config.group_size == -1 and recipe("odyssey").clipping == "learned"
-    assert recipe("fptq").smoothing == recipe("fptq").activation == "fptq" and recipe("fptq").rounding == "nearest"
+    assert recipe("fptq").activation == "fptq" and recipe("fptq").smoothing == "outliers"
+    assert recipe("fptq", smoothing="fptq").rounding == recipe("fptq").rounding == "gptq"
     llama3 = recipe("llama3")
     assert llama3.rotation == "hadamard" and llama3.config.group_size == 128
     assert llama3.config_of("model.layers.0.mlp.down_proj").weight_bits == 8

@@ -30,6 +30,14 @@ def test_the_logarithmic_scale_is_the_published_one():
     assert float(absmax[2] / scale[2]) == pytest.approx(math.log2(128))
 
 
+def test_the_outlier_scale_moves_outliers_alone():
+    absmax = torch.tensor([1.0, 1.5, 2.0, 3.0, 80.0])
+    scale = smoothing.outlier_scale(absmax)
+    torch.testing.assert_close(scale, torch.tensor([1.0, 1.0, 1.0, 1.0, 20.0]))
+    torch.testing.assert_close(smoothing.outlier_scale(10 * absmax), scale)  # whatever the unit
+    assert torch.isfinite(smoothing.outlier_scale(torch.zeros(4))).all()
+
+
 def test_smoothquant_shares_the_range_and_does_not_depend_on_units():
     x, w = torch.tensor([16.0, 1.0]), torch.tensor([1.0, 1.0])
     scale = smoothing.smoothquant_scale(x, w, 0.5)
@@ -68,7 +76,7 @@ def test_fptq_policy_follows_the_range_of_each_layer():
     folds, policies = policies_for(14.9)
     assert not folds
     assert all(policy.static and not policy.equalized for policy in policies.values())
-    assert policies["mlp.down_proj"].absmax == pytest.approx(14.9)
+    assert policies["mlp.down_proj"].absmax == policies["mlp.down_proj"].limit == pytest.approx(14.9)
 
     folds, policies = policies_for(150.0)
     assert [isinstance(group.previous, Norm) for group, _ in folds] == [True, True]
@@ -81,15 +89,17 @@ def test_fptq_policy_follows_the_range_of_each_layer():
     assert policies["mlp.gate_proj"].equalized and len(folds) == 2
 
 
+@pytest.mark.parametrize("scale", smoothing.EQUALIZATIONS)
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "gemma2", "bert"])
-def test_fptq_keeps_the_function(name):
+def test_fptq_keeps_the_function(name, scale):
     model, inputs, *_ = prepared(name)
     before = logits_of(model, inputs)
     for norm in (m for n, m in model.named_modules() if "norm" in n.lower() and getattr(m, "weight", None) is not None):
         norm.weight.mul_(1 if name == "bert" else 20)  # large activations, so that equalization has to act
     before = logits_of(model, inputs)
     recorded = record_inputs(model, inputs)
-    policies = {n: smoothing.smooth_fptq(block, [recorded[n]]) for n, block in blocks(model)}
+    scale_of = smoothing.EQUALIZATIONS[scale]
+    policies = {n: smoothing.smooth_fptq(block, [recorded[n]], scale_of) for n, block in blocks(model)}
     assert difference(logits_of(model, inputs), before) < 1e-5
     if name in ("llama", "mixtral", "gemma2"):
         assert all(policy["self_attn.q_proj"].equalized for policy in policies.values())
@@ -103,6 +113,30 @@ def test_the_static_range_is_what_the_layer_sees_after_folding():
     after = smoothing.collect_statistics(block, weights, [recorded])
     for name, policy in policies.items():
         assert float(after[name].absmax.max()) == pytest.approx(policy.absmax, rel=1e-4), name
+
+
+def test_a_static_scale_saturates_where_the_error_is_least():
+    rows = 8 * torch.rand(1024, 32) - 4  # evenly spread: nothing to saturate
+    assert smoothing.least_error_limit(rows, float(rows.abs().max())) == float(rows.abs().max())
+    rows[5, 7] = 24.0  # one entry, which the scale of all others need not reach
+    limit = smoothing.least_error_limit(rows, 24.0)
+    errors = {f: float((smoothing.rounded_statically(rows, 24 * f) - rows).square().sum()) for f in (1.0, limit / 24)}
+    assert limit < 24 and errors[limit / 24] < 0.9 * errors[1.0]
+    assert smoothing.least_error_limit(torch.zeros(3, 4), 0.0) == 0.0
+    assert float(smoothing.rounded_statically(torch.tensor([-9.0, 9.0, 0.25]), 3.0).abs().max()) == 3.0
+
+
+def test_static_limits_come_from_the_equalized_input():
+    _, _, block, recorded, weights = prepared("llama")
+    block.input_layernorm.weight.mul_(20)
+    policies = smoothing.smooth_fptq(block, [recorded])
+    after = smoothing.collect_statistics(block, weights, [recorded], smoothing.STATIC_TOKENS)
+    for name, policy in policies.items():
+        if policy.static:
+            expected = smoothing.least_error_limit(after[name].sample[None], policy.absmax)
+            assert policy.limit == pytest.approx(expected, rel=1e-4), name
+    assert policies["self_attn.q_proj"].equalized and policies["self_attn.q_proj"].static
+    assert policies["self_attn.q_proj"].limit == policies["self_attn.v_proj"].limit  # siblings share a quantization
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

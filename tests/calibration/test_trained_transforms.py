@@ -16,7 +16,7 @@ from intscale_compile.calibration.layers import blocks, record_inputs  # noqa: E
 from intscale_compile.calibration.outliers import inject_outliers  # noqa: E402
 from intscale_compile.calibration.rotation import rotate  # noqa: E402
 from intscale_compile.calibration.sensitivity import auto_overrides, quantizable, sensitivity  # noqa: E402
-from intscale_compile.calibration.smoothing import smooth_fptq  # noqa: E402
+from intscale_compile.calibration.smoothing import EQUALIZATIONS, smooth_fptq  # noqa: E402
 from tests.support.benchmarks import load  # noqa: E402
 
 SEQUENCES, TOKENS = 4, 384
@@ -52,11 +52,13 @@ def rtn(model):
     return model
 
 
-def fptq(model, calibration):
-    recorded = record_inputs(model, calibration)
+def equalized(model, calibration, smoothing="fptq"):
+    """The model, equalized, and whether anything had to be."""
+    recorded, found = record_inputs(model, calibration), False
     for name, block in blocks(model):
-        smooth_fptq(block, [recorded[name]])
-    return model
+        policies = smooth_fptq(block, [recorded[name]], EQUALIZATIONS[smoothing])
+        found |= any(policy.equalized for policy in policies.values())
+    return model, found
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +75,15 @@ def test_outliers_keep_the_model_but_break_rounding(trained, with_outliers, plai
     assert perplexity(rtn(copy.deepcopy(with_outliers))) > 1.1 * plain
 
 
-def test_fptq_mends_outliers(trained, with_outliers, plain):
-    model, calibration, perplexity = trained
-    without = perplexity(rtn(fptq(copy.deepcopy(model), calibration)))
-    mended = perplexity(rtn(fptq(copy.deepcopy(with_outliers), calibration)))
-    assert mended < 1.03 * without
-    assert mended < 1.03 * plain
+def test_a_model_without_outliers_is_left_alone(trained):
+    assert not equalized(copy.deepcopy(trained[0]), trained[1])[1]
+
+
+@pytest.mark.parametrize("smoothing", ["outliers", pytest.param("fptq", marks=pytest.mark.slow)])
+def test_equalizing_mends_outliers(trained, with_outliers, plain, smoothing):
+    _, calibration, perplexity = trained
+    model, changed = equalized(copy.deepcopy(with_outliers), calibration, smoothing)
+    assert changed and perplexity(rtn(model)) < 1.03 * plain
 
 
 @pytest.mark.slow
