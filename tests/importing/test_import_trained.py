@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from benchmarks.perplexity import held_out_sequences, perplexity
+from benchmarks.perplexity import held_out_sequences
 from intscale_compile.importing import export_compressed_tensors, import_quantized
 from tests.importing.test_import_models import written
 from tests.support.quantized_checkpoints import snr_db, with_float_scales
@@ -31,8 +31,17 @@ def sequences(models_dir):
     return held_out_sequences(tokenizer, models_dir / "heldout_stdlib_modules.txt", 3, 512)
 
 
+@pytest.fixture(scope="module")
+def reference(tiny_llama, sequences):
+    return tiny_llama(sequences).logits
+
+
+def perplexity(logits: torch.Tensor, sequences: torch.Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), sequences[:, 1:].flatten()).exp())
+
+
 @pytest.mark.parametrize("case", ["gptq", "awq asymmetric", "compressed-tensors", "compressed-tensors per channel"])
-def test_logits_and_perplexity(case, tiny_llama, sequences, tmp_path):
+def test_logits_and_perplexity(case, tiny_llama, sequences, reference, tmp_path):
     checkpoint = written(case, tiny_llama, tmp_path)
     model, report = import_quantized(tmp_path)
     assert len(report.layers) == 56 and report.unquantized == ["lm_head"]
@@ -40,13 +49,13 @@ def test_logits_and_perplexity(case, tiny_llama, sequences, tmp_path):
     assert min(row.headroom_bits for row in report.layers) > 3
     floats = with_float_scales(copy.deepcopy(tiny_llama), checkpoint.originals)
 
-    reference, expected, found = (one(sequences).logits for one in (tiny_llama, floats, model))
+    expected, found = (one(sequences).logits for one in (floats, model))
     decibels = snr_db(reference, expected), snr_db(reference, found), snr_db(expected, found)
     print(
         f"{case}: logits float scales {decibels[0]:.3f} dB, imported {decibels[1]:.3f} dB, between {decibels[2]:.2f} dB"
     )
     assert abs(decibels[0] - decibels[1]) < 0.05
-    before, after = perplexity(floats, sequences), perplexity(model, sequences)
+    before, after = perplexity(expected, sequences), perplexity(found, sequences)
     print(f"{case}: perplexity float scales {before:.4f}, imported {after:.4f}")
     assert after == pytest.approx(before, rel=CHAOS)
 
@@ -61,7 +70,7 @@ def test_export_of_the_trained_model(tiny_llama, sequences, tmp_path):
     quantize_(model, IntScaleConfig(scale_search="absmax"))
     report = export_compressed_tensors(model, tmp_path, scale_dtype=torch.bfloat16)
     again, _ = import_quantized(tmp_path)
-    before, after = perplexity(model, sequences), perplexity(again, sequences)
+    before, after = (perplexity(one(sequences).logits, sequences) for one in (model, again))
     least = min(row.snr_db for row in report.layers)
     print(f"export: scales in bf16 {least:.1f} dB at least; perplexity {before:.4f}, after {after:.4f}")
     assert least > 50 and after == pytest.approx(before, rel=CHAOS)
