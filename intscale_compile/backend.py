@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
 from . import options as _options
+from .compile_ahead import compiling_ahead
 from .compile_times import timed
 from .debug import FINAL, StageRecorder, debug_patches, generated_files, remember, report
 from .errors import ConfigError
@@ -73,7 +74,12 @@ def intscale(
         return compile_fx(graph, inputs, config_patches=patches)  # type: ignore[return-value]
 
     quantized = sum(c.packed is not None for c in rewrite.candidates)
-    with timed(quantized, rewrite.seconds), code_generation(), generated_files() as files:
+    with (
+        compiling_ahead(rewrite, patches) as ahead,
+        timed(quantized, rewrite.seconds, ahead),
+        code_generation(),
+        generated_files() as files,
+    ):
         compiled = bind(rewrite, compile_graph)
     if collectives is not None:
         note_collectives(rewrite, collectives, files())

@@ -9,6 +9,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Optional
+
+if TYPE_CHECKING:
+    from .compile_ahead import Ahead
 
 log = logging.getLogger("intscale_compile")
 KEPT = 1000  # graphs; a process that recompiles for ever must not grow
@@ -24,6 +28,9 @@ class CompileTime:
         passes: seconds by pass, in order; quantizing plain weights counts for ``insert_qdq``.
         inductor: seconds in AOTAutograd and Inductor; what it compiles later (a backward graph) is not in it.
         cached: whether Inductor took the graph from its cache.
+        kernels: kernels of ours that another process began to compile meanwhile, see ``compile_ahead``.
+        ready: of those, the ones that were ready in time.
+        ahead: seconds until the last of them was.
     """
 
     graph: int
@@ -31,6 +38,9 @@ class CompileTime:
     passes: Mapping[str, float]
     inductor: float
     cached: bool
+    kernels: int = 0
+    ready: int = 0
+    ahead: float = 0.0
 
     @property
     def rewriting(self) -> float:
@@ -39,9 +49,10 @@ class CompileTime:
 
     def __str__(self) -> str:
         cache = " (from its cache)" if self.cached else ""
+        ahead = f", {self.ready} of {self.kernels} kernels ahead in {self.ahead:.1f} s" if self.kernels else ""
         return (
             f"graph {self.graph}: {self.linears} linear products, passes {self.rewriting:.1f} s, "
-            f"Inductor {self.inductor:.1f} s{cache}"
+            f"Inductor {self.inductor:.1f} s{cache}{ahead}"
         )
 
 
@@ -55,12 +66,16 @@ def compile_times() -> list[CompileTime]:
 
 
 @contextlib.contextmanager
-def timed(linears: int, passes: Mapping[str, float]) -> Iterator[None]:
-    """Measure what Inductor does in this context and add an entry; nothing is added where it fails."""
+def timed(linears: int, passes: Mapping[str, float], ahead: Optional[Ahead] = None) -> Iterator[None]:
+    """Measure what Inductor does in this context, end ``ahead`` and add an entry; nothing is added where it fails."""
     hits, start = _cache_hits(), time.perf_counter()
     yield
     seconds = time.perf_counter() - start
-    entry = CompileTime(next(_numbers), linears, dict(passes), seconds, _cache_hits() > hits)
+    background = (0, 0, 0.0)
+    if ahead is not None:
+        ahead.finish()
+        background = (len(ahead.kernels), len(ahead.ready), ahead.seconds)
+    entry = CompileTime(next(_numbers), linears, dict(passes), seconds, _cache_hits() > hits, *background)
     _times.append(entry)
     log.info("%s", entry)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import intscale_compile
-from intscale_compile import compile_times
+from intscale_compile import compile_ahead, compile_times
 from intscale_compile.compile_times import timed
 from intscale_compile.passes import PASSES
 
@@ -52,3 +53,19 @@ def test_failure_and_explain_leave_no_entry():
         raise RuntimeError("broken")
     intscale_compile.explain(nn.Linear(64, 48), torch.randn(2, 64))
     assert len(compile_times()) == known
+
+
+def test_kernels_compiled_meanwhile_are_in_the_entry(monkeypatch):
+    """The backend compiles ahead what its graph will launch, and its entry says what that took."""
+    request = dict(target=["cuda", 90, 32], kernels=[dict(module="nowhere", name="gemm_decode", specialization="")])
+    monkeypatch.setenv("TRITON_CACHE_DIR", "unused")
+    monkeypatch.setattr(compile_ahead, "gpu_of", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(compile_ahead, "request_of", asked := mock.Mock(return_value=request))
+    model = nn.Sequential(nn.Linear(64, 80), nn.SiLU(), nn.Linear(80, 32)).requires_grad_(False)
+    torch.compile(model, backend="intscale", options={"compile_threads": 2})(torch.randn(2, 64))
+    entry = compile_times()[-1]
+    assert (entry.kernels, entry.ready, entry.ahead) == (1, 0, 0.0) and "0 of 1 kernels ahead" in str(entry)
+    monkeypatch.setenv(compile_ahead.VARIABLE, "0")
+    torch._dynamo.reset()
+    torch.compile(model, backend="intscale", options={"compile_threads": 2})(torch.randn(2, 64))
+    assert compile_times()[-1].kernels == 0 and asked.call_count == 1

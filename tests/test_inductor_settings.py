@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -172,3 +173,25 @@ def test_options_of_the_user_win(monkeypatch):
     ours, theirs = patches
     assert ours["combo_kernels"] is ours["triton.enable_pdl"] is True and ours["split_reductions"] is False
     assert {name: theirs[name] for name in given} == given and theirs["combo_kernels_pointwise_only"] is True
+
+
+def test_dtype_rules_are_filled_once():
+    """By the releases that fill them for every operation; in others nothing is touched."""
+    from torch._inductor import dtype_propagation
+
+    rules = getattr(dtype_propagation, "DtypePropagationOpsHandler", None)
+    if rules is None or "_instance" not in vars(rules):
+        with code_generation():
+            pass
+        return
+    original, filled = rules.__init__, []
+
+    def fill(self):
+        filled.append(self)
+        original(self)
+
+    with mock.patch.object(rules, "__init__", fill):
+        with code_generation():
+            first, second = rules(), rules()
+        assert rules.__init__ is fill
+    assert first is second and filled == [first] and hasattr(first, "add")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .launching import on_gpu
 
 torch.library.define(
     "intscale::decode_attention",
@@ -60,7 +61,7 @@ def _decode_attention_cpu(q, k, v, mask, scale, abi, overlap=False):
     return y.reshape(-1).view(q.shape)  # "contiguous" would keep any stride of the dimension of size 1
 
 
-@torch.library.impl("intscale::decode_attention", "CUDA")
+@on_gpu("intscale::decode_attention")
 def _decode_attention_cuda(q, k, v, mask, scale, abi, overlap=False):
     from .triton_attention import decode_attention_cuda
 

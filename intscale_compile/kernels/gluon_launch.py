@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..format import pack_block
 from .gluon_tiles import fits_resident
+from .launching import collecting, described, launch
 from .split_k import take_counters
 from .tiles import Tile, schedule_name
 
@@ -91,7 +92,7 @@ def _descriptor(
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     layout = _layout(block, base.element_size() * 8, swizzled)
-    return TensorDescriptor(base, shape, strides, list(block), layout)
+    return TensorDescriptor(described(base), shape, strides, list(block), layout)
 
 
 def _decode(
@@ -108,7 +109,8 @@ def _decode(
     s_desc = _descriptor(scales, [row_tiles * blocks, 64], [64, 1], (depth, tile.block_n), swizzled=False)
     tiles = triton.cdiv(n, tile.block_n)
     programs = min(tiles, grid_limit)
-    gemm_decode[(programs, triton.cdiv(m, tile.block_m))](
+    launch(
+        gemm_decode, (programs, triton.cdiv(m, tile.block_m)),
         x_desc, w_desc, s_desc, *operands["epilogue"], m, n,
         BLOCKS=blocks, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, STEPS=tile.steps, OVERLAP=overlap,
         RESIDENT=tiles > programs and fits_resident(tile, flags["SCALES"], blocks),
@@ -148,7 +150,8 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
     options = dict(maxnreg=REGISTERS[tile.num_warps, tile.programs_per_sm]) if persistent else {}
     kernel = gemm_specialized if persistent else gemm_pipelined
     grid = tiles * split_k
-    kernel[(min(grid, grid_limit) if persistent else grid,)](
+    launch(
+        kernel, (min(grid, grid_limit) if persistent else grid,),
         x_desc, w_desc, s_desc, *operands["epilogue"], partial, counters, m, n,
         BLOCKS=blocks, BLOCKS_PER_GROUP=blocks_per_group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STAGES=tile.num_stages, GROUP_N=tile.group_n, SPLIT_K=split_k, UNROLL=unroll, OVERLAP=overlap, INT8=int8,
@@ -208,4 +211,4 @@ def sm_count(device: torch.device) -> int:
 
 def addressable(xq: Tensor) -> bool:
     """Whether the tensor memory accelerator can read these activations."""
-    return xq.data_ptr() % 16 == 0 and xq.stride(0) % 16 == 0
+    return (collecting() or xq.data_ptr() % 16 == 0) and xq.stride(0) % 16 == 0

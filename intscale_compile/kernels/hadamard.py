@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .launching import on_gpu
 from .quantize_per_token import OP as QUANTIZE_OP
 from .quantize_per_token import check_activation, quantize_per_token_aten
 from .quantize_static import STATIC_OP, check_activation_scale, quantize_static_aten
@@ -89,7 +90,7 @@ def _hadamard(x: Tensor, size: int) -> Tensor:
     return reference_hadamard(x, size)
 
 
-@torch.library.impl("intscale::hadamard", "CUDA")
+@on_gpu("intscale::hadamard")
 def _hadamard_cuda(x: Tensor, size: int) -> Tensor:
     from .triton_hadamard import LONGEST_ROW, hadamard_cuda
 
@@ -132,7 +133,7 @@ def _hadamard_quantize(x: Tensor, size: int, activation_scale: Optional[Tensor])
     )
 
 
-@torch.library.impl("intscale::hadamard_quantize", "CUDA")
+@on_gpu("intscale::hadamard_quantize")
 def _hadamard_quantize_cuda(x: Tensor, size: int, activation_scale: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     from .triton_hadamard import LONGEST_ROW, hadamard_quantize_cuda
 

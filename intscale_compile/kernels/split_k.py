@@ -11,6 +11,8 @@ import threading
 import torch
 from torch import Tensor
 
+from .launching import collecting
+
 CHUNK = 1 << 20  # counters allocated at a time, 4 MiB: thousands of captured launches
 STREAM_RANGE = 4096  # counters of a stream; larger grids need no split
 
@@ -67,6 +69,8 @@ _counters: dict[int, Counters] = {}
 
 def take_counters(device: torch.device, count: int) -> Tensor:
     """At least ``count`` zeros, int32, that no other launch in flight uses; the kernel leaves them zero."""
+    if collecting():
+        return torch.empty(count, dtype=torch.int32, device=device)
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _counters:
         if torch.cuda.is_current_stream_capturing():

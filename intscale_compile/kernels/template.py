@@ -158,16 +158,26 @@ def prefers_gluon(
     xq: ir.TensorBox, qdata: ir.TensorBox, scale: ir.TensorBox, group_size: int, scale_bits: int, packing: str,
     asymmetric: bool,
 ) -> bool:  # fmt: skip
-    """Whether a linear is better left to the op, which calls the Gluon kernels and picks a tile at each call.
-
-    They are faster than the template, but nothing is fused behind them; what follows a linear of a language model (the
-    next norm, an activation function and a quantization) becomes a kernel of its own either way.
-    """
+    """Whether a linear is better left to the op, see :func:`op_is_faster`."""
     tokens = V.graph.sizevars.optimization_hint(_as_rows(xq).get_size()[0], fallback=UNKNOWN_TOKENS)
-    if not (inductor_config.triton.cudagraphs or tokens >= GLUON_TOKENS) or scale.get_dtype() is torch.int16:
+    cuda_graphs, features = inductor_config.triton.cudagraphs, _static(xq.get_size()[-1])
+    dtypes, device = (qdata.get_dtype(), scale.get_dtype()), xq.get_device_or_error()
+    return op_is_faster(tokens, cuda_graphs, features, dtypes, group_size, scale_bits, packing, device, asymmetric)
+
+
+def op_is_faster(
+    tokens: int, cuda_graphs: bool, features: int, dtypes: tuple[torch.dtype, torch.dtype], group_size: int,
+    scale_bits: int, packing: str, device: torch.device, asymmetric: bool,
+) -> bool:  # fmt: skip
+    """Whether the op, which calls the Gluon kernels and picks a tile at each call, beats the template.
+
+    The Gluon kernels are faster than the template, but nothing is fused behind them; what follows a linear of a language
+    model (the next norm, an activation function and a quantization) becomes a kernel of its own either way. ``dtypes`` are
+    those of ``qdata`` and ``scale``.
+    """
+    if not (cuda_graphs or tokens >= GLUON_TOKENS) or dtypes[1] is torch.int16:
         return False
-    weight_bits = 8 if qdata.get_dtype() is torch.int8 else 4
-    features, device = _static(xq.get_size()[-1]), xq.get_device_or_error()
+    weight_bits = 8 if dtypes[0] is torch.int8 else 4
     obstacle = gluon_obstacle(features, group_size, scale_bits, weight_bits, packing, device, asymmetric)
     if obstacle:
         log_once(logging.INFO, f"plain Triton instead of Gluon: {obstacle}")

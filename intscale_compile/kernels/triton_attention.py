@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import launch
 from .split_k import take_counters
 
 KEYS_PER_STEP = 64
@@ -173,7 +174,8 @@ def decode_attention_cuda(
     mask_strides = (0, 0, 0) if mask is None else (mask.stride(0), mask.stride(1), mask.stride(3))
     overlap = overlap and q.is_cuda and _can_overlap(q.device)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        decode_attention_kernel[(batch * key_heads, parts)](
+        launch(
+            decode_attention_kernel, (batch * key_heads, parts),
             q, k, v, q if mask is None else mask, out, partial, stats, counters, keys, parts, key_heads,
             scale * math.log2(math.e), q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], *mask_strides,
             HEADS=heads, ROWS=max(DOT_ROWS, triton.next_power_of_2(heads)), D=features, BLOCK_D=block_d,

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..format import schedule_bits
 from . import gluon_launch
 from .gluon_tiles import DECODE_TOKENS, gated_tile
+from .launching import launch
 from .tiles import Tile, schedule_name
 from .triton_gemm import gluon_obstacle, pick_tile, rows_of, schedule_flags, use_ptx
 from .triton_tile import accumulate_tile, add_bias, dequantize_tile, tile_position
@@ -136,7 +137,8 @@ def gated_linear_cuda(
             )
             return result
         grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(columns, tile.block_n // 2),)
-        w4a8_gated_kernel[grid](
+        launch(
+            w4a8_gated_kernel, grid,
             x, token_scale, qdata, scale, zero_point, row_scale, bias, out, m, out_features, k, x.stride(0),
             GATED=activation,
             HAS_BIAS=bias is not None,

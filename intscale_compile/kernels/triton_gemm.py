@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..format import k_alignment, pack_block, schedule_bits
 from . import gluon_launch
+from .launching import launch
 from .tiles import Tile, choose
 from .triton_tile import accumulate_tile, add_bias, dequantize_tile, tile_position
 
@@ -157,7 +158,8 @@ def _launch(
             )
             return
         grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
-        w4a8_kernel[grid](
+        launch(
+            w4a8_kernel, grid,
             xq, token_scale, qdata, scale, zero_point, row_scale, bias, out, m, n, k, xq.stride(0),
             DEQUANTIZE=token_scale is not None,
             HAS_BIAS=bias is not None,

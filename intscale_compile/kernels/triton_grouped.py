@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..format import schedule_bits
 from .grouped_tiles import choose_grouped_tile
+from .launching import launch
 from .tiles import Tile
 from .triton_gemm import capability, schedule_flags, use_ptx
 from .triton_tile import accumulate_tile, add_bias, dequantize_tile, tile_position
@@ -148,7 +149,8 @@ def _launch(
         tile = choose_grouped_tile(rows, experts, n, k, *schedule, capability(xq.device))
     grid = (row_tiles(rows, experts, tile.block_m) * triton.cdiv(n, tile.block_n),)
     with torch.cuda.device(xq.device) if xq.is_cuda else contextlib.nullcontext():
-        w4a8_grouped_kernel[grid](
+        launch(
+            w4a8_grouped_kernel, grid,
             xq, token_scale, qdata, scale, zero_point, row_scale, bias, offsets.to(torch.int32).contiguous(), _index(row_index),
             _index(out_index), out, rows, experts, n, k, xq.stride(0), qdata.stride(0), scale.stride(0),
             DEQUANTIZE=token_scale is not None,

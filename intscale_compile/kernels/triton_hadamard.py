@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import launch
 from .quantize_per_token import SMALLEST_AMAX
 
 # Elements of a row that one program holds: 64 registers of each thread of 16 warps. 65536 would spill.
@@ -103,7 +104,8 @@ def hadamard_cuda(x: Tensor, size: int) -> Tensor:
     options = form(size, min(PIECE, max(1, flat.numel())))
     if flat.numel():
         with _on(x):
-            hadamard_kernel[(triton.cdiv(flat.numel(), options["LENGTH"]),)](flat, out, flat.numel(), **options)
+            grid = (triton.cdiv(flat.numel(), options["LENGTH"]),)
+            launch(hadamard_kernel, grid, flat, out, flat.numel(), **options)
     return out
 
 
@@ -122,7 +124,8 @@ def hadamard_quantize_cuda(x: Tensor, size: int, activation_scale: Optional[Tens
     stride = 0 if activation_scale is None or activation_scale.numel() == 1 else activation_scale.stride(0)
     if rows.shape[0]:
         with _on(x):
-            hadamard_quantize_kernel[(rows.shape[0],)](
+            launch(
+                hadamard_quantize_kernel, (rows.shape[0],),
                 rows, xq, token_scale, activation_scale, columns, rows.stride(0), stride,
                 SMALLEST=SMALLEST_AMAX, **form(size, columns),
             )  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .cpu_gemm import accumulate_cpu
+from .launching import on_gpu
 from .w4a8_linear import WEIGHT_ARGS, apply_scales, check_operands, reference_accumulate
 
 torch.library.define(
@@ -71,7 +72,7 @@ def _gated_cpu(
     return gate(apply_scales(acc, token_scale, row_scale, bias, torch.float32), activation).to(dtype)
 
 
-@torch.library.impl("intscale::w4a8_gated_linear", "CUDA")
+@on_gpu("intscale::w4a8_gated_linear")
 def _gated_cuda(
     xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype, abi,
     overlap=False, zero_point=None,

@@ -23,6 +23,7 @@ from .. import format as fmt
 from ..errors import InputError
 from .cpu_gemm import accumulate_cpu
 from .dequantize import WEIGHT_OP, unpack_weight
+from .launching import on_gpu
 
 WEIGHT_ARGS = "int out_features, int group_size, int scale_bits, str packing"
 torch.library.define(
@@ -99,7 +100,7 @@ def _accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, pack
     return accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing, zero_point)
 
 
-@torch.library.impl("intscale::w4a8_accumulate", "CUDA")
+@on_gpu("intscale::w4a8_accumulate")
 def _accumulate_cuda(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point=None):
     from .triton_gemm import accumulate_cuda
 
@@ -123,7 +124,7 @@ def _linear_cpu(
     return apply_scales(acc, token_scale, row_scale, bias, dtype)
 
 
-@torch.library.impl("intscale::w4a8_linear", "CUDA")
+@on_gpu("intscale::w4a8_linear")
 def _linear_cuda(
     xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None,
     overlap=False, zero_point=None,
