@@ -65,7 +65,7 @@ def intscale(
     recorder = StageRecorder()
     rewrite = rewrite_graph(gm, example_inputs, settings, bool(patches.get("triton.cudagraphs")), recorder)
     patches = {**inductor_defaults(example_inputs, most_tokens(rewrite)), **patches, **debug_patches()}
-    collectives = collectives_pass(settings, example_inputs)
+    collectives = collectives_pass(settings, example_inputs, bool(patches.get("triton.cudagraphs")))
     if collectives is not None:
         patches["post_grad_custom_pre_pass"] = after_users_pass(collectives, patches)
 
@@ -109,7 +109,9 @@ def rewrite_graph(
     return rewrite
 
 
-def collectives_pass(settings: _options.Settings, example_inputs: Sequence[Any]) -> Optional[QuantizeCollectives]:
+def collectives_pass(
+    settings: _options.Settings, example_inputs: Sequence[Any], cuda_graphs: bool
+) -> Optional[QuantizeCollectives]:
     """The pass over collectives, where an option or the weights ask for it.
 
     Raises:
@@ -120,7 +122,7 @@ def collectives_pass(settings: _options.Settings, example_inputs: Sequence[Any])
         return None
     from .passes.quantize_collectives import NAME, QuantizeCollectives
 
-    return QuantizeCollectives(wire, settings.communication_min_bytes, NAME in settings.disable_passes)
+    return QuantizeCollectives(wire, settings.communication_min_bytes, NAME in settings.disable_passes, cuda_graphs)
 
 
 def wire_of_weights(example_inputs: Sequence[Any]) -> Optional[str]:

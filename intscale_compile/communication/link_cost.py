@@ -30,6 +30,9 @@ ELEMENT = 2  # bytes of bf16, in which links are measured
 # through loopback, where quantizing on the CPU was slower than the copy at nearly every size (two ranks on two cores).
 BUILT_IN = {("nccl", True): 8 << 20, ("nccl", False): 8 << 20, ("gloo", True): NEVER, ("gloo", False): 8 << 20}
 BUILT_IN_OTHER = 32 << 20
+# Links are measured in CUDA graphs. Without them the host launches each collective, and ours takes it 70 us longer than NCCL's
+# (two H200: 100 and 31 us); up to about this size the GPU waits for the host.
+LAUNCHED_BY_HOST = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Threshold:
 
     Attributes:
         nbytes: of the whole tensor; ``NEVER`` where the plain collective was faster at the largest size measured.
-        source: ``"option"``, ``"measured"``, ``"fitted"`` (the model, for a wire format that was not measured) or
-            ``"built-in"`` (nothing was measured on this link).
+        source: ``"option"``, ``"measured"``, ``"fitted"`` (the model, for a wire format that was not measured),
+            ``"built-in"`` (nothing was measured on this link) or ``"no CUDA graphs"`` (``LAUNCHED_BY_HOST``).
     """
 
     nbytes: int
@@ -122,8 +125,15 @@ def _least_squares(points: Sequence[tuple[tuple[float, ...], float]]) -> list[fl
     return [float(found.get(i, 0.0)) for i in range(rows.shape[1])]
 
 
-def threshold(link: Link, times: Times, op: str, wire: str) -> Threshold:
-    """From how many bytes on ``op`` is quantized on a link with these measured times."""
+def threshold(link: Link, times: Times, op: str, wire: str, graphs: bool = True) -> Threshold:
+    """From how many bytes on ``op`` is quantized on a link with these measured times; ``graphs``: in CUDA graphs."""
+    found = _threshold(link, times, op, wire)
+    if link.backend == "nccl" and not graphs and found.nbytes < LAUNCHED_BY_HOST:
+        return Threshold(LAUNCHED_BY_HOST, "no CUDA graphs")
+    return found
+
+
+def _threshold(link: Link, times: Times, op: str, wire: str) -> Threshold:
     wire = str(WireFormat.parse(wire))
     plain, quantized = times.get(Key(op, PLAIN), {}), times.get(Key(op, wire), {})
     sizes = sorted(plain.keys() & quantized.keys())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import logging
 import os
 import statistics
 import sys
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CommunicationError, ConfigError, IntScaleError
+from ..reasons import log_once
 from .link_cost import thresholds
 from .link_table import OPS, PLAIN, Key, Link, Times, check_table, link_of, read_table, table_path, write_table
 from .message import WireFormat
@@ -36,6 +38,7 @@ WIRES = ("int8", "int6", "int5", "int4")
 REPEATS = 5  # of which the median counts
 REPEAT_SECONDS = 0.02  # of calls in one repeat, at most MOST_CALLS of them
 MOST_CALLS = 20
+SPIN_CYCLES = 1_000_000  # about half a millisecond of a GPU, in which the host queues what is timed
 
 
 def tune_link(
@@ -52,7 +55,8 @@ def tune_link(
     """Measure a link and store the times: models compiled afterwards take their thresholds from them.
 
     Every rank of the group calls this at the same time, with nothing else running on its device. The time of a call is the
-    slowest rank's, and every rank gets the same times; one process of each host writes them.
+    slowest rank's, and every rank gets the same times; one process of each host writes them. On GPUs it is the time in a
+    captured CUDA graph, without the host's part.
 
     Args:
         group: process group; the default group if None.
@@ -135,6 +139,7 @@ class _Bench:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self.group, self.device = group, device
+        self._flag = torch.zeros(1, device=device)
         self._restore: Callable[[], Any] = lambda: None  # what a collective in place has overwritten
 
     def agreed(self, number: float) -> float:
@@ -161,15 +166,20 @@ class _Bench:
         """Median microseconds of the plain collective and of each wire format, measured in turn."""
         self._restore = lambda: None
         calls = {PLAIN: self._plain(op, nbytes), **{wire: self._quantized(op, wire, nbytes) for wire in wires}}
-        count = {}
-        for form, call in calls.items():
-            self._seconds(call, 1)  # kernels are compiled
-            once = max(self._seconds(call, 1), 1e-7)
-            count[form] = max(1, min(MOST_CALLS, int(REPEAT_SECONDS / once)))
-        rounds = [{form: self._seconds(call, count[form]) for form, call in calls.items()} for _ in range(REPEATS)]
+        repeats = {form: self._repeat(call) for form, call in calls.items()}
+        rounds = [{form: repeat() for form, repeat in repeats.items()} for _ in range(REPEATS)]
         return {form: statistics.median(one[form] for one in rounds) * 1e6 for form in calls}
 
-    def _seconds(self, call: Callable[[], Any], count: int) -> float:
+    def _repeat(self, call: Callable[[], Any]) -> Callable[[], float]:
+        """What times a call once more, in seconds: the mean of several calls, in a CUDA graph where there is a GPU."""
+        self._on_the_clock(call, 1)  # kernels are compiled
+        count = max(1, min(MOST_CALLS, int(REPEAT_SECONDS / max(self._on_the_clock(call, 1), 1e-7))))
+        graph = self._captured(call, count) if self.device.type == "cuda" else None
+        if graph is None:
+            return lambda: self._on_the_clock(call, count)
+        return lambda: self._replayed(graph, count)
+
+    def _on_the_clock(self, call: Callable[[], Any], count: int) -> float:
         self._restore()
         dist.barrier(self.group)
         self._synchronize()
@@ -178,6 +188,32 @@ class _Bench:
             call()
         self._synchronize()
         return self.agreed(time.perf_counter() - start) / count
+
+    def _captured(self, call: Callable[[], Any], count: int) -> Optional[torch.cuda.CUDAGraph]:
+        """A CUDA graph of so many calls; None on every rank where one of them could not capture it."""
+        graph, failed = torch.cuda.CUDAGraph(), False
+        self._synchronize()
+        dist.barrier(self.group)
+        try:
+            # the watchdog of NCCL asks for its events meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                for _ in range(count):
+                    call()
+        except RuntimeError as error:
+            failed = True
+            log_once(logging.WARNING, f"tune_link: timed without CUDA graphs, the host's part included: {error}")
+        return None if self.agreed(float(failed)) else graph
+
+    def _replayed(self, graph: torch.cuda.CUDAGraph, count: int) -> float:
+        self._restore()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SPIN_CYCLES)
+        dist.all_reduce(self._flag, group=self.group)  # the GPUs meet; the host does not wait
+        begin.record()
+        graph.replay()
+        end.record()
+        self._synchronize()
+        return self.agreed(begin.elapsed_time(end) / 1e3) / count
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -6,6 +6,7 @@ so they vote, once per group. Everything else goes through the process group.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
@@ -55,25 +56,36 @@ _members: weakref.WeakKeyDictionary[dist.ProcessGroup, _Member] = weakref.WeakKe
 
 def all_reduce(x: Tensor, wire: WireFormat, group: dist.ProcessGroup) -> Optional[Tensor]:
     """Sum of the 1-D ``x`` over the ranks, the same bits on each and as through the process group; None: not possible here."""
-    from .fused_kernel import MOST_PROGRAMS, fused_all_reduce_kernel, gather_slots, schedule, workspace_bytes
+    from .fused_kernel import MOST_PROGRAMS, fused_all_reduce_kernel, gather_slots
 
     ranks = group.size()
-    length = wire.slice_elements(x.numel(), ranks)
-    groups = length // wire.group_size
-    layout, out_layout = wire.reduce_layout(groups), wire.gather_layout(groups)
-    space = _workspace(group, x.device, workspace_bytes(ranks, layout, out_layout))
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    sizes, constants, programs, needed = _plan(x.numel(), wire, ranks, multiprocessors)
+    space = _workspace(group, x.device, needed)
     if space is None:
         return None
     out = torch.empty_like(x)
-    plan = schedule(length, torch.cuda.get_device_properties(x.device).multi_processor_count)
     with torch.cuda.device(x.device):
         _follow(space)
-        fused_all_reduce_kernel[(plan.programs,)](
-            x, out, space.buffer, space.peers, space.counts, x.numel(), length, groups, plan.per_round, layout.nbytes,
-            out_layout.nbytes, gather_slots(ranks, space.buffer.numel()), OUT_BITS=out_layout.bits, RANK=group.rank(),
-            RANKS=ranks, PROGRAMS=MOST_PROGRAMS, **plan.constants(layout),
+        fused_all_reduce_kernel[(programs,)](
+            x, out, space.buffer, space.peers, space.counts, *sizes, gather_slots(ranks, space.buffer.numel()),
+            RANK=group.rank(), RANKS=ranks, PROGRAMS=MOST_PROGRAMS, **constants,
         )  # fmt: skip
     return out
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(elements: int, wire: WireFormat, ranks: int, multiprocessors: int) -> tuple[tuple[int, ...], dict, int, int]:
+    """Of a launch: sizes, from ``elements`` to ``out_nbytes``; constants and options; programs; bytes of the workspace."""
+    from .fused_kernel import schedule, workspace_bytes
+
+    length = wire.slice_elements(elements, ranks)
+    groups = length // wire.group_size
+    layout, out_layout = wire.reduce_layout(groups), wire.gather_layout(groups)
+    plan = schedule(length, multiprocessors)
+    sizes = (elements, length, groups, plan.per_round, layout.nbytes, out_layout.nbytes)
+    constants = {**plan.constants(layout), "OUT_BITS": out_layout.bits}
+    return sizes, constants, plan.programs, workspace_bytes(ranks, layout, out_layout)
 
 
 def _follow(space: Workspace) -> None:

@@ -102,7 +102,7 @@ def run(
         recorder = GraphRecorder(len(graphs) + 1, names, blocks)
         rewrite = rewrite_graph(gm, example_inputs, settings, cuda_graphs, recorder)
         graph = SeenGraph(rewrite, recorder.finish(rewrite))
-        collectives = collectives_pass(settings, example_inputs)
+        collectives = collectives_pass(settings, example_inputs, cuda_graphs)
         bound = bind(rewrite, functools.partial(_compile, collectives))
         if collectives is not None:
             note_collectives(rewrite, collectives)

@@ -21,7 +21,7 @@ class CollectiveReport:
         nbytes: of the whole tensor; None where it depends on a symbol.
         wire: the wire format that was asked for.
         threshold: from how many bytes on it is quantized; None where another reason came first.
-        threshold_source: ``"option"``, ``"measured"``, ``"fitted"`` or ``"built-in"`` (nothing was measured on this link).
+        threshold_source: ``"option"``, or as in ``communication.link_cost.Threshold``.
         predicted_gain: time of the plain collective over that of the quantized one, from times measured on this link.
         reason: why it stays plain, as a member name of ``Reason``; None where it is quantized.
         explanation: the reason in words, with the mend.

@@ -74,6 +74,7 @@ class QuantizeCollectives(CustomGraphPass):
         wire: the wire format.
         min_bytes: threshold for all collectives; None: that of each link (``link_cost``).
         disabled: whether it only reports.
+        graphs: whether the compilation is for CUDA graphs.
 
     Attributes:
         name: of the pass.
@@ -87,8 +88,8 @@ class QuantizeCollectives(CustomGraphPass):
 
     name = NAME
 
-    def __init__(self, wire: str, min_bytes: Optional[int] = None, disabled: bool = False):
-        self.form, self.min_bytes, self.disabled = WireFormat.parse(wire), min_bytes, disabled
+    def __init__(self, wire: str, min_bytes: Optional[int] = None, disabled: bool = False, graphs: bool = True):
+        self.form, self.min_bytes, self.disabled, self.graphs = WireFormat.parse(wire), min_bytes, disabled, graphs
         self.wire = str(self.form)
         self.links = _links()
         self.reports: list[CollectiveReport] = []
@@ -96,7 +97,7 @@ class QuantizeCollectives(CustomGraphPass):
 
     def uuid(self) -> str:
         """Everything that the result depends on: our sources, the options, sizes of the groups and tables of their links."""
-        known = (KERNEL_ABI, self.wire, self.min_bytes, self.disabled, sorted(self.links.items()))
+        known = (KERNEL_ABI, self.wire, self.min_bytes, self.disabled, self.graphs, sorted(self.links.items()))
         return "intscale.quantize_collectives." + hashlib.sha256(repr(known).encode()).hexdigest()
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -187,7 +188,7 @@ class QuantizeCollectives(CustomGraphPass):
         if self.min_bytes is not None:
             least = link_cost.Threshold(self.min_bytes, "option")
         else:
-            least = link_cost.threshold(link, times, report.kind, self.wire)
+            least = link_cost.threshold(link, times, report.kind, self.wire, self.graphs)
         gain = None
         if report.nbytes:
             gain = link_cost.predicted_gain(link, times, report.kind, self.wire, report.nbytes)

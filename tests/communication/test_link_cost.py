@@ -11,8 +11,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from intscale_compile import CommunicationError, ConfigError
 from intscale_compile.communication import tune_link
-from intscale_compile.communication.link_cost import NEVER, fit, plain_bytes, predicted_gain, threshold, wire_bytes
+from intscale_compile.communication.link_cost import (
+    NEVER,
+    Threshold,
+    fit,
+    plain_bytes,
+    predicted_gain,
+    threshold,
+    wire_bytes,
+)
 from intscale_compile.communication.link_table import (
+    PLAIN,
     Key,
     Link,
     link_of,
@@ -101,6 +110,21 @@ def test_without_measurement_thresholds_are_built_in_and_no_gain_is_predicted():
         assert (found.nbytes, found.source) == (least, "built-in")
         assert predicted_gain(link, {}, "all_reduce", "int8", 1 << 26) is None
     assert str(threshold(LINK, {}, "all_reduce", "int8")) == "never (built-in)"
+
+
+def test_without_cuda_graphs_small_messages_of_gpus_stay_plain():
+    """The host launches them, and needs longer for ours than the GPU gains."""
+    times = {
+        Key("all_reduce", PLAIN): {1 << 16: 15.0, 1 << 25: 144.0},
+        Key("all_reduce", "int8"): {1 << 16: 8.6, 1 << 25: 78.0},
+    }
+    for backend, device in (("nccl", "h200"), ("gloo", "cpu")):
+        link = Link(backend, device, 2)
+        assert threshold(link, times, "all_reduce", "int8", graphs=True) == Threshold(1 << 16, "measured")
+        slow = threshold(link, times, "all_reduce", "int8", graphs=False)
+        assert slow == (Threshold(8 << 20, "no CUDA graphs") if backend == "nccl" else Threshold(1 << 16, "measured"))
+    never = {Key("all_reduce", PLAIN): {1 << 25: 70.0}, Key("all_reduce", "int8"): {1 << 25: 78.0}}
+    assert threshold(Link("nccl", "h200", 2), never, "all_reduce", "int8", graphs=False) == Threshold(NEVER, "measured")
 
 
 @pytest.fixture
