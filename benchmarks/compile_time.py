@@ -5,8 +5,9 @@
     python benchmarks/compile_time.py --model tiny --device cpu    # does everything run
 
 Every figure is from a process of its own with empty caches, alone on the machine; variants take turns. Beside the seconds
-stand those of Dynamo, of our passes, of AOTAutograd with Inductor and of the kernels compiled ahead, and the Triton kernels
-that the main thread had to compile at their first launch: with compilation ahead there should be none of ours.
+stand those of Dynamo, of our passes, of AOTAutograd with Inductor (waiting: for its Triton kernels and their launchers when all
+else was done), of the run after it and of the kernels compiled ahead, and the Triton kernels that the main thread had to
+compile at their first launch: with compilation ahead there should be none of ours.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from e2e_parts.models import CONFIGS
 VARIABLE = "INTSCALE_COMPILE_AHEAD"
 VARIANTS = {"bf16": ("bf16", "1"), "ours": ("intscale", "1"), "ours, at first launch": ("intscale", "0")}
 POINTS = {"decode": 1, "prefill": 2048}
+PHASES = ("seconds", "dynamo", "passes", "inductor", "waiting", "run")
 MARK = "result: "
 
 
@@ -75,7 +77,12 @@ def first_call(model_name: str, layers: int | None, point: str, variant: str, de
         dynamo=phases.get("bytecode_tracing", 0.0),
         passes=sum(entry.rewriting for entry in ours),
         inductor=phases.get("create_aot_dispatcher_function", 0.0),
-        ahead=[dict(kernels=entry.kernels, ready=entry.ready, seconds=entry.ahead) for entry in ours],
+        waiting=phases.get("async_compile.wait", 0.0),
+        run=seconds - phases.get("_compile.compile_inner", seconds),
+        ahead=[
+            dict(kernels=entry.kernels, ready=entry.ready, seconds=entry.ahead, launchers=entry.launchers)
+            for entry in ours
+        ],
         late=late,
         phases={name: round(value, 3) for name, value in sorted(phases.items(), key=lambda x: -x[1])[:40]},
     )
@@ -120,6 +127,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "Dynamo",
         "passes",
         "AOT + Inductor",
+        "of it waiting",
+        "first run",
         "ahead",
         "compiled at launch",
     ]
@@ -127,14 +136,14 @@ def table(results: list[dict[str, Any]]) -> str:
     for point, variant in dict.fromkeys((r["point"], r["variant"]) for r in results):
         own = [r for r in results if (r["point"], r["variant"]) == (point, variant)]
         base = [r["seconds"] for r in results if (r["point"], r["variant"]) == (point, "bf16")]
-        middle = {n: statistics.median(r[n] for r in own) for n in ("seconds", "dynamo", "passes", "inductor")}
+        middle = {n: statistics.median(r[n] for r in own) for n in PHASES}
         ahead = own[0]["ahead"]
         rows.append(
             [
                 f"{point} {POINTS[point]}, {variant}",
                 f"{middle['seconds']:.1f}",
                 f"{middle['seconds'] / statistics.median(base):.2f}" if base else "-",
-                *(f"{middle[name]:.1f}" for name in ("dynamo", "passes", "inductor")),
+                *(f"{middle[name]:.1f}" for name in PHASES[1:]),
                 ", ".join(f"{a['ready']} of {a['kernels']} in {a['seconds']:.1f} s" for a in ahead) or "-",
                 ", ".join(f"{own[0]['late'].count(n)} {n}" for n in dict.fromkeys(own[0]["late"])) or "-",
             ]

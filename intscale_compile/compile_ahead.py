@@ -6,6 +6,8 @@ Inductor will call, their launchers are run over fake tensors to learn which ker
 (:mod:`~intscale_compile.kernels.launching`), and a process (:mod:`~intscale_compile.compile_worker`) compiles those into
 Triton's cache on disk. Threads would not do: most of a compilation by Triton is Python, and so is Inductor.
 
+Inductor's own kernels leave the main thread something to compile as well, see :mod:`~intscale_compile.launchers_ahead`.
+
 Nothing depends on what is done here. A kernel that was not foreseen, not ready when Inductor is done, or whose compilation
 failed, is compiled at its first launch as ever. Off without a GPU, where Inductor's ``compile_threads`` is 1, and with
 ``INTSCALE_COMPILE_AHEAD=0``.
@@ -23,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any, Optional
 
 import torch
@@ -30,11 +33,21 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .kernels.launching import GPU_IMPLEMENTATIONS, Launch, collected
+from .launchers_ahead import LaunchersAhead, launchers_ahead
 from .passes.base import GraphRewrite, example
 
 log = logging.getLogger("intscale_compile")
 VARIABLE = "INTSCALE_COMPILE_AHEAD"
-WORKER = "intscale_compile.compile_worker"
+PACKAGE = __package__
+# The package without what its __init__ imports (torchao, Dynamo: 3 of the 6 s that compiling a decoding step's kernels took).
+START = """
+import sys, types
+name, folder = sys.argv[1:]
+package = sys.modules[name] = types.ModuleType(name)
+package.__path__ = [folder]
+from intscale_compile.compile_worker import main
+sys.exit(main())
+"""
 NEVER_CALLED = {"intscale::w4a8_accumulate"}  # always the template on a GPU
 
 
@@ -45,12 +58,14 @@ class Ahead:
         kernels: names of the kernels that the process was given.
         ready: of those, the ones that it has compiled; known after :meth:`finish`.
         seconds: from the start of the process to the end of the last of them.
+        launchers: those of Inductor's kernels; None where nothing is compiled ahead.
     """
 
     def __init__(self) -> None:
         self.kernels: tuple[str, ...] = ()
         self.ready: tuple[str, ...] = ()
         self.seconds = 0.0
+        self.launchers: Optional[LaunchersAhead] = None
         self._process: Optional[subprocess.Popen] = None
         self._output: Optional[IO[str]] = None
 
@@ -62,7 +77,7 @@ class Ahead:
         with tempfile.TemporaryFile("w+") as source:
             json.dump(request | {"begun": time.time()}, source)
             source.seek(0)
-            command, output = [sys.executable, "-m", WORKER], self._output
+            command, output = [sys.executable, "-c", START, PACKAGE, str(Path(__file__).parent)], self._output
             self._process = subprocess.Popen(
                 command, env=os.environ | paths, stdin=source, stdout=output, stderr=subprocess.STDOUT
             )
@@ -93,19 +108,19 @@ class Ahead:
 def compiling_ahead(rewrite: GraphRewrite, patches: dict[str, Any]) -> Iterator[Ahead]:
     """Compile in this context what the graph will launch; ``patches`` are the settings that Inductor compiles it with."""
     ahead = Ahead()
-    try:
-        device = gpu_of(rewrite)
-        if device is not None and allowed(patches):
-            _use_inductors_folder(device)
-            request = request_of(launches_of(rewrite, bool(_setting("triton.cudagraphs", patches))), device)
-            if request["kernels"]:
-                ahead.begin(request)
-    except Exception as error:
-        log.warning("no kernel is compiled ahead (%s: %s)", type(error).__name__, error)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(ahead.finish)
+        try:
+            device = gpu_of(rewrite)
+            if device is not None and allowed(patches):
+                _use_inductors_folder(device)
+                ahead.launchers = stack.enter_context(launchers_ahead())
+                request = request_of(launches_of(rewrite, bool(_setting("triton.cudagraphs", patches))), device)
+                if request["kernels"]:
+                    ahead.begin(request)
+        except Exception as error:
+            log.warning("no kernel is compiled ahead (%s: %s)", type(error).__name__, error)
         yield ahead
-    finally:
-        ahead.finish()
 
 
 def _setting(name: str, patches: dict[str, Any]) -> Any:

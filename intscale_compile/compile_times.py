@@ -31,6 +31,7 @@ class CompileTime:
         kernels: kernels of ours that another process began to compile meanwhile, see ``compile_ahead``.
         ready: of those, the ones that were ready in time.
         ahead: seconds until the last of them was.
+        launchers: C functions that launch Inductor's kernels, compiled meanwhile too, see ``launchers_ahead``.
     """
 
     graph: int
@@ -41,6 +42,7 @@ class CompileTime:
     kernels: int = 0
     ready: int = 0
     ahead: float = 0.0
+    launchers: int = 0
 
     @property
     def rewriting(self) -> float:
@@ -50,6 +52,7 @@ class CompileTime:
     def __str__(self) -> str:
         cache = " (from its cache)" if self.cached else ""
         ahead = f", {self.ready} of {self.kernels} kernels ahead in {self.ahead:.1f} s" if self.kernels else ""
+        ahead += f", {self.launchers} launchers ahead" if self.launchers else ""
         return (
             f"graph {self.graph}: {self.linears} linear products, passes {self.rewriting:.1f} s, "
             f"Inductor {self.inductor:.1f} s{cache}{ahead}"
@@ -71,10 +74,11 @@ def timed(linears: int, passes: Mapping[str, float], ahead: Optional[Ahead] = No
     hits, start = _cache_hits(), time.perf_counter()
     yield
     seconds = time.perf_counter() - start
-    background = (0, 0, 0.0)
+    background = (0, 0, 0.0, 0)
     if ahead is not None:
         ahead.finish()
-        background = (len(ahead.kernels), len(ahead.ready), ahead.seconds)
+        launchers = len(ahead.launchers.compiled) if ahead.launchers is not None else 0
+        background = (len(ahead.kernels), len(ahead.ready), ahead.seconds, launchers)
     entry = CompileTime(next(_numbers), linears, dict(passes), seconds, _cache_hits() > hits, *background)
     _times.append(entry)
     log.info("%s", entry)

@@ -1,5 +1,6 @@
-"""The process that compiles kernels ahead, see :mod:`~intscale_compile.compile_ahead`: ``python -m`` this module.
+"""The process that compiles kernels ahead, see :mod:`~intscale_compile.compile_ahead`.
 
+Of the package it imports the kernels' modules only, without the package's ``__init__``: most of them need Triton alone.
 Standard input is ``{"begun": time, "target": [backend, arch, warp_size], "kernels": [{"module", "name", "specialization"}]}``;
 each kernel is answered by a line ``{"name", "seconds" since begun, "error": text or null}``. It needs no GPU and asks for
 none: the compiled kernels and the C functions that launch them are left in Triton's cache on disk.
@@ -58,7 +59,3 @@ def main() -> int:
         answer = dict(name=one["name"], seconds=time.time() - request["begun"], error=error)
         print(json.dumps(answer), flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

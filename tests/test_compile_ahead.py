@@ -6,9 +6,13 @@ Without a GPU: graphs over fake CUDA tensors, a driver that is not there, and la
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import subprocess
+import sys
 import threading
 import types
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -16,6 +20,7 @@ import torch
 from torch import fx
 
 triton = pytest.importorskip("triton")
+from torch._inductor.async_compile import AsyncCompile  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from intscale_compile import compile_ahead, ops  # noqa: E402
@@ -23,6 +28,7 @@ from intscale_compile import format as fmt  # noqa: E402
 from intscale_compile.compile_times import CompileTime, timed  # noqa: E402
 from intscale_compile.kernels import gluon_launch, triton_attention, triton_gemm  # noqa: E402
 from intscale_compile.kernels.launching import GPU_IMPLEMENTATIONS, collected, launch  # noqa: E402
+from intscale_compile.launchers_ahead import LaunchersAhead  # noqa: E402
 from tests.support.fake_cuda import fake_cuda  # noqa: E402
 
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -263,11 +269,32 @@ def test_failures_are_logged_and_end_nothing(caplog, monkeypatch, tmp_path):
 def test_the_process_ends_with_the_compilation_of_the_graph(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     rewrite = graph_of(gated_case(3, 96, 256))
+    before = AsyncCompile.triton
     with pytest.raises(Broken), compile_ahead.compiling_ahead(rewrite, {"compile_threads": 4}) as ahead:
         process = ahead._process
-        assert process.poll() is None
+        assert process.poll() is None and AsyncCompile.triton is not before
         raise Broken
-    assert process.poll() is not None and ahead.ready == ()
+    assert process.poll() is not None and ahead.ready == () and AsyncCompile.triton is before
+
+
+def test_the_process_imports_no_more_than_the_kernels(tmp_path):
+    """torchao and Dynamo, which the package imports, took half of the time in which a decoding step's kernels compile."""
+    kernel = dict(module="intscale_compile.kernels.gluon_decode", name="gemm_decode", specialization="{}")
+    request = dict(target=["cuda", 90, 32], kernels=[kernel], begun=0.0)
+    folder = str(Path(compile_ahead.__file__).parent)
+    command = [sys.executable, "-X", "importtime", "-c", compile_ahead.START, compile_ahead.PACKAGE, folder]
+    done = subprocess.run(command, cwd=tmp_path, input=json.dumps(request), capture_output=True, text=True, timeout=200)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "intscale_compile.kernels.gluon_common" in imported, done.stderr
+    assert not imported & {
+        "torchao",
+        "torch._dynamo",
+        "torch._inductor",
+        "sympy",
+        "transformers",
+        "intscale_compile.ops",
+    }
+    assert json.loads(done.stdout)["error"] == "KeyError: 'name'"  # of the specialization: the kernel is there
 
 
 def test_launches_of_other_threads_are_compiled_while_this_one_only_asks():
@@ -301,7 +328,7 @@ def test_off(monkeypatch, reason):
             if node.op == "placeholder":
                 node.meta["example_value"] = torch.empty(1)
     with compile_ahead.compiling_ahead(rewrite, patches) as ahead:
-        assert ahead.kernels == () and ahead._process is None
+        assert ahead.kernels == () and ahead._process is None and ahead.launchers is None
     assert ahead.seconds == 0.0
 
 
@@ -324,6 +351,11 @@ def test_the_report_says_what_it_took():
     with timed(4, {}, ahead):
         pass
     entry = compile_times()[-1]
-    assert (entry.kernels, entry.ready, entry.ahead) == (5, 4, 3.21)
+    assert (entry.kernels, entry.ready, entry.ahead, entry.launchers) == (5, 4, 3.21, 0)
     assert str(entry).endswith(", 4 of 5 kernels ahead in 3.2 s")
+    ahead.launchers = LaunchersAhead()
+    ahead.launchers.compiled += [("*bf16",), ("*fp32",)]
+    with timed(4, {}, ahead):
+        pass
+    assert str(compile_times()[-1]).endswith(" kernels ahead in 3.2 s, 2 launchers ahead")
     assert "ahead" not in str(CompileTime(1, 2, {}, 1.0, False))
