@@ -342,7 +342,9 @@ def _with_local_headers(convert: Callable) -> Callable:
 def _one_of_each_weight(parts: dict[str, Any]) -> dict[str, Any]:
     """Parts of which transformers read several pieces of rows: what all rows share came with each piece."""
     shared = tuple(f"_{part}" for part in PER_WEIGHT)
-    return {key: [t[..., :1, :] for t in tensors] if key.endswith(shared) else tensors for key, tensors in parts.items()}
+    return {
+        key: [t[..., :1, :] for t in tensors] if key.endswith(shared) else tensors for key, tensors in parts.items()
+    }
 
 
 class _WithMetadata:

@@ -13,7 +13,6 @@ import operator
 from collections import defaultdict
 from typing import Optional
 
-import torch
 from torch import Tensor, fx
 
 from ..ops import dequantize, hadamard, quantize_per_token, quantize_static
@@ -95,7 +94,8 @@ def _equal_parts(rewrite: GraphRewrite, first: fx.Node, node: fx.Node) -> bool:
     if not recipes:
         return False
     ours, theirs = recipes
-    equal = same_part(*(recipe.resolve(rewrite.example_inputs) for recipe in recipes), ours.part)
+    first_weight, weight = (recipe.resolve(rewrite.example_inputs) for recipe in recipes)
+    equal = same_part(first_weight, weight, ours.part)
     if not equal:
         pair = ours.sources[0].name, theirs.sources[0].name
         rewrite.unlike.setdefault(UNLIKE[ours.part], []).append(pair)
