@@ -125,6 +125,12 @@ def _load(model_class: Any, config: Any, layers: StoredLayers, dtype: torch.dtyp
     except Exception as error:
         if layers.error is not None:
             raise layers.error from None
+        experts = [name for name in layers.ordered if re.search(r"\.experts\.\d+\.", name)]
+        if experts:
+            raise ConfigError(
+                f"{experts[0]}: its groups are scattered over the input features (GPTQ act-order, desc_act=True), in an order of "
+                "each expert's own, so experts cannot be stacked. Quantize with desc_act=False, or with static_groups=True."
+            ) from error
         raise CheckpointError(f"transformers cannot load this checkpoint: {error}") from error
     if layers.error is not None:
         raise layers.error
