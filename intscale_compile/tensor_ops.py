@@ -119,12 +119,12 @@ def _require_no_order(tensor: IntScaleTensor, what: str) -> None:
 
 
 def _slice_features(func, args, kwargs, tensor: IntScaleTensor, start: int, end: int, step: int):
+    _require_no_order(tensor, f"input features {start}:{end}")
     align = fmt.k_alignment(tensor.group_size)
     if tensor.packing_format == "tiled" or step != 1 or start % align or (end % align and end != tensor.in_features):
         raise _refuse(
             f"input features {start}:{end}:{step} of {tensor.packing_format} packing are not multiples of {align}"
         )
-    _require_no_order(tensor, f"input features {start}:{end}")
     if tensor.rotation and (start % tensor.rotation or end % tensor.rotation):
         raise _refuse(f"input features {start}:{end} cut through blocks of rotation={tensor.rotation}", DENSE_MEND)
     last = tensor.dim() - 1

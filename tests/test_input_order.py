@@ -25,6 +25,7 @@ from intscale_compile import (
 from intscale_compile.checkpoint_shards import read_shards
 from intscale_compile.joined_rows import joined_in_place
 from intscale_compile.sharding import shard, unshard
+from tests.support.joined import rewritten
 from tests.support.static import outlying
 
 K = 96
@@ -50,7 +51,11 @@ class Siblings(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(nn.Linear(K, n, bias=n == 32) for n in (64, 32, 32))
         for part, order in zip(self.parts, orders):
-            weight = ordered(part.out_features, order, static=static)[0] if order is not None else ordered()[1]
+            weight = (
+                ordered(part.out_features, order, static=static)[0]
+                if order is not None
+                else ordered(part.out_features)[1]
+            )
             part.weight = nn.Parameter(weight, requires_grad=False)
         self.requires_grad_(False)
 
@@ -101,7 +106,8 @@ def test_gradients_go_straight_through():
     model = Siblings([torch.randperm(K)] * 3)
     dense = torch.cat([part.weight.dequantize() for part in model.parts])
     grad = torch.randn(5, dense.shape[0])
-    for run in (model, compiled(model)):
+    torch._dynamo.reset()
+    for run in (model, rewritten(model)):
         x = outlying(5, K).requires_grad_()
         torch.cat(run(x), dim=-1).backward(grad)
         torch.testing.assert_close(x.grad, grad @ dense, rtol=1e-4, atol=1e-5)
@@ -130,15 +136,16 @@ def test_operations_on_rows_keep_the_order():
     target = ordered(128)[0]
     target.copy_(weight)
     assert torch.equal(target.dequantize(), dense) and target.input_order is not weight.input_order
-    joined = joined_in_place([weight, other])
-    assert torch.equal(joined.dequantize(), kept["cat"][1]) and torch.equal(weight.dequantize(), dense)
+    first, second = weight.clone(), other.clone()
+    joined = joined_in_place([first, second])
+    assert torch.equal(joined.dequantize(), kept["cat"][1]) and torch.equal(first.dequantize(), dense)
     assert "input order" in repr(weight) and "input order" not in repr(stored)
 
 
 def test_what_has_no_meaning_is_refused():
     weight, stored, order = ordered()
     for operation in (
-        lambda: weight[:, :32],
+        lambda: weight[:, :64],
         lambda: weight.t()[:32],
         lambda: weight.view(2, 32, K),
         lambda: torch.stack([weight, weight]),
@@ -146,7 +153,7 @@ def test_what_has_no_meaning_is_refused():
         lambda: torch.cat([weight, stored]),
         lambda: stored.clone().copy_(weight),
     ):
-        with pytest.raises(UnsupportedOpError, match=r"input order|data_names"):
+        with pytest.raises(UnsupportedOpError, match="input order|data_names"):
             operation()
     assert joined_in_place([weight, ordered()[0]]) is None
     for change, message in (
@@ -205,7 +212,8 @@ def test_round_trips(tmp_path):
     for loaded in (first, second, copied, model.to("cpu")):
         assert all(torch.equal(a, b) for a, b in zip(loaded(x), expected, strict=True))
     for kept in (list(again.values()), [part.weight for part in copied.parts]):
-        assert len({id(w.input_order) for w in kept if isinstance(w, IntScaleTensor)}) == 1, "siblings share one tensor"
+        memory = {w.input_order.data_ptr() for w in kept if isinstance(w, IntScaleTensor)}
+        assert len(memory) == 1, "siblings share one order"
 
     rows = read_shards(tmp_path / "model.safetensors", {"parts.0.weight": (-2, 1, 1)}, 1, 2)["parts.0.weight"]
     assert torch.equal(rows.dequantize(), model.parts[0].weight.dequantize()[32:])
@@ -231,7 +239,9 @@ def test_siblings_with_one_order_are_merged(static):
     assert {layer.activation for layer in report.layers} == {"input order, per token"}
 
     order = torch.randperm(K)  # a new order for all is seen, one of its own is an error
-    state = {name: w.with_input_order(order) if name.endswith("weight") else w for name, w in model.state_dict().items()}
+    state = {
+        name: w.with_input_order(order) if name.endswith("weight") else w for name, w in model.state_dict().items()
+    }
     model.load_state_dict(state)
     expect(run, model, x)
     state["parts.1.weight"] = state["parts.1.weight"].with_input_order(torch.randperm(K))
@@ -264,7 +274,8 @@ def test_other_backends_and_written_activations():
         x[:, 3] = 0
         return first, model.parts[1](x)
 
-    expect(compiled(written), written, x)
+    torch._dynamo.reset()
+    expect(rewritten(written), written, x)
 
 
 def test_comparison_with_the_original():
