@@ -26,7 +26,7 @@ from intscale_compile.checkpoint_shards import read_shards
 from intscale_compile.joined_rows import joined_in_place
 from intscale_compile.sharding import shard, unshard
 from tests.support.joined import rewritten
-from tests.support.static import outlying
+from tests.support.static import outlying, prepared
 
 K = 96
 FORMATS = {
@@ -63,9 +63,13 @@ class Siblings(nn.Module):
         return tuple(part(x) for part in self.parts)
 
 
-def compiled(function, **options):
+def compiled(function, backend="intscale", **options):
+    return torch.compile(function, backend=backend, **options)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
     torch._dynamo.reset()
-    return torch.compile(function, **{"backend": "intscale", **options})
 
 
 def expect(run, model, x):
@@ -106,7 +110,6 @@ def test_gradients_go_straight_through():
     model = Siblings([torch.randperm(K)] * 3)
     dense = torch.cat([part.weight.dequantize() for part in model.parts])
     grad = torch.randn(5, dense.shape[0])
-    torch._dynamo.reset()
     for run in (model, rewritten(model)):
         x = outlying(5, K).requires_grad_()
         torch.cat(run(x), dim=-1).backward(grad)
@@ -228,7 +231,7 @@ def test_round_trips(tmp_path):
 def test_siblings_with_one_order_are_merged(static):
     model, x = Siblings([torch.randperm(K)] * 3, static), outlying(5, K)
     assert len({id(part.weight.input_order) for part in model.parts}) == 3
-    run = compiled(model, fullgraph=True, dynamic=True)
+    run = compiled(model, fullgraph=True, dynamic=True) if static is None else rewritten(model)
     expect(run, model, x)
     expect(run, model, outlying(17, K))
     assert len({id(part.weight.input_order) for part in model.parts}) == 1, "one tensor for all siblings"
@@ -259,7 +262,7 @@ def test_siblings_with_other_orders_stay_apart():
     assert note == (
         "parts.0.weight and parts.1.weight read one activation in different input orders, and are not merged."
     )
-    expect(compiled(model), model, x)
+    expect(rewritten(model), model, x)
 
 
 def test_other_backends_and_written_activations():
@@ -274,15 +277,15 @@ def test_other_backends_and_written_activations():
         x[:, 3] = 0
         return first, model.parts[1](x)
 
-    torch._dynamo.reset()
     expect(rewritten(written), written, x)
 
 
-def test_comparison_with_the_original():
-    """``compare`` sees the weight in its stored form: rotated, or in its order."""
+@pytest.mark.parametrize("form", ["order", "rotation"])
+def test_comparison_with_the_original(form):
+    """``compare`` sees the weight in its stored form: its columns in their order, or rotated."""
     plain = nn.Sequential(nn.Linear(K, 64), nn.Linear(64, 64)).requires_grad_(False)
-    other, order = copy.deepcopy(plain), torch.randperm(K)
-    weight = IntScaleTensor.from_hp(plain[0].weight[:, order], FORMATS["group"]).with_input_order(order)
+    other, order, dense = copy.deepcopy(plain), torch.randperm(K), plain[0].weight.detach()
+    weight = prepared(dense, 32) if form == "rotation" else prepared(dense[:, order]).with_input_order(order)
     other[0].weight = nn.Parameter(weight, requires_grad=False)
     x = torch.randn(40, K)
     assert compare(plain, other, x).first is None
