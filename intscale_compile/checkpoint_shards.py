@@ -3,7 +3,7 @@
 ``StoredPart`` stands for one stored part (codes, group scales, ...) and is indexed by rows and features of the *weight*. So
 what divides tensors, transformers or ``tensor_parallel.load_sharded``, need not know how codes
 are packed. Hooks into transformers (checked with 5.17 and 5.23) are installed when it is imported, and take part only
-where a model is divided.
+where a model is divided; but for one that names the stored parts which transformers does not know.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def stored_parts(
     for name, keys in parts.items():
         if "qdata" in keys:
             data = headers[name]["_data"]
-            layout = _layout(data, slices[keys["qdata"]], name)
+            layout = _layout(data, slices[keys["qdata"]], name, "input_order" in keys)
             found.update({key: StoredPart(slices[key], part, layout, data["transposed"]) for part, key in keys.items()})
     return found
 
@@ -120,11 +120,11 @@ def _header(text: str) -> Optional[dict]:
     return header if isinstance(header, dict) and header.get("_type") == "IntScaleTensor" else None
 
 
-def _layout(data: Mapping[str, Any], qdata: Any, name: str) -> Layout:
+def _layout(data: Mapping[str, Any], qdata: Any, name: str, ordered: bool) -> Layout:
     dtype = str(qdata.dtype) if isinstance(qdata, Tensor) else qdata.get_dtype()
     return Layout(
         name, data["in_features"], data["out_features"], data["block_size"][-1], 8 if dtype in ("I8", "torch.int8") else 4,
-        data["packing_format"], data.get("rotation", 0),
+        data["packing_format"], data.get("rotation", 0), ordered,
     )  # fmt: skip
 
 
@@ -184,7 +184,8 @@ def _read_shard(
     shape = list(stored[keys["qdata"]].get_shape())
     if divided is not None:
         shape[divided[0]] //= ranks
-    parts = {key: part[..., :1, :] if key == keys["act_pre_scale"] else part for key, part in parts.items()}
+    shared = {keys[part] for part in PER_WEIGHT}
+    parts = {key: part[..., :1, :] if key in shared else part for key, part in parts.items()}
     return stored_tensor(name, parts, {**metadata, name: local_header(metadata[name], tuple(shape))}, path)[0]
 
 
@@ -213,7 +214,7 @@ def register_sharded_loading() -> None:
     after_import("transformers.modeling_utils", _hook_loading)
     after_import("transformers.distributed.sharding_utils", _hook_sharding)
     after_import("transformers.integrations.torchao", _hook_deserializing)
-    after_import("transformers.quantizers.quantizer_torchao", _hook_saving)
+    after_import("transformers.quantizers.quantizer_torchao", _hook_quantizer)
 
 
 def _hook_loading(modeling: Any) -> None:
@@ -228,8 +229,9 @@ def _hook_deserializing(integration: Any) -> None:
     _wrap(integration.TorchAoDeserialize, "convert", _with_local_headers)
 
 
-def _hook_saving(quantizers: Any) -> None:
+def _hook_quantizer(quantizers: Any) -> None:
     _wrap(quantizers.TorchAoHfQuantizer, "get_state_dict_and_metadata", _gathering)
+    _wrap(quantizers.TorchAoHfQuantizer, "get_weight_conversions", _with_all_parts)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
@@ -239,6 +241,23 @@ def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> Non
         wrapped = wrapper(function)
         setattr(wrapped, _HOOKED, True)
         setattr(owner, name, wrapped)
+
+
+def _with_all_parts(get_conversions: Callable) -> Callable:
+    """transformers collects the parts of a stored tensor subclass by a list of names, which has those of torchao only."""
+
+    @functools.wraps(get_conversions)
+    def conversions(self: Any) -> list[Any]:
+        found = []
+        for known in get_conversions(self):
+            sources, targets = known._original_source_patterns, known._original_target_patterns
+            suffix = "_qdata"
+            stems = [name.removesuffix(suffix) for name in sources if name.endswith(suffix)]
+            added = [f"{stem}_{part}" for stem in stems for part in DATA_NAMES if f"{stem}_{part}" not in sources]
+            found.append(type(known)([*sources, *added], targets, known.operations) if added else known)
+        return found
+
+    return conversions
 
 
 def _gathering(get_state: Callable) -> Callable:
@@ -315,16 +334,16 @@ def _with_local_headers(convert: Callable) -> Callable:
         if not is_dtensor(parameter):
             return convert(self, input_dict, *args, **kwargs)
         quantizer = _WithMetadata({**whole, name: local_header(whole[name], tuple(local_tensor(parameter).shape))})
-        return convert(type(self)(quantizer), _one_activation_scale(input_dict), *args, **kwargs)
+        return convert(type(self)(quantizer), _one_of_each_weight(input_dict), *args, **kwargs)
 
     return deserialize
 
 
-def _one_activation_scale(parts: dict[str, Any]) -> dict[str, Any]:
-    """Parts of which transformers read several pieces of rows: the activation scale came with each piece."""
+def _one_of_each_weight(parts: dict[str, Any]) -> dict[str, Any]:
+    """Parts of which transformers read several pieces of rows: what all rows share came with each piece."""
+    shared = tuple(f"_{part}" for part in PER_WEIGHT)
     return {
-        key: [t[..., :1, :] for t in tensors] if key.endswith("_act_pre_scale") else tensors
-        for key, tensors in parts.items()
+        key: [t[..., :1, :] for t in tensors] if key.endswith(shared) else tensors for key, tensors in parts.items()
     }
 
 

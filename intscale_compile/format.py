@@ -127,6 +127,13 @@ def rotation_fits(size: object, in_features: int) -> bool:
     return size == 0 or (size > 1 and size & (size - 1) == 0 and in_features % size == 0)
 
 
+def is_permutation(order: Tensor, size: int) -> bool:
+    """Whether ``order``, of any shape, holds each integer from 0 to ``size - 1`` once."""
+    if order.is_floating_point() or order.dtype == torch.bool or order.numel() != size:
+        return False
+    return bool(torch.equal(order.reshape(-1).long().sort().values, torch.arange(size, device=order.device)))
+
+
 def accumulator_bound(codes: Tensor, group_scale: Tensor) -> Tensor:
     """Largest magnitude that the integer accumulator of each row can reach, over all int8 activations.
 

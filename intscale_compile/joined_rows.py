@@ -19,7 +19,7 @@ from torch import Tensor
 from . import format as fmt
 from .kernels.cpu_gemm import forget
 from .reasons import log_once
-from .tensor import IntScaleTensor
+from .tensor import PER_WEIGHT, IntScaleTensor, same_part
 
 SLICES = "_intscale_slices"  # attribute of a joined tensor: weak references to the row slices that we gave to weights
 ALIGNMENT = 16  # bytes; GPU kernels are compiled for inputs that are aligned so
@@ -32,7 +32,7 @@ def joined_in_place(tensors: Sequence[IntScaleTensor]) -> Optional[IntScaleTenso
     former memory is then free. Reads through any other alias of that memory would miss later updates, so a weight that
     has one is not touched. The result is never transposed, whatever the sources are.
     """
-    names = [name for name in tensors[0].data_names if name != "act_pre_scale"]  # one for all rows, which need no join
+    names = [name for name in tensors[0].data_names if name not in PER_WEIGHT]
     columns = {name: [getattr(t, name) for t in tensors] for name in names}
     obstacle = _obstacle(tensors, columns)
     if obstacle is None:
@@ -61,9 +61,10 @@ def _obstacle(tensors: Sequence[IntScaleTensor], columns: dict[str, list[Tensor]
     first = tensors[0]
     if any(t.data_names != first.data_names or t.rotation != first.rotation for t in tensors):
         return "their formats differ"
-    static = first.act_pre_scale
-    if static is not None and any(not torch.equal(t.act_pre_scale, static) for t in tensors[1:]):  # type: ignore[arg-type]
+    if any(not same_part(t, first, "act_pre_scale") for t in tensors[1:]):
         return "they have static activation scales of their own"
+    if any(not same_part(t, first, "input_order") for t in tensors[1:]):
+        return "they have input orders of their own"
     parts = [part for column in columns.values() for part in column]
     if any(type(part) is not Tensor for part in parts):
         return "their data are not plain tensors"

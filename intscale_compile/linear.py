@@ -20,7 +20,8 @@ from .tensor import IntScaleTensor
 def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> Tensor:
     """``x @ weight.T + bias`` with activations quantized to int8: per token, or with the weight's static scale.
 
-    Where the weight is rotated, the activation is rotated first: block Hadamard transforms, see ``kernels.hadamard``.
+    Where the weight is rotated, the activation is rotated first: block Hadamard transforms, see ``kernels.hadamard``. Where
+    it has an input order, the features of the activation are gathered in that order first.
 
     Args:
         x: fp32, bf16 or fp16 ``[..., K]``.
@@ -47,7 +48,7 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
         raise InputError(f"the bias has shape {tuple(bias.shape)}, the weight {weight.out_features} output features.")
     if x.device != weight.device:
         raise InputError(f"the activation is on {x.device}, the weight on {weight.device}: move them together.")
-    xq, token_scale, watched = quantize_activation(x, weight.rotation, weight.activation_scale)
+    xq, token_scale, watched = quantize_activation(x, weight.rotation, weight.activation_scale, weight.input_order)
     return LINEAR_OP(
         xq,
         token_scale,
@@ -67,14 +68,17 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
 
 
 def quantize_activation(
-    x: Tensor, rotation: int = 0, activation_scale: Optional[Tensor] = None
+    x: Tensor, rotation: int = 0, activation_scale: Optional[Tensor] = None, input_order: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    """int8 codes and fp32 token scales of ``x``, rotated in blocks of ``rotation`` where that is not 0.
+    """int8 codes and fp32 token scales of ``x``, rotated in blocks of ``rotation`` where that is not 0, or gathered in the
+    order ``input_order``.
 
     Our ops in eager mode; where a compiler looks on, the aten form of the quantizers. The third result is the tensor that
-    the gradient of the product goes to: ``x``, rotated, or None where autograd does not watch.
+    the gradient of the product goes to: ``x``, rotated or gathered, or None where autograd does not watch.
     """
     watched = torch.is_grad_enabled() and x.requires_grad
+    if input_order is not None:
+        x = x.index_select(-1, input_order.view(-1))
     if rotation and not watched:
         return *HADAMARD_QUANTIZE_OP(x, rotation, activation_scale), None
     rotated = HADAMARD_OP(x, rotation) if rotation else x

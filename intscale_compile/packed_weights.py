@@ -21,7 +21,7 @@ from torch._C import DisableTorchFunctionSubclass
 from .config import IntScaleConfig
 from .errors import CompileError
 from .joined_rows import joined_in_place
-from .tensor import DATA_NAMES, IntScaleTensor
+from .tensor import DATA_NAMES, IntScaleTensor, same_part
 from .tensor_ops import concatenate
 
 
@@ -139,35 +139,47 @@ def merged(recipes: Sequence[Packed]) -> Packed:
     )
 
 
-@dataclass(frozen=True)
-class ActivationScale:
-    """Recipe for the static activation scale of one weight, or of several that read one quantized activation.
+_PARTED = {  # what weights no longer share, and the mend
+    "act_pre_scale": ("static activation scale", "calibrate them on one input"),
+    "input_order": ("input order", "import them from one checkpoint"),
+}
 
-    The weights then share one tensor, so that a write to it is seen by all of them, and a scale of one's own is noticed.
+
+@dataclass(frozen=True)
+class ActivationPart:
+    """Recipe for what says how the activation of one weight is taken, or that of several that read one quantized activation.
+
+    The weights then share one tensor, so that a write to it is seen by all of them, and one of one's own is noticed.
+
+    Attributes:
+        sources: the weights.
+        part: ``"act_pre_scale"`` or ``"input_order"``.
     """
 
     sources: tuple[WeightSource, ...]
+    part: str
 
     @property
     def key(self) -> tuple:
         """Tells this recipe from the others of one graph."""
-        return "activation_scale", self.sources
+        return self.part, self.sources
 
     def resolve(self, args: Sequence[Any]) -> IntScaleTensor:
-        """A weight with the scale, among the arguments of a call.
+        """A weight with the part, among the arguments of a call.
 
         Raises:
-            CompileError: the weights have different scales, though they had one when the graph was compiled.
+            CompileError: the weights have different ones, though they had one when the graph was compiled.
         """
         first, *others = (cast(IntScaleTensor, source.tensor(args)) for source in self.sources)
         for source, other in zip(self.sources[1:], others):
-            if other.act_pre_scale is not first.act_pre_scale:
-                if not torch.equal(other.act_pre_scale, first.act_pre_scale):  # type: ignore[arg-type]
+            if getattr(other, self.part) is not getattr(first, self.part):
+                if not same_part(first, other, self.part):
+                    what, mend = _PARTED[self.part]
                     raise CompileError(
                         f"{self.sources[0].name} and {source.name} share one activation in the compiled graph, but no "
-                        "longer one static activation scale: calibrate them on one input, or call torch._dynamo.reset()."
+                        f"longer one {what}: {mend}, or call torch._dynamo.reset()."
                     )
-                other.act_pre_scale = first.act_pre_scale
+                setattr(other, self.part, getattr(first, self.part))
         return first
 
 

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from . import format as fmt
 from .errors import ShardingError
-from .tensor import IntScaleTensor
+from .tensor import PER_WEIGHT, IntScaleTensor
 
-PER_WEIGHT = ("act_pre_scale",)  # parts that all rows and features share
 PER_GROUP = ("scale", "zero_point")
 
 
@@ -30,6 +29,7 @@ class Layout:
     Attributes:
         name: the weight's name for error messages.
         in_features, out_features, group_size, weight_bits, packing_format, rotation: as of ``IntScaleTensor``.
+        ordered: whether the weight has an input order.
     """
 
     name: str
@@ -39,13 +39,14 @@ class Layout:
     weight_bits: int
     packing_format: str
     rotation: int = 0
+    ordered: bool = False
 
     @classmethod
     def of(cls, weight: IntScaleTensor, name: str = "weight") -> Layout:
         """The layout of a weight."""
         return cls(
             name, weight.in_features, weight.out_features, weight.group_size, weight.weight_bits,
-            weight.packing_format, weight.rotation,
+            weight.packing_format, weight.rotation, weight.input_order is not None,
         )  # fmt: skip
 
     @property
@@ -61,6 +62,11 @@ class Layout:
                 f"{self.name}: input features {start}:{end} of {whole} are no shard: use fewer ranks than there are groups."
             )
         edges = [edge for edge in (start, end) if edge not in (0, whole)]
+        if edges and self.ordered:
+            raise ShardingError(
+                f"{self.name}: it has an input order, so the features {start}:{end} of its activation are scattered over its "
+                "groups: divide its rows (colwise) or keep it whole (replicate), or quantize it without activation order."
+            )
         if any(self.rotation and edge % self.rotation for edge in edges):
             raise ShardingError(
                 f"{self.name}: input features {start}:{end} cut through a block of its rotation of {self.rotation}: use a "
@@ -123,7 +129,7 @@ def shard_features(weight: IntScaleTensor, start: int, end: int, name: str = "we
     Tiled weights give tiled shards. Where the cut lies within a block of packed codes, these are packed anew.
 
     Raises:
-        ShardingError: the shard would cut a group of weights or a block of the rotation.
+        ShardingError: the shard would cut a group of weights or a block of the rotation; the weight has an input order.
     """
     layout = Layout.of(weight, name)
     layout.check_features(start, end)

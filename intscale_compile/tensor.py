@@ -34,6 +34,8 @@ class IntScaleTensor(TorchAOBaseTensor):
         per_tensor_scale: row scales, fp32 ``[..., N, 1]``.
         zero_point: int8 ``[..., N, G]`` in [-8, 7], for 4-bit weights; None: the weight is symmetric.
         act_pre_scale: the static scale of the activation, fp32 ``[..., 1, 1]``; None: dynamic, per token.
+        input_order: int32 ``[1, K]``, a permutation: stored column ``j`` belongs to input feature ``input_order[0, j]``, so
+            that groups whose features are scattered (GPTQ's activation order) are contiguous here. None: as they come.
 
     Attributes:
         block_size: ``[1, ..., group_size]`` as elsewhere in torchao; the last entry is -1 per channel.
@@ -60,7 +62,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         "transposed",
         "dtype",
     ]
-    optional_tensor_data_names = ["zero_point", "act_pre_scale"]
+    optional_tensor_data_names = ["zero_point", "act_pre_scale", "input_order"]
     optional_tensor_attribute_names = ["rotation", "communication"]
 
     def __new__(  # noqa: D102  (the class says what the arguments are)
@@ -77,6 +79,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         dtype: torch.dtype,
         zero_point: Optional[Tensor] = None,
         act_pre_scale: Optional[Tensor] = None,
+        input_order: Optional[Tensor] = None,
         rotation: int = 0,
         communication: Optional[str] = None,
     ):
@@ -98,6 +101,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         dtype: torch.dtype,
         zero_point: Optional[Tensor] = None,
         act_pre_scale: Optional[Tensor] = None,
+        input_order: Optional[Tensor] = None,
         rotation: int = 0,
         communication: Optional[str] = None,
     ):
@@ -113,6 +117,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         self.transposed = transposed
         self.zero_point = zero_point
         self.act_pre_scale = act_pre_scale
+        self.input_order = input_order
         self.rotation = rotation
         self.communication = communication
 
@@ -155,7 +160,7 @@ class IntScaleTensor(TorchAOBaseTensor):
 
     @property
     def codes(self) -> Tensor:
-        """Unpacked codes, int8 ``[..., N, K]``."""
+        """Unpacked codes, int8 ``[..., N, K]``, in the stored order of columns."""
         columns = fmt.code_block_columns(self.group_size, self.weight_bits)
         plain = (
             fmt.untile_rows(self.qdata, self.out_features, columns) if self.packing_format == "tiled" else self.qdata
@@ -268,18 +273,42 @@ class IntScaleTensor(TorchAOBaseTensor):
         """This weight, marked as multiplied by a block Hadamard transform of ``size`` already; its codes do not change.
 
         Raises:
-            WeightError: ``size`` is neither 0 nor a power of two from 2 on that divides the number of input features.
+            WeightError: ``size`` is neither 0 nor a power of two from 2 on that divides the number of input features; or the
+                weight has an input order.
         """
+        if size and self.input_order is not None:
+            raise WeightError(f"rotation={size!r} of a weight with an input order is not supported: quantize it anew.")
         if not fmt.rotation_fits(size, self.in_features):
             raise WeightError(
                 f"rotation={size!r} does not fit {self.in_features} input features: use 0, or a power of two that divides them."
             )
         return self.replaced(rotation=size)
 
+    def with_input_order(self, order: Optional[Tensor]) -> IntScaleTensor:
+        """This weight, its stored columns marked as those of the input features ``order``; no code moves.
+
+        Activations are gathered with ``order`` before they are quantized, which changes no token scale.
+
+        Args:
+            order: integers ``[K]``, a permutation of ``0 .. K - 1``. None: columns are in the order of the features.
+
+        Raises:
+            WeightError: it is no permutation; the weight is rotated, or a stack of experts.
+        """
+        if order is None:
+            return self.replaced(input_order=None)
+        if self.rotation or self.dim() != 2:
+            what = f"rotation={self.rotation}" if self.rotation else "a stack of experts"
+            raise WeightError(f"an input order together with {what} is not supported: quantize that weight anew.")
+        order = order.detach().to(self.device).reshape(1, -1)
+        if not fmt.is_permutation(order, self.in_features):
+            raise WeightError(f"the input order is no permutation of the {self.in_features} input features.")
+        return self.replaced(input_order=order.to(torch.int32).contiguous())
+
     def dequantize(self, output_dtype: Optional[torch.dtype] = None) -> Tensor:
         """The weight in floating point, in this tensor's shape; ``output_dtype`` defaults to its dtype.
 
-        It is the weight that multiplies the unrotated activation: a rotation is undone.
+        It is the weight that multiplies the activation as it comes: a rotation and an input order are undone.
         """
         dtype = self.dtype if output_dtype is None else output_dtype
         dense = WEIGHT_OP(
@@ -297,6 +326,8 @@ class IntScaleTensor(TorchAOBaseTensor):
             from .kernels.hadamard import hadamard_transform
 
             dense = hadamard_transform(dense, self.rotation).to(dtype)
+        if self.input_order is not None:
+            dense = dense.index_select(-1, self.input_order.view(-1).argsort())
         return dense.transpose(-2, -1) if self.transposed else dense
 
     def accumulator_bound(self) -> Tensor:
@@ -369,6 +400,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         flag = ", transposed" if self.transposed else ""
         flag += ", asymmetric" if self.zero_point is not None else ""
         flag += ", static activation scale" if self.act_pre_scale is not None else ""
+        flag += ", input order" if self.input_order is not None else ""
         flag += f", rotation={self.rotation}" if self.rotation else ""
         flag += f", communication={self.communication}" if self.communication else ""
         return (
@@ -398,7 +430,10 @@ ALL_NAMES = (  # in the order of the constructor
     *IntScaleTensor.optional_tensor_data_names,
     *IntScaleTensor.optional_tensor_attribute_names,
 )
-ABSENT = {"zero_point": None, "act_pre_scale": None, "rotation": 0, "communication": None}  # what absent parts mean
+PER_WEIGHT = ("act_pre_scale", "input_order")  # parts that say how the activation is taken: all rows share them
+ABSENT = {  # what absent parts mean
+    "zero_point": None, "act_pre_scale": None, "input_order": None, "rotation": 0, "communication": None,
+}  # fmt: skip
 
 # torchao's base class installs its own, unchecked one on every subclass, over what the class body says.
 IntScaleTensor.__setstate__ = IntScaleTensor._set_checked_state  # type: ignore[method-assign]
@@ -416,6 +451,12 @@ def _stacked(experts: Iterator[IntScaleTensor], count: int) -> IntScaleTensor:
             data.setdefault(name, part.new_empty((count, *part.shape)))[e] = part
         scale_bits = max(scale_bits, expert.scale_bits)
     return expert.replaced(**data, block_size=[1, *expert.block_size], scale_bits=scale_bits)
+
+
+def same_part(first: IntScaleTensor, second: IntScaleTensor, name: str) -> bool:
+    """Whether two weights have the same values in a part that may be absent."""
+    ours, theirs = getattr(first, name), getattr(second, name)
+    return ours is theirs or (ours is not None and theirs is not None and torch.equal(ours, theirs))
 
 
 def resolve_packing(packing_format: str, device: torch.device) -> str:

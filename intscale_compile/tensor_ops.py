@@ -13,7 +13,7 @@ from . import format as fmt
 from .errors import UnsupportedOpError
 from .kernels.cpu_gemm import forget
 from .linear import linear
-from .tensor import DATA_NAMES, IntScaleTensor
+from .tensor import DATA_NAMES, PER_WEIGHT, IntScaleTensor, same_part
 
 aten = torch.ops.aten
 implements = IntScaleTensor.implements
@@ -100,7 +100,7 @@ def _slice(func, args, kwargs):
         return _slice_features(func, args, kwargs, tensor, start, end, step)
     columns = {name: getattr(tensor, name) for name in tensor.data_names}
     if stored == tensor.dim() - 2:
-        columns.pop("act_pre_scale", None)  # one for all rows
+        columns = {name: part for name, part in columns.items() if name not in PER_WEIGHT}
         if tensor.packing_format == "tiled" and (
             step != 1 or start % fmt.TILE_N or (end % fmt.TILE_N and end != length)
         ):
@@ -113,7 +113,13 @@ def _slice(func, args, kwargs):
     return _view(func, args, kwargs, tensor.replaced(**parts))
 
 
+def _require_no_order(tensor: IntScaleTensor, what: str) -> None:
+    if tensor.input_order is not None:
+        raise _refuse(f"{what} of a weight with an input order", DENSE_MEND)
+
+
 def _slice_features(func, args, kwargs, tensor: IntScaleTensor, start: int, end: int, step: int):
+    _require_no_order(tensor, f"input features {start}:{end}")
     align = fmt.k_alignment(tensor.group_size)
     if tensor.packing_format == "tiled" or step != 1 or start % align or (end % align and end != tensor.in_features):
         raise _refuse(
@@ -182,7 +188,7 @@ def _gather_rows(tensor: IntScaleTensor, dim: int, index: torch.Tensor) -> IntSc
     is_rows = stored == tensor.dim() - 2
     if is_rows and tensor.packing_format == "tiled":
         raise _refuse("single rows of tiled packing cannot be gathered")
-    names = [name for name in tensor.data_names if not (is_rows and name == "act_pre_scale")]  # one for all rows
+    names = [name for name in tensor.data_names if not (is_rows and name in PER_WEIGHT)]
     parts = {name: aten.index_select.default(getattr(tensor, name), stored, index) for name in names}
     return tensor.replaced(**parts, **({"out_features": index.shape[0]} if is_rows else {}))
 
@@ -236,6 +242,9 @@ def _(func, types, args, kwargs):
     if stored == first.dim() - 1:
         raise _refuse("cat along input features: every part has row scales of its own", "concatenate before quantizing")
     is_rows = stored == first.dim() - 2
+    if not is_rows:
+        for tensor in tensors:
+            _require_no_order(tensor, "a stack of experts")
     if any((t.act_pre_scale is None) != (first.act_pre_scale is None) for t in tensors):
         raise _refuse("cat of weights with static and with dynamic activation scales", "calibrate all of them alike")
     return concatenate(tensors, stored) if is_rows else _concatenate_experts(tensors)
@@ -251,6 +260,7 @@ def _(func, types, args, kwargs):
 
 def _as_stack(tensor: IntScaleTensor) -> IntScaleTensor:
     """A matrix as a stack of one expert."""
+    _require_no_order(tensor, "a stack of experts")
     parts = {name: getattr(tensor, name).unsqueeze(0) for name in tensor.data_names}
     return tensor.replaced(**parts, block_size=[1, *tensor.block_size])
 
@@ -260,8 +270,8 @@ def concatenate(tensors, stored: int) -> IntScaleTensor:
     tiled = all(t.packing_format == "tiled" for t in tensors)
     whole = all(t.out_features % fmt.TILE_N == 0 for t in tensors[:-1])
     parts = list(tensors) if tiled and whole else [t.to_packing("plain") for t in tensors]
-    _require_one_activation_scale(parts)
-    rows = [name for name in _joined_names(parts) if name != "act_pre_scale"]
+    _require_one_activation(parts)
+    rows = [name for name in _joined_names(parts) if name not in PER_WEIGHT]
     data = {name: torch.cat([_widened(t, name, parts) for t in parts], dim=stored) for name in rows}
     joined = parts[0].replaced(
         **data, out_features=sum(t.out_features for t in parts), scale_bits=max(t.scale_bits for t in parts)
@@ -269,12 +279,12 @@ def concatenate(tensors, stored: int) -> IntScaleTensor:
     return joined.to_packing("tiled") if tiled else joined
 
 
-def _require_one_activation_scale(tensors) -> None:
-    """Rows that are joined read one activation, which is quantized once."""
-    first = tensors[0].act_pre_scale
-    for other in (t.act_pre_scale for t in tensors[1:]):
-        if other is not first and (other is None or first is None or not torch.equal(other, first)):
-            raise _refuse("cat of rows with different static activation scales", "calibrate them with one input")
+def _require_one_activation(tensors) -> None:
+    """Rows that are joined read one activation, which is gathered and quantized once."""
+    if any(not same_part(t, tensors[0], "act_pre_scale") for t in tensors[1:]):
+        raise _refuse("cat of rows with different static activation scales", "calibrate them with one input")
+    if any(not same_part(t, tensors[0], "input_order") for t in tensors[1:]):
+        raise _refuse("cat of rows with different input orders", DENSE_MEND)
 
 
 def _joined_names(tensors) -> list[str]:
@@ -336,6 +346,7 @@ def _(func, types, args, kwargs):
         )
     if tensor.act_pre_scale is not None:
         raise _refuse("view of a weight with a static activation scale, which is one per expert", DENSE_MEND)
+    _require_no_order(tensor, f"view as {tuple(size)}")
     parts = {n: getattr(tensor, n).view(*size[:-1], getattr(tensor, n).shape[-1]) for n in tensor.data_names}
     block_size = [1] * (len(size) - 1) + [tensor.group_size]
     return _view(func, args, kwargs, tensor.replaced(**parts, out_features=size[-2], block_size=block_size))
@@ -364,8 +375,8 @@ def _(func, types, args, kwargs):
         raise _refuse(f"copy_ of {source.scale_bits}-bit scales into {target.scale_bits} bits", "make them alike")
     for name in target.data_names:
         part = getattr(target, name)
-        if name == "act_pre_scale":  # siblings may share theirs: the copy gets one of its own
-            target.act_pre_scale = getattr(source, name).to(part.device, copy=True)
+        if name in PER_WEIGHT:  # siblings may share theirs: the copy gets one of its own
+            setattr(target, name, getattr(source, name).to(part.device, copy=True))
             continue
         part.copy_(getattr(source, name))
         if type(part) is torch.Tensor and not part.is_inference():

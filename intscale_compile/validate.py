@@ -53,6 +53,10 @@ def _check_attributes(tensor: IntScaleTensor, name: str) -> None:
         _require(tensor.act_pre_scale.dtype == torch.float32, name, f"activation scale is {tensor.act_pre_scale.dtype}")
     fits = fmt.rotation_fits(tensor.rotation, tensor.in_features)
     _require(fits, name, f"rotation={tensor.rotation!r} does not fit {tensor.in_features} input features")
+    if tensor.input_order is not None:
+        _require(tensor.input_order.dtype == torch.int32, name, f"input order is {tensor.input_order.dtype}")
+        _require(not tensor.rotation, name, f"an input order together with rotation={tensor.rotation}")
+        _require(tensor.qdata.dim() == 2, name, "a stack of experts with an input order")
     _require(tensor.weight_bits == 4 or tensor.group_size == -1, name, "8-bit codes with group scales")
     known = is_wire_format(tensor.communication)
     _require(known, name, f"communication={tensor.communication!r} is no wire format")
@@ -70,6 +74,7 @@ def _check_shapes(tensor: IntScaleTensor, name: str) -> None:
         "per_tensor_scale": (*lead, n, 1),
         "zero_point": (*lead, rows, fmt.num_groups(k, g)),
         "act_pre_scale": (*lead, 1, 1),
+        "input_order": (1, k),
     }
     for part, shape in wanted.items():
         if getattr(tensor, part) is None:  # one of the parts that may be absent
@@ -97,5 +102,8 @@ def _check_values(tensor: IntScaleTensor, name: str) -> None:
         static = tensor.act_pre_scale
         good = bool((torch.isfinite(static) & (static > 0)).all())
         _require(good, name, "a static activation scale is not a positive finite number")
+    if tensor.input_order is not None:
+        known = fmt.is_permutation(tensor.input_order, tensor.in_features)
+        _require(known, name, f"its input order is no permutation of {tensor.in_features} features")
     bound = int(tensor.accumulator_bound().max())
     _require(bound <= fmt.INT32_MAX, name, f"the int32 accumulator could reach {bound}, over 2**31 - 1")

@@ -9,9 +9,8 @@ from typing import Any, Optional
 
 from torch import Tensor, finfo, nn
 
-from ..kernels.hadamard import hadamard_transform
 from ..tensor import IntScaleTensor
-from .sqnr import as_stored, dequantized, float_tensors, predicted, rescaled, sqnr, worst_group
+from .sqnr import as_stored, as_taken, dequantized, float_tensors, predicted, rescaled, sqnr, worst_group
 
 MARGIN = 6.0  # dB below the prediction that a layer may be: integer scales with one amplifier cost up to 4 dB
 GROUP_MARGIN = 12.0  # dB above the predicted error that one group of weights may be
@@ -123,7 +122,7 @@ class Judge:
         if x is None or y is None or all(parameter.dim() < 2 for parameter in module.parameters(recurse=False)):
             return None
         for weight, packed in quantized_pairs(own, module):
-            if not packed.rotation and packed.dim() == 2:
+            if not packed.rotation and packed.input_order is None and packed.dim() == 2:
                 columns = rescaled(as_stored(weight, packed), dequantized(packed))
                 factors = None if columns is None else 1 / columns
                 fits = (
@@ -195,4 +194,4 @@ def _activation(a: Call, packed: IntScaleTensor, factors: Optional[Tensor]) -> O
     if x is None or x.shape[-1] != packed.in_features:
         return None
     x = x.float() if factors is None else x.float() * factors.to(x.device).float()
-    return hadamard_transform(x, packed.rotation) if packed.rotation else x
+    return as_taken(x, packed)

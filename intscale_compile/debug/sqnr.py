@@ -70,16 +70,24 @@ def rescaled(a: Tensor, b: Tensor, gain: float = 2.0) -> Optional[Tensor]:
 
 
 def as_stored(weight: Tensor, packed: IntScaleTensor, factors: Optional[Tensor] = None) -> Tensor:
-    """A high-precision weight in the form that ``packed`` stores: ``[..., N, K]`` fp32, divided by ``factors``, rotated."""
+    """A high-precision weight in the form that ``packed`` stores: ``[..., N, K]`` fp32, divided by ``factors``, rotated or
+    its columns in the input order."""
     dense = weight.dequantize() if isinstance(weight, IntScaleTensor) else weight
     dense = (dense.mT if packed.transposed else dense).detach().float()
     dense = dense if factors is None else dense / factors.to(dense)
-    return hadamard_transform(dense, packed.rotation) if packed.rotation else dense
+    return as_taken(dense, packed)
+
+
+def as_taken(x: Tensor, packed: IntScaleTensor) -> Tensor:
+    """Values whose last dimension is input features, in the form that the stored weight takes: rotated, or in its order."""
+    if packed.input_order is not None:
+        return x.index_select(-1, packed.input_order.view(-1).to(x.device))
+    return hadamard_transform(x, packed.rotation) if packed.rotation else x
 
 
 def dequantized(packed: IntScaleTensor) -> Tensor:
-    """A stored weight ``[..., N, K]`` fp32."""
-    return (packed.replaced(transposed=False) if packed.transposed else packed).dequantize().float()
+    """A weight as it is stored, ``[..., N, K]`` fp32: neither its rotation nor its input order undone."""
+    return packed.replaced(transposed=False, rotation=0, input_order=None).dequantize().float()
 
 
 def group_noise(weight: Tensor, packed: IntScaleTensor) -> Tensor:

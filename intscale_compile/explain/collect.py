@@ -163,7 +163,7 @@ def explanation(
         sum(p.numel() for p in parameters.values()),
         sum(layer.parameters for layer in weights.values() if layer.quantized),
         _pass_counts(graphs),
-        tuple(sorted(notes | _shared_notes(graphs) | _gradient_notes(model, layers))),
+        tuple(sorted(notes | _shared_notes(graphs) | _unlike_notes(graphs) | _gradient_notes(model, layers))),
         before,
         after,
         tuple(gemms),
@@ -260,6 +260,19 @@ def _parts(graphs: list[SeenGraph], names: TensorNames, blocks: frozenset[str]) 
 def _shared_notes(graphs: list[SeenGraph]) -> set[str]:
     shared = [(number, len(graph.weights)) for number, graph in enumerate(graphs, 1) if len(graph.weights) > 1]
     return {f"graph {number} runs for {count} layers, with the weights of each in turn." for number, count in shared}
+
+
+def _unlike_notes(graphs: list[SeenGraph]) -> set[str]:
+    """Siblings that are not merged because they take their activation differently."""
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for graph in graphs:
+        for how, found in graph.rewrite.unlike.items():
+            pairs.setdefault(how, []).extend(found)
+    return {
+        f"{found[0][0]} and {found[0][1]} read one activation {how}, and are not merged"
+        + (f"; nor are {len(found) - 1} more pairs." if len(found) > 1 else ".")
+        for how, found in pairs.items()
+    }
 
 
 def _gradient_notes(model: nn.Module, layers: list[LayerReport]) -> set[str]:

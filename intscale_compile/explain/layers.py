@@ -77,7 +77,8 @@ def quantized_layer(
 
 def _activation(packed: IntScaleTensor) -> str:
     rotation = f"hadamard {packed.rotation}, " if packed.rotation else ""
-    return rotation + ("per token" if packed.act_pre_scale is None else "static")
+    order = "input order, " if packed.input_order is not None else ""
+    return rotation + order + ("per token" if packed.act_pre_scale is None else "static")
 
 
 def not_reached(model: nn.Module, seen: set[int]) -> Iterator[LayerReport]:

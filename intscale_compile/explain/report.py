@@ -31,7 +31,7 @@ class LayerReport:
         parameters: number of weights.
         experts: matrices in the stack, of a mixture of experts; None for a single one.
         activation: how its activation is quantized: ``"per token"`` or ``"static"``, after ``"hadamard 2048"`` where it is
-            rotated in blocks of 2048 before.
+            rotated in blocks of 2048 before, or ``"input order"`` where its features are gathered in the weight's order.
         asymmetric: whether its groups have zero points.
         bytes_before, bytes_after: of the weight in its own dtype, and as the graph reads it.
         scale_counts: how many groups have each integer scale.

@@ -180,6 +180,7 @@ class StoredLayers:
         self._lock = threading.Lock()
         self.report = ImportReport()
         self.error: Optional[BaseException] = None
+        self.ordered: list[str] = []  # layers that have an input order
         self.layers = self._group()
         if not self.layers:
             raise CheckpointError(
@@ -223,4 +224,6 @@ class StoredLayers:
                 self.error = self.error or error
                 raise
             self.report.layers.append(row)
+            if tensor.input_order is not None:
+                self.ordered.append(name)
         return tensor

@@ -106,6 +106,8 @@ def _check_expressible(model: nn.Module, tensor: IntScaleTensor, key: str) -> No
         raise ConfigError(f"{key}: compressed-tensors stores weights of linear layers only: {mend}.")
     if tensor.rotation:
         raise ConfigError(f"{key}: rotation={tensor.rotation} of its activation cannot be expressed: {mend}.")
+    if tensor.input_order is not None:
+        raise ConfigError(f"{key}: its input order (GPTQ's activation order) cannot be expressed: {mend}.")
 
 
 def _exported(

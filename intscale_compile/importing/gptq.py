@@ -6,6 +6,9 @@ For a linear layer with ``K`` input and ``N`` output features in ``G`` groups:
     qzeros   int32 [G, N / 8]   zero points, packed along N; format "gptq" stores them minus one, "gptq_v2" as they are
     scales   fp16  [G, N]
     g_idx    int32 [K]          group of every input feature
+
+With activation order (``desc_act``) and no static groups, the features of a group are scattered over the row. Columns are then
+sorted by group, and the weight gets an ``input_order``: no code changes.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .layers import QuantizedLayer, check_group_size, check_part, groups_of, nibbles, require
+from .layers import QuantizedLayer, check_group_size, check_part, groups_of, nibbles, order_of_groups, require
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # added to stored zero points
 
@@ -61,8 +64,8 @@ class GptqFormat:
         """Unpack one layer.
 
         Raises:
-            CheckpointError: shapes or dtypes do not fit each other.
-            ConfigError: bits other than 4; a group size that we cannot make; groups that are scattered (act-order).
+            CheckpointError: shapes or dtypes do not fit each other; groups of other sizes.
+            ConfigError: bits other than 4; a group size that we cannot make.
         """
         group_size = self._of_layer(name)
         qweight, scales, qzeros = parts["qweight"], parts["scales"], parts["qzeros"]
@@ -72,21 +75,14 @@ class GptqFormat:
         check_part(name, "qweight", qweight, torch.int32, (in_features // 8, out_features))
         check_part(name, "scales", scales, None, (groups, out_features))
         check_part(name, "qzeros", qzeros, torch.int32, (groups, -(-out_features // 8)))
+        order = None
         if "g_idx" in parts:
             check_part(name, "g_idx", parts["g_idx"], torch.int32, (in_features,))
-            _check_order(name, parts["g_idx"], group_size)
+            order = order_of_groups(name, "g_idx", parts["g_idx"], group_size)
         codes = nibbles(qweight.t()).to(torch.int8) - 8
+        codes = codes if order is None else codes[:, order]
         # The offset of 1 wraps: a zero point of 0 was stored as 15.
         zeros = (nibbles(qzeros)[:, :out_features] + self._zero_offset) & 15
         zero_point = (zeros.to(torch.int8) - 8).t().contiguous()
-        return QuantizedLayer("gptq", codes, scales.float().t().contiguous(), zero_point, group_size)
-
-
-def _check_order(name: str, g_idx: Tensor, group_size: int) -> None:
-    """Refuse groups whose input features are scattered over the row."""
-    features = torch.arange(g_idx.numel(), device=g_idx.device)
-    if not torch.equal(g_idx.long(), features // group_size if group_size != -1 else torch.zeros_like(features)):
-        raise ConfigError(
-            f"{name}: its groups are scattered over the input features (GPTQ act-order, desc_act=True), which no format "
-            "with contiguous groups can hold. Quantize with desc_act=False, or with static_groups=True."
-        )
+        scale = scales.float().t().contiguous()
+        return QuantizedLayer("gptq", codes, scale, zero_point, group_size, input_order=order)

@@ -38,6 +38,7 @@ class QuantizedLayer:
         group_size: as the format has it; -1 per channel.
         weight_bits: 4 or 8.
         activation_scale: static scale of the activation; None: dynamic, per token.
+        input_order: input feature of every column of ``codes``, integers ``[K]``; None: columns are in the features' order.
     """
 
     format: str
@@ -47,6 +48,7 @@ class QuantizedLayer:
     group_size: int
     weight_bits: int = 4
     activation_scale: Optional[float] = None
+    input_order: Optional[Tensor] = None
 
 
 class LayerFormat(Protocol):
@@ -109,6 +111,32 @@ def check_group_size(name: str, group_size: Any) -> int:
     return group_size
 
 
+def order_of_groups(name: str, part: str, group: Tensor, group_size: int) -> Optional[Tensor]:
+    """Input features sorted by their group, those of one group in their own order; None where they are so already.
+
+    Args:
+        name, part: of the layer and the tensor, for the error.
+        group: of every input feature, integers ``[K]``.
+        group_size: of the format; -1 per channel.
+
+    Returns:
+        int64 ``[K]``, or None.
+
+    Raises:
+        CheckpointError: the groups do not have ``group_size`` features each (the last one what is left).
+    """
+    features = torch.arange(group.numel(), device=group.device)
+    wanted = features // group_size if group_size != -1 else torch.zeros_like(features)
+    ordered, order = group.long().sort(stable=True)
+    if not torch.equal(ordered, wanted):
+        what = f"groups of {group_size} features each" if group_size != -1 else "one group"
+        raise CheckpointError(
+            f"{name}: {part} does not divide the {group.numel()} input features into {what}: the checkpoint is damaged, or "
+            "group_size in its quantization_config is another; correct it, or quantize the model with desc_act=False."
+        )
+    return None if torch.equal(order, features) else order
+
+
 def to_intscale(
     layer: QuantizedLayer, name: str, dtype: torch.dtype, options: ScaleOptions
 ) -> tuple[IntScaleTensor, LayerReport]:
@@ -142,6 +170,8 @@ def to_intscale(
     tensor: Any = parts[0] if len(parts) == 1 else torch.cat(parts)  # type: ignore[arg-type]
     if layer.activation_scale is not None:
         tensor = tensor.with_activation_scale(layer.activation_scale)
+    if layer.input_order is not None:
+        tensor = tensor.with_input_order(layer.input_order)
     report = LayerReport(
         name,
         layer.format,

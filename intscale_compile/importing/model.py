@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from pathlib import Path
@@ -71,6 +72,7 @@ def import_quantized(
         CheckpointFiles(folder), reader, ScaleOptions(scale_bits, amplifier), dtype, torch.device(device)
     )
     model = _load(model_class, config, layers, dtype).to(device)
+    _share_input_orders(model)
     _add_generation_config(model, folder)
     layers.report.layers.sort(key=lambda row: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", row.name)])
     layers.report.unquantized = unquantized_linears(model)
@@ -123,6 +125,12 @@ def _load(model_class: Any, config: Any, layers: StoredLayers, dtype: torch.dtyp
     except Exception as error:
         if layers.error is not None:
             raise layers.error from None
+        experts = [name for name in layers.ordered if re.search(r"\.experts\.\d+\.", name)]
+        if experts:
+            raise ConfigError(
+                f"{experts[0]}: its groups are scattered over the input features (GPTQ act-order, desc_act=True), in an order of "
+                "each expert's own, so experts cannot be stacked. Quantize with desc_act=False, or with static_groups=True."
+            ) from error
         raise CheckpointError(f"transformers cannot load this checkpoint: {error}") from error
     if layers.error is not None:
         raise layers.error
@@ -131,6 +139,16 @@ def _load(model_class: Any, config: Any, layers: StoredLayers, dtype: torch.dtyp
         if isinstance(parameter, IntScaleTensor):
             parameter.requires_grad_(False)
     return model
+
+
+def _share_input_orders(model: nn.Module) -> None:
+    """Give weights with equal input orders one tensor for them: siblings, which GPTQ ordered by one activation, in place."""
+    kept: dict[tuple, torch.Tensor] = {}
+    for parameter in model.parameters():
+        order = parameter.input_order if isinstance(parameter, IntScaleTensor) else None
+        if order is not None:
+            digest = hashlib.sha256(order.cpu().numpy().tobytes()).digest()
+            parameter.input_order = kept.setdefault((digest, order.device), order)  # type: ignore[attr-defined]
 
 
 def _check_loading(info: dict[str, Any], layers: StoredLayers) -> None:

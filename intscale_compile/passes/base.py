@@ -68,6 +68,7 @@ class GraphRewrite:
             argument, what the placeholder stood for, and its readers then.
         counts: how often each pass matched.
         seconds: how long each pass took.
+        unlike: pairs of weights that read one activation and are not merged, by how they read it.
         collectives: what became of each collective; None where Inductor had the graph in its cache, so that the pass over
             collectives did not run.
     """
@@ -81,6 +82,7 @@ class GraphRewrite:
     local_inputs: dict[fx.Node, tuple[int, Any, tuple[fx.Node, ...]]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    unlike: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     collectives: Optional[tuple[CollectiveReport, ...]] = ()
     fake_mode: Any = None
     _packed_nodes: dict[tuple, fx.Node] = field(default_factory=dict)

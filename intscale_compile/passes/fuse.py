@@ -17,6 +17,7 @@ from torch import fx
 from ..kernels.w4a8_linear import LINEAR_OP
 from ..ops import KERNEL_ABI, dequantize, hadamard
 from .base import GraphRewrite, Pass, example
+from .insert_qdq import gather_order
 from .match import LINEAR
 
 
@@ -55,7 +56,7 @@ def _replace(rewrite: GraphRewrite, node: fx.Node) -> None:
             (
                 *(xq, token_scale, qdata, scale, row_scale, bias),
                 *(out_features, group_size, scale_bits, packing, dtype, KERNEL_ABI),
-                straight_through(activation, node, _origin(activation)),
+                straight_through(activation, node, _origin(rewrite, activation)),
                 True,  # overlap: a kernel of this graph quantizes the activation, so no writer of the weight is running
                 zero_point,
             ),
@@ -68,9 +69,10 @@ def _replace(rewrite: GraphRewrite, node: fx.Node) -> None:
     rewrite.graph.erase_node(node)
 
 
-def _origin(activation: fx.Node) -> object:
+def _origin(rewrite: GraphRewrite, activation: fx.Node) -> object:
     """What the activation was computed from by a pass."""
-    return activation.args[0] if activation.target is hadamard.HADAMARD_OP else activation
+    emitted = activation.target is hadamard.HADAMARD_OP or gather_order(rewrite, activation) is not None
+    return activation.args[0] if emitted else activation
 
 
 def straight_through(activation: fx.Node, node: fx.Node, origin: object) -> Optional[fx.Node]:

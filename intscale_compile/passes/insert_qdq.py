@@ -4,7 +4,8 @@
     =>  xq, token_scale = quantize_per_token(x)
         y = linear(dequantize_per_token(xq, token_scale), dequantize_weight(qdata, scale, row_scale), bias)
 
-A rotated weight gets ``hadamard(x, size)`` for ``x``; one with a static activation scale ``quantize_static(x, scale)``.
+A rotated weight gets ``hadamard(x, size)`` for ``x``, one with an input order ``x.index_select(-1, order)``; one with a static
+activation scale ``quantize_static(x, scale)``.
 
 Matches the candidates without a reason. The result runs in plain PyTorch. Codes and scales become inputs of the graph,
 bound to the caller's weight at each call (``packed_weights``). Quantizes plain weights now, and finds those out that cannot be.
@@ -21,10 +22,12 @@ from torch import fx
 
 from ..errors import OverflowProofError, WeightError
 from ..ops import dequantize, hadamard, quantize_per_token, quantize_static
-from ..packed_weights import ActivationScale, Packed
+from ..packed_weights import ActivationPart, Packed
 from ..reasons import Reason, log_once
 from ..tensor import IntScaleTensor
 from .base import Candidate, GraphRewrite, Pass, example
+
+GATHER = torch.ops.aten.index_select.default  # of the features of an activation, by the input order of a weight
 
 
 def insert_qdq(rewrite: GraphRewrite) -> int:
@@ -68,6 +71,8 @@ def _replace(rewrite: GraphRewrite, candidate: Candidate) -> fx.Node:
     dtype = result.dtype if isinstance(result, torch.Tensor) else packed.dtype
     with rewrite.graph.inserting_before(node):
         x = rotated(rewrite, candidate.x, packed, node)
+        if packed.input_order is not None:
+            x = _gathered(rewrite, candidate)
         if packed.act_pre_scale is None:
             quantized = rewrite.call(quantize_per_token.OP, (x,), like=node)
         else:
@@ -91,9 +96,29 @@ def rotated(rewrite: GraphRewrite, x: Optional[fx.Node], packed: IntScaleTensor,
 
 def static_scale(rewrite: GraphRewrite, candidate: Candidate) -> fx.Node:
     """The graph input for the static activation scale of a candidate's weight."""
+    return _activation_part(rewrite, candidate, "act_pre_scale")
+
+
+def _gathered(rewrite: GraphRewrite, candidate: Candidate) -> fx.Node:
+    """The activation of a candidate, its features in the order of the columns of the weight."""
+    order = _activation_part(rewrite, candidate, "input_order")
+    flat = rewrite.call(torch.ops.aten.view.default, (order, [-1]), like=candidate.node)
+    return rewrite.call(GATHER, (candidate.x, -1, flat), like=candidate.node)
+
+
+def _activation_part(rewrite: GraphRewrite, candidate: Candidate, part: str) -> fx.Node:
+    """The graph input for a part of a candidate's weight that says how its activation is taken."""
     assert candidate.source is not None and candidate.packed is not None
-    scale = candidate.packed.act_pre_scale
-    return rewrite.add_packed_input(ActivationScale((candidate.source,)), "act_pre_scale", scale)  # type: ignore[arg-type]
+    value = getattr(candidate.packed, part)
+    return rewrite.add_packed_input(ActivationPart((candidate.source,), part), part, value)
+
+
+def gather_order(rewrite: GraphRewrite, node: object) -> Optional[fx.Node]:
+    """The graph input that holds the input order, where a node is one of :func:`insert_qdq` that gathers; else None."""
+    if not isinstance(node, fx.Node) or node.target is not GATHER:
+        return None
+    order = node.args[2].args[0] if isinstance(node.args[2], fx.Node) and node.args[2].args else None
+    return order if isinstance(order, fx.Node) and order in rewrite.packed_inputs else None
 
 
 def weight_inputs(rewrite: GraphRewrite, recipe: Packed, packed: IntScaleTensor) -> list[Optional[fx.Node]]:

@@ -1,8 +1,9 @@
 """Share: one activation quantization per activation, not one per consumer.
 
-Matches ``hadamard`` and quantize nodes of one value (and the nodes that only unpack or dequantize them) and keeps the first.
-Static quantizations are shared where the scales are equal; the weights then get one tensor for them (``ActivationScale``).
-Left apart: nodes between which the activation is written in place, transforms of different sizes, different scales.
+Matches ``hadamard``, gather and quantize nodes of one value (and the nodes that only unpack or dequantize them) and keeps the
+first. Static quantizations are shared where the scales are equal, gathers where the input orders are; the weights then get one
+tensor for them (``ActivationPart``). Left apart: nodes between which the activation is written in place, transforms of different
+sizes, different scales, different orders.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import operator
 from collections import defaultdict
 from typing import Optional
 
-import torch
 from torch import Tensor, fx
 
 from ..ops import dequantize, hadamard, quantize_per_token, quantize_static
-from ..packed_weights import ActivationScale
+from ..packed_weights import ActivationPart
 from ..reasons import log_once
+from ..tensor import same_part
 from .base import GraphRewrite, Pass, example, writes_in_place
+from .insert_qdq import GATHER, gather_order
 
 QUANTIZERS = (quantize_per_token.OP, quantize_static.STATIC_OP)
 OF_ACTIVATIONS = (hadamard.HADAMARD_OP, *QUANTIZERS)
+UNLIKE = {"act_pre_scale": "with different static scales", "input_order": "in different input orders"}
 
 
 def share_quantize(rewrite: GraphRewrite) -> int:
@@ -30,7 +33,7 @@ def share_quantize(rewrite: GraphRewrite) -> int:
     kept: dict[tuple, list[fx.Node]] = defaultdict(list)
     unpacked: dict[tuple, fx.Node] = {}
     for node in list(rewrite.graph.nodes):
-        if node.target in OF_ACTIVATIONS:
+        if node.target in OF_ACTIVATIONS or gather_order(rewrite, node) is not None:
             before = kept[node.target, node.args[0]]
             same = next((n for n in reversed(before) if _is_same(rewrite, n, node)), None)
             if same is None:
@@ -50,10 +53,16 @@ SHARE_QUANTIZE = Pass("share_quantize", share_quantize)
 
 def _keep(rewrite: GraphRewrite, first: fx.Node, node: fx.Node) -> None:
     """Let ``first`` stand for ``node`` too."""
-    if first.args != node.args:
-        first.update_arg(1, _joined_scale(rewrite, first, node))
+    sources = [source for source in node.all_input_nodes if source not in first.all_input_nodes]
+    part = _part_of_weight(rewrite, first)
+    if part is not None and _part_of_weight(rewrite, node) is not part:
+        reader = first.args[2] if first.target is GATHER else first
+        reader.replace_input_with(part, _joined_part(rewrite, first, node))  # type: ignore[union-attr]
     node.replace_all_uses_with(first)
     rewrite.graph.erase_node(node)
+    for source in sources:  # the view of another order
+        if source.op != "placeholder" and not source.users:
+            rewrite.graph.erase_node(source)
 
 
 def _of_quantize(node: fx.Node) -> bool:
@@ -62,35 +71,44 @@ def _of_quantize(node: fx.Node) -> bool:
 
 def _is_same(rewrite: GraphRewrite, first: fx.Node, node: fx.Node) -> bool:
     """Whether two nodes of one activation give the same, whatever else the graph does."""
-    same = first.args == node.args or (node.target is quantize_static.STATIC_OP and _equal_scales(rewrite, first, node))
-    return same and not written_between(first, node)
+    return (first.args == node.args or _equal_parts(rewrite, first, node)) and not written_between(first, node)
 
 
-def _scale_recipe(rewrite: GraphRewrite, node: fx.Node) -> Optional[ActivationScale]:
-    """Where the scale of a static quantization comes from; None where the graph computes it."""
+def _part_of_weight(rewrite: GraphRewrite, node: fx.Node) -> Optional[fx.Node]:
+    """The input for the scale of a static quantization or the order of a gather; None where the graph computes it."""
+    order = gather_order(rewrite, node)
+    if order is not None or node.target is not quantize_static.STATIC_OP:
+        return order
     recipe, _ = rewrite.packed_inputs.get(node.args[1], (None, None))  # type: ignore[arg-type]
-    return recipe if isinstance(recipe, ActivationScale) else None
+    return node.args[1] if isinstance(recipe, ActivationPart) else None  # type: ignore[return-value]
 
 
-def _equal_scales(rewrite: GraphRewrite, first: fx.Node, node: fx.Node) -> bool:
-    ours, theirs = _scale_recipe(rewrite, first), _scale_recipe(rewrite, node)
-    if ours is None or theirs is None:
+def _recipes(rewrite: GraphRewrite, first: fx.Node, node: fx.Node) -> list[ActivationPart]:
+    """Where the parts that two nodes read come from; empty where the graph computes one."""
+    parts = [_part_of_weight(rewrite, one) for one in (first, node)]
+    return [] if None in parts else [rewrite.packed_inputs[part][0] for part in parts]  # type: ignore[index]
+
+
+def _equal_parts(rewrite: GraphRewrite, first: fx.Node, node: fx.Node) -> bool:
+    recipes = _recipes(rewrite, first, node)
+    if not recipes:
         return False
-    scales = [recipe.resolve(rewrite.example_inputs).act_pre_scale for recipe in (ours, theirs)]
-    equal = torch.equal(*scales)  # type: ignore[arg-type]
+    ours, theirs = recipes
+    first_weight, weight = (recipe.resolve(rewrite.example_inputs) for recipe in recipes)
+    equal = same_part(first_weight, weight, ours.part)
     if not equal:
-        names = f"{ours.sources[0].name} and {theirs.sources[0].name}"
-        log_once(logging.INFO, f"{names} read one activation with different static scales, and are not merged.")
+        pair = ours.sources[0].name, theirs.sources[0].name
+        rewrite.unlike.setdefault(UNLIKE[ours.part], []).append(pair)
+        log_once(logging.INFO, f"{pair[0]} and {pair[1]} read one activation {UNLIKE[ours.part]}, and are not merged.")
     return equal
 
 
-def _joined_scale(rewrite: GraphRewrite, first: fx.Node, node: fx.Node) -> fx.Node:
-    """One graph input for the equal scales of two static quantizations."""
-    ours, theirs = _scale_recipe(rewrite, first), _scale_recipe(rewrite, node)
-    assert ours is not None and theirs is not None
-    joined = ActivationScale((*ours.sources, *theirs.sources))
-    scale = joined.resolve(rewrite.example_inputs).act_pre_scale
-    return rewrite.add_packed_input(joined, "act_pre_scale", scale)  # type: ignore[arg-type]
+def _joined_part(rewrite: GraphRewrite, first: fx.Node, node: fx.Node) -> fx.Node:
+    """One graph input for the equal scales of two static quantizations, or the equal orders of two gathers."""
+    ours, theirs = _recipes(rewrite, first, node)
+    joined = ActivationPart((*ours.sources, *theirs.sources), ours.part)
+    value = getattr(joined.resolve(rewrite.example_inputs), ours.part)
+    return rewrite.add_packed_input(joined, ours.part, value)
 
 
 def _storage(node: object):

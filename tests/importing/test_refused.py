@@ -98,6 +98,8 @@ TENSORS = {
     "NaN scales": ("gptq", replaced("scales", lambda t: t * float("nan")), "down_proj: a scale is NaN or Inf"),
     "8-bit codes": ("gptq", replaced("qweight", lambda t: torch.cat([t, t])), "down_proj: scales has shape"),
     "g_idx of another layer": ("gptq", replaced("g_idx", lambda t: t[:128]), "down_proj: g_idx has shape"),
+    "unequal groups in g_idx": ("gptq", replaced("g_idx", lambda t: t.clamp(max=1)), "down_proj: g_idx does not divide the 384"),
+    "negative groups in g_idx": ("gptq", replaced("g_idx", lambda t: t - 1), "down_proj: g_idx .* groups of 128 features each"),
     "another model's shape": ("gptq", lambda s: [s.update({f"{LAYER}.{p}": s[f"{LAYER}.{p}".replace("down", "up")].clone()})
                                                   for p in ("qweight", "qzeros", "scales", "g_idx")],
                               "stored and expected shapes differ: .*down_proj.weight"),
@@ -171,12 +173,6 @@ def test_unsupported_configurations(case, request):
     change_config(folder, change)
     with pytest.raises(ConfigError, match=message):
         import_quantized(folder)
-
-
-def test_act_order_is_refused_by_name(gptq):
-    change_tensors(gptq, replaced("g_idx", lambda t: t[torch.randperm(t.numel())]))
-    with pytest.raises(ConfigError, match=rf"{LAYER}: its groups are scattered.*desc_act=False"):
-        import_quantized(gptq)
 
 
 def test_scattered_compressed_groups(compressed):

@@ -23,18 +23,28 @@ class Original:
     scale: Tensor  # fp16 or bf16 [N, G]
     zero: Tensor  # int64 [N, G]
     group_size: int
+    group: Tensor | None = None  # int64 [K], of every feature, where groups are scattered
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight in fp64."""
         k = self.codes.shape[1]
         size = k if self.group_size == -1 else self.group_size
-        scale, zero = (part.repeat_interleave(size, 1)[:, :k] for part in (self.scale.double(), self.zero))
-        return scale * (self.codes - zero)
+        group = torch.arange(k) // size if self.group is None else self.group
+        return self.scale.double()[:, group] * (self.codes - self.zero[:, group])
 
 
-def quantize_groups(weight: Tensor, group_size: int, symmetric: bool, dtype=torch.float16) -> Original:
-    """Round to nearest in groups, as the simplest quantizer of any of these tools does."""
+def quantize_groups(
+    weight: Tensor, group_size: int, symmetric: bool, dtype=torch.float16, order: Tensor | None = None
+) -> Original:
+    """Round to nearest in groups, as the simplest quantizer of any of these tools does.
+
+    ``order``: the features in the order in which GPTQ visited them (``desc_act``); each group is made of consecutive ones.
+    """
+    if order is not None:
+        visited = quantize_groups(weight[:, order], group_size, symmetric, dtype)
+        back = order.argsort()
+        return Original(visited.codes[:, back], visited.scale, visited.zero, group_size, back // group_size)
     n, k = weight.shape
     size = k if group_size == -1 else group_size
     groups = -(-k // size)
@@ -69,7 +79,7 @@ def gptq_parts(layer: Original, version: str = "gptq") -> dict[str, Tensor]:
         "qweight": pack_words(layer.codes.t(), 0),
         "qzeros": pack_words(stored_zero.t(), 1),
         "scales": layer.scale.t().contiguous(),
-        "g_idx": (torch.arange(k) // size).to(torch.int32),
+        "g_idx": (torch.arange(k) // size if layer.group is None else layer.group).to(torch.int32),
     }
 
 
