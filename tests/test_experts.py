@@ -249,7 +249,7 @@ def tiny_model(kind: str):
 
 
 @pytest.mark.parametrize(
-    "kind", ["mixtral", "gpt_oss", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2_moe", "qwen3_moe"))]
+    "kind", ["mixtral", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gpt_oss", "qwen2_moe", "qwen3_moe"))]
 )
 def test_small_models_with_every_linear_and_expert(kind):
     model, ids = tiny_model(kind), torch.arange(24).view(2, 12)

@@ -37,7 +37,7 @@ def binds(monkeypatch):
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packing", ["plain", "tiled"])
+@pytest.mark.parametrize("packing", [pytest.param("plain", marks=pytest.mark.slow), "tiled"])
 @pytest.mark.parametrize("inductor", [False, True])
 def test_one_copy_of_merged_weights(packing, inductor):
     model = Attention(config=IntScaleConfig(scale_search="absmax", packing_format=packing))

@@ -47,7 +47,10 @@ def run(code, tmp_path, **environment):
 @pytest.mark.parametrize(
     "value, shown, hidden",
     [
-        ("intscale", ["graph with 1 linear products: 1 quantized"], ["pass fuse", "def forward("]),
+        pytest.param(
+            *("intscale", ["graph with 1 linear products: 1 quantized"], ["pass fuse", "def forward("]),
+            marks=pytest.mark.slow,
+        ),
         (
             "+intscale",
             ["graph with 1 linear products", "graph 1: pass fuse: 1 in", "weight: quantized"],

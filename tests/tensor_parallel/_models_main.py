@@ -114,7 +114,6 @@ def our_function(llama: Path, ids: torch.Tensor, ranks: int, seen: dict) -> None
     seen["perplexity divided"] = perplexity(divided, ids)
     seen["by hand"] = relative(divided(ids).logits, divided_by_hand(whole, ranks)(ids).logits)
     seen["packed bytes"], seen["packed bytes of all"] = packed_bytes(divided), bytes_of_all
-    low_bit_sums(divided, llama, 4, seen)
     seen["cut"] = error_of(lambda: tensor_parallel.parallelize(quantized(llama, 1, 128)))
 
 

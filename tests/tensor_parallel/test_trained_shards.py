@@ -28,19 +28,12 @@ def test_a_divided_llama_computes_what_its_shards_do(seen):
     assert seen[0]["perplexity divided"] == seen[1]["perplexity divided"]
 
 
-def test_low_bit_sums_keep_the_perplexity(seen):
-    """Four sequences: their perplexity moves by 0.35 % (standard error) when rounding does."""
-    for rank in seen:
-        assert rank["sums int8"] == rank["sums int6"] == 16  # two a layer
-        assert 0 < abs(rank["change int8"]) < 1e-2 and abs(rank["change int6"]) < 1.5e-2
-    assert seen[0]["change int6"] == seen[1]["change int6"]
-
-
 @pytest.mark.slow
-def test_low_bit_sums_keep_the_perplexity_of_much_text(models_dir, tmp_path):
+def test_low_bit_sums_keep_the_perplexity(models_dir, tmp_path):
     """int6 within 0.5 %, the limit of the project. That of int8 is 0.1 %; over 24 sequences the standard error is 0.14 %."""
     for rank in run_ranks(SCRIPT, 2, tmp_path, str(models_dir), str(tmp_path), "24"):
-        assert abs(rank["change int8"]) < 3e-3 and abs(rank["change int6"]) < 5e-3, rank
+        assert rank["sums int8"] == rank["sums int6"] == 6 * 16  # two a layer, six batches
+        assert 0 < abs(rank["change int8"]) < 3e-3 and abs(rank["change int6"]) < 5e-3, rank
 
 
 def test_a_divided_llama_compiles_with_all_fusions(seen):
