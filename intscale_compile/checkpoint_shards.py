@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from . import format as fmt
+from .activation_parts import PER_WEIGHT
 from .after_import import after_import
 from .checkpoint import PathLike, stored_tensor
 from .errors import CheckpointError, ShardingError
 from .local_tensors import is_dtensor, local_tensor
 from .sharded_saving import gather_shards, is_divided
-from .sharding import PER_WEIGHT, Layout, chunk
+from .sharding import Layout, chunk
 from .tensor import DATA_NAMES
 
 _HOOKED = "_intscale_hooked"

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from . import format as fmt
+from .activation_parts import PER_WEIGHT, same_part
 from .kernels.cpu_gemm import forget
 from .reasons import log_once
-from .tensor import PER_WEIGHT, IntScaleTensor, same_part
+from .tensor import IntScaleTensor
 
 SLICES = "_intscale_slices"  # attribute of a joined tensor: weak references to the row slices that we gave to weights
 ALIGNMENT = 16  # bytes; GPU kernels are compiled for inputs that are aligned so

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
+from .activation_parts import same_part
 from .config import IntScaleConfig
 from .errors import CompileError
 from .joined_rows import joined_in_place
-from .tensor import DATA_NAMES, IntScaleTensor, same_part
+from .tensor import DATA_NAMES, IntScaleTensor
 from .tensor_ops import concatenate
 
 

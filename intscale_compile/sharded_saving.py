@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .activation_parts import PER_WEIGHT
 from .errors import CheckpointError, ShardingError
 from .local_tensors import is_dtensor, local_tensor
-from .sharding import PER_WEIGHT, shared_parts, unshard
+from .sharding import shared_parts, unshard
 from .tensor import ATTRIBUTE_NAMES, IntScaleTensor
 
 RECORD = "_intscale_divided"  # attribute of a module that ``parallelize`` divided: a list of ``Divided``
@@ -248,10 +249,9 @@ def load_shards(model: nn.Module, path: Any, **options: Any) -> nn.Module:
                 f"{path}: {key}: stored as {found[key]}, but the model has {value}: quantize it alike."
             )
     cuts = cuts_of(model)
+    parameters = model.state_dict(keep_vars=True)  # themselves: parts of them may be exchanged
     with torch.no_grad():
-        for name, value in model.state_dict(
-            keep_vars=True
-        ).items():  # the parameters themselves, whose parts may change
+        for name, value in parameters.items():
             _fill(local_tensor(value), _key(name, cuts), found)
     return model
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from . import format as fmt
+from .activation_parts import PER_WEIGHT
 from .errors import ShardingError
-from .tensor import PER_WEIGHT, IntScaleTensor
+from .tensor import IntScaleTensor
 
 PER_GROUP = ("scale", "zero_point")
 

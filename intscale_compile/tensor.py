@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
+from . import activation_parts
 from . import format as fmt
 from .config import IntScaleConfig
-from .errors import CheckpointError, ConfigError, UnsupportedOpError, WeightError
+from .errors import CheckpointError, ConfigError, UnsupportedOpError
 from .kernels.dequantize import WEIGHT_OP
 from .scale_search import quantize_weight
 from .weight_checks import check_weight
@@ -251,59 +252,16 @@ class IntScaleTensor(TorchAOBaseTensor):
         return type(self)(*(parts[name] if name in parts else getattr(self, name) for name in ALL_NAMES))
 
     def with_activation_scale(self, scale: Union[Tensor, float, None]) -> IntScaleTensor:
-        """This weight with a static activation scale: ``xq = clamp(round(x / scale), -127, 127)`` for every token.
-
-        Args:
-            scale: positive and finite; one number, or one per expert ``[E, 1, 1]``. None: dynamic, per token.
-
-        Raises:
-            WeightError: the scale is not a positive finite number, or has another shape.
-        """
-        if scale is None:
-            return self.replaced(act_pre_scale=None)
-        given = torch.as_tensor(scale, dtype=torch.float32, device=self.device).detach()
-        shape = (*self.qdata.shape[:-2], 1, 1)
-        if given.numel() != 1 and given.shape != shape:
-            raise WeightError(f"the activation scale has shape {tuple(given.shape)}: give one number, or {shape}.")
-        if not bool((torch.isfinite(given) & (given > 0)).all()):
-            raise WeightError("the activation scale is not a positive finite number: calibrate with other inputs.")
-        return self.replaced(act_pre_scale=given.expand(shape).contiguous() if given.numel() == 1 else given.clone())
+        """This weight with a static activation scale: :func:`~intscale_compile.activation_parts.with_activation_scale`."""
+        return activation_parts.with_activation_scale(self, scale)
 
     def with_rotation(self, size: int) -> IntScaleTensor:
-        """This weight, marked as multiplied by a block Hadamard transform of ``size`` already; its codes do not change.
-
-        Raises:
-            WeightError: ``size`` is neither 0 nor a power of two from 2 on that divides the number of input features; or the
-                weight has an input order.
-        """
-        if size and self.input_order is not None:
-            raise WeightError(f"rotation={size!r} of a weight with an input order is not supported: quantize it anew.")
-        if not fmt.rotation_fits(size, self.in_features):
-            raise WeightError(
-                f"rotation={size!r} does not fit {self.in_features} input features: use 0, or a power of two that divides them."
-            )
-        return self.replaced(rotation=size)
+        """This weight, marked as rotated: :func:`~intscale_compile.activation_parts.with_rotation`."""
+        return activation_parts.with_rotation(self, size)
 
     def with_input_order(self, order: Optional[Tensor]) -> IntScaleTensor:
-        """This weight, its stored columns marked as those of the input features ``order``; no code moves.
-
-        Activations are gathered with ``order`` before they are quantized, which changes no token scale.
-
-        Args:
-            order: integers ``[K]``, a permutation of ``0 .. K - 1``. None: columns are in the order of the features.
-
-        Raises:
-            WeightError: it is no permutation; the weight is rotated, or a stack of experts.
-        """
-        if order is None:
-            return self.replaced(input_order=None)
-        if self.rotation or self.dim() != 2:
-            what = f"rotation={self.rotation}" if self.rotation else "a stack of experts"
-            raise WeightError(f"an input order together with {what} is not supported: quantize that weight anew.")
-        order = order.detach().to(self.device).reshape(1, -1)
-        if not fmt.is_permutation(order, self.in_features):
-            raise WeightError(f"the input order is no permutation of the {self.in_features} input features.")
-        return self.replaced(input_order=order.to(torch.int32).contiguous())
+        """This weight, its columns marked as ordered: :func:`~intscale_compile.activation_parts.with_input_order`."""
+        return activation_parts.with_input_order(self, order)
 
     def dequantize(self, output_dtype: Optional[torch.dtype] = None) -> Tensor:
         """The weight in floating point, in this tensor's shape; ``output_dtype`` defaults to its dtype.
@@ -430,7 +388,6 @@ ALL_NAMES = (  # in the order of the constructor
     *IntScaleTensor.optional_tensor_data_names,
     *IntScaleTensor.optional_tensor_attribute_names,
 )
-PER_WEIGHT = ("act_pre_scale", "input_order")  # parts that say how the activation is taken: all rows share them
 ABSENT = {  # what absent parts mean
     "zero_point": None, "act_pre_scale": None, "input_order": None, "rotation": 0, "communication": None,
 }  # fmt: skip
@@ -451,12 +408,6 @@ def _stacked(experts: Iterator[IntScaleTensor], count: int) -> IntScaleTensor:
             data.setdefault(name, part.new_empty((count, *part.shape)))[e] = part
         scale_bits = max(scale_bits, expert.scale_bits)
     return expert.replaced(**data, block_size=[1, *expert.block_size], scale_bits=scale_bits)
-
-
-def same_part(first: IntScaleTensor, second: IntScaleTensor, name: str) -> bool:
-    """Whether two weights have the same values in a part that may be absent."""
-    ours, theirs = getattr(first, name), getattr(second, name)
-    return ours is theirs or (ours is not None and theirs is not None and torch.equal(ours, theirs))
 
 
 def resolve_packing(packing_format: str, device: torch.device) -> str:

@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import fill_defaults
 
 from . import format as fmt
+from .activation_parts import PER_WEIGHT, same_part
 from .errors import UnsupportedOpError
 from .kernels.cpu_gemm import forget
 from .linear import linear
-from .tensor import DATA_NAMES, PER_WEIGHT, IntScaleTensor, same_part
+from .tensor import DATA_NAMES, IntScaleTensor
 
 aten = torch.ops.aten
 implements = IntScaleTensor.implements
