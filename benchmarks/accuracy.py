@@ -56,6 +56,7 @@ ROWS = {
     "4": ("integer, 4 bits", None),
 }
 JITTER = 1e-6  # relative: a few units in the last place of fp32
+BATCH = 8  # sequences
 # No programs, or tables rather than programs.
 NOT_CALIBRATION = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "encodings", "pydoc_data"}
 
@@ -100,30 +101,35 @@ class Reference:
     """The original model's predictions on the held-out text, to measure others against.
 
     Args:
-        model: the original.
+        model: the original; its logits stay on its device.
         sequences: token ids ``[S, T]``.
         jitter: how often a quantized model is measured again with slightly other row scales.
     """
 
     def __init__(self, model: nn.Module, sequences: Tensor, jitter: int = 0):
-        self.sequences = sequences
+        self.batches = sequences.to(next(model.parameters()).device).split(BATCH)
         self.jitter = jitter
-        self.logits = [self._logits(model, ids) for ids in sequences]
+        self.logits = [self._logits(model, ids) for ids in self.batches]
 
     @staticmethod
     def _logits(model: nn.Module, ids: Tensor) -> Tensor:
         with torch.no_grad():
-            device = next(model.parameters()).device
-            return model(ids[None].to(device), use_cache=False).logits[0].float().cpu()
+            return model(ids, use_cache=False).logits.float()
+
+    @staticmethod
+    def _losses(logits: Tensor, ids: Tensor) -> list[float]:
+        each = F.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
+        return each.double().mean(-1).tolist()
 
     def measure(self, model: nn.Module, preset: str, scales: str) -> Result:
         """Perplexity and logit error of ``model``."""
         losses, divergences, signal, noise = [], [], 0.0, 0.0
-        for ids, wanted in zip(self.sequences, self.logits):
+        for ids, wanted in zip(self.batches, self.logits, strict=True):
             found = self._logits(model, ids)
-            losses.append(F.cross_entropy(found[:-1], ids[1:]).item())
+            losses += self._losses(found, ids)
             logp, logq = wanted.log_softmax(-1), found.log_softmax(-1)
-            divergences.append(F.kl_div(logq, logp, log_target=True, reduction="none").sum(-1).mean().item())
+            divergence = F.kl_div(logq, logp, log_target=True, reduction="none").sum(-1)
+            divergences += divergence.double().mean(-1).tolist()
             centered = wanted - wanted.mean(-1, keepdim=True)
             difference = found - found.mean(-1, keepdim=True) - centered
             signal, noise = signal + centered.square().sum().item(), noise + difference.square().sum().item()
@@ -141,8 +147,7 @@ class Reference:
             with jittered(model, seed) as changed:
                 if not changed:  # the original: nothing is rounded
                     return
-                found = ((self._logits(model, ids), ids) for ids in self.sequences)
-                yield [F.cross_entropy(logits[:-1], ids[1:]).item() for logits, ids in found]
+                yield [loss for ids in self.batches for loss in self._losses(self._logits(model, ids), ids)]
 
 
 @contextlib.contextmanager
@@ -264,7 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{title}: {args.sequences} x {args.tokens} held-out tokens, {args.calibration} x {args.tokens} for calibration"
     )
-    kept: list[dict] = []
+    settings = {name: str(value) for name, value in vars(args).items()}
+    facts, kept = {"model": title, **environment(), "arguments": settings}, []
     for seed in range(args.seed, args.seed + args.seeds):
         data = calibration_sequences(tokenizer, args.module_list, args.calibration, args.tokens, seed)
         one = copy.deepcopy(model)
@@ -279,11 +285,8 @@ def main(argv: list[str] | None = None) -> None:
             result.seed = seed
             kept.append(asdict(result))
             print(_line(result), flush=True)
-    if args.json is not None:
-        settings = {name: str(value) for name, value in vars(args).items()}
-        args.json.write_text(
-            json.dumps({"model": title, **environment(), "arguments": settings, "rows": kept}, indent=1)
-        )
+            if args.json is not None:
+                args.json.write_text(json.dumps({**facts, "rows": kept}, indent=1))
     if args.seeds > 1 or args.jitter:
         print("\n" + paired.table([{"model": title, **row} for row in kept]))
 
