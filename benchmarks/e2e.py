@@ -18,6 +18,7 @@ import multiprocessing
 import queue
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -53,30 +54,39 @@ def interleaved(batches: list[int], prompts: list[int]) -> list[Point]:
     return mixed + decode[len(prefill) :] + prefill[len(decode) :]
 
 
-def measure(args: argparse.Namespace, points: list[Point]) -> dict[str, PeerResult]:
-    """Run all peers; results in the order of the command line."""
+def measure(args: argparse.Namespace, points: list[Point], save: Callable[[dict[str, PeerResult]], None]) -> tuple:
+    """Run all peers: results in the order of the command line (given to ``save`` as they come) and names of dead processes."""
     context = multiprocessing.get_context("spawn")
-    turns = Turns(context.Barrier(len(args.peers)), context.Lock(), time.time() + args.budget)
+    turns = Turns(context.Barrier(len(args.peers)), context.Lock(), context.Event(), time.time() + args.budget)
     results = context.Queue()
-    processes = [
-        context.Process(target=run_peer, args=(name, args.model, args.layers, points, args.device, turns, results))
+    processes = {
+        name: context.Process(
+            target=run_peer, args=(name, args.model, args.layers, points, args.device, turns, results)
+        )
         for name in args.peers
-    ]
-    for process in processes:
+    }
+    for process in processes.values():
         process.start()
     found: dict[str, PeerResult] = {}
-    while len(found) < len(processes):
+    at_work = set(processes)
+    while at_work:
         try:
-            result = results.get(timeout=5)
-            found[result.peer] = result
+            result, last = results.get(timeout=5)
         except queue.Empty:
-            if not any(process.is_alive() for process in processes):
-                break
-    for process in processes:
+            if dead := {name for name in at_work if not processes[name].is_alive()}:
+                turns.died.set()
+                turns.meeting.abort()
+                at_work -= dead
+            continue
+        found[result.peer] = result
+        at_work -= {result.peer} if last else set()
+        save({name: found[name] for name in args.peers if name in found})
+    for process in processes.values():
         process.join(timeout=20)
         if process.is_alive():
             process.kill()
-    return {name: found[name] for name in args.peers if name in found}
+    lost = [name for name, process in processes.items() if process.exitcode]
+    return {name: found[name] for name in args.peers if name in found}, lost
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,10 +95,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("e2e: no CUDA device; --model tiny --device cpu shows that everything runs")
     points = interleaved(args.batches, args.prompts)
-    results = measure(args, points)
-    lost = [name for name in args.peers if name not in results]
-    facts = environment()
     ordered = sorted(points, key=lambda p: (p.kind, p.size))
+    facts = environment()
+
+    def save(results: dict[str, PeerResult]) -> None:
+        if args.json:
+            args.json.write_text(json.dumps(as_json(results, ordered, facts, args.model), indent=1))
+
+    results, lost = measure(args, points, save)
     title = f"{args.model}{f', {args.layers} layers' if args.layers else ''}: speed over bf16, {facts['device']}"
     print(f"{title}; torch {torch.__version__}\n\n{table(results, ordered)}\n")
     for name, result in results.items():
@@ -97,12 +111,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}, {where}: {text}", file=sys.stderr)
     if args.traces:
         print(traces(results, ordered))
-    if args.json:
-        args.json.write_text(json.dumps(as_json(results, ordered, facts, args.model), indent=1))
     if args.svg:
         args.svg.write_text(svg(results, ordered, title))
     for name in lost:
-        print(f"{name}: its process died without a result", file=sys.stderr)
+        print(f"{name}: its process died", file=sys.stderr)
     return int(bool(lost) or any(result.errors for result in results.values()))
 
 

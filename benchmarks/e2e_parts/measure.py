@@ -20,7 +20,8 @@ from typing import Any
 PROMPT, CONTEXT = 128, 256  # tokens in the cache before decoding begins, and its length
 ROUNDS = 7  # the median of so many means
 STEPS = {"decode": 8, "prefill": 2}  # calls in each mean
-PATIENCE = 400.0  # seconds to wait for the others: one that compiles may time kernels on the same GPU
+LATE = "not timed: --budget was over"
+ALONE = "timed out of step with the other processes, since one of them died"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Point:
 
 @dataclass
 class PeerResult:
-    """What a peer measured; times in microseconds, memory in bytes."""
+    """What a peer measured until now; times in microseconds, memory in bytes."""
 
     peer: str
     quantize_s: float = 0.0
@@ -54,16 +55,27 @@ class PeerResult:
 
 @dataclass
 class Turns:
-    """Keeps the processes in step."""
+    """Keeps the processes in step.
+
+    Attributes:
+        meeting: barrier of all processes.
+        gpu: lock.
+        died: event, set when one of them died, which breaks the barrier: the others go on out of step.
+        deadline: Unix time after which no point is begun.
+    """
 
     meeting: Any
     gpu: Any
+    died: Any
     deadline: float
 
-    def meet(self) -> None:
-        """Wait until all processes have come here; go on alone if one of them has died."""
-        with contextlib.suppress(threading.BrokenBarrierError):
-            self.meeting.wait(timeout=max(1.0, min(PATIENCE, self.deadline - time.time())))
+    def meet(self) -> bool:
+        """Wait until all processes have come here; whether to go on. Not when time is over: others may still use the GPU."""
+        try:
+            self.meeting.wait(timeout=max(0.0, self.deadline - time.time()))
+        except threading.BrokenBarrierError:
+            return self.died.is_set()
+        return True
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -75,21 +87,27 @@ class Turns:
 def run_peer(
     peer_name: str, model_name: str, layers: int | None, points: list[Point], device: str, turns: Turns, results: Any
 ) -> None:
-    """Entry of the process: measures ``points`` and puts a :class:`PeerResult` into the queue ``results``."""
+    """Entry of the process: after each of ``points``, puts its :class:`PeerResult` and whether that was all into ``results``."""
     folder = tempfile.mkdtemp(prefix=f"e2e_{peer_name}_")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = folder  # compile times without old caches
     result = PeerResult(peer_name)
     try:
-        _measure(result, model_name, layers, points, device, turns)
+        _measure(result, model_name, layers, points, device, turns, lambda: results.put((result, False)))
     except Exception:
         result.errors["all"] = traceback.format_exc(limit=-4)
-        with contextlib.suppress(Exception):
-            turns.meeting.abort()
-    results.put(result)
+        turns.died.set()
+        turns.meeting.abort()
+    results.put((result, True))
 
 
 def _measure(
-    result: PeerResult, model_name: str, layers: int | None, points: list[Point], device: str, turns: Turns
+    result: PeerResult,
+    model_name: str,
+    layers: int | None,
+    points: list[Point],
+    device: str,
+    turns: Turns,
+    report: Callable[[], None],
 ) -> None:
     import torch
 
@@ -120,10 +138,14 @@ def _measure(
         step = None
         if time.time() < turns.deadline:
             step = _attempt(result, point, functools.partial(_compile, result, peer, model, point, device))
-        turns.meet()
-        if step is not None:
+        if not turns.meet():
+            result.errors.setdefault(point.name, LATE)
+        elif step is not None:
             with turns.alone():
                 _attempt(result, point, functools.partial(_time, result, point, step, device))
+            if turns.died.is_set():
+                result.errors.setdefault(point.name, ALONE)
+        report()
         turns.meet()
         step = None
         torch._dynamo.reset()
@@ -221,7 +243,8 @@ def _time(result: PeerResult, point: Point, step: Any, device: str) -> None:
                 step()
             times.append((time.perf_counter() - start) * 1e6 / steps)
     result.times_us[point.name] = statistics.median(times)
-    print(f"{point.name}, {result.peer}: {result.times_us[point.name]:.0f} us", flush=True)
+    seconds = result.compile_s[point.name]
+    print(f"{point.name}, {result.peer}: {result.times_us[point.name]:.0f} us, compiled in {seconds:.1f} s", flush=True)
     if device == "cuda":
         result.peak_bytes[point.name] = torch.cuda.max_memory_allocated()
         step.rewind()

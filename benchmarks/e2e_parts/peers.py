@@ -22,8 +22,7 @@ class Peer:
         by_layer: whether ``quantize`` takes a decoder layer as well, and then the model that holds the quantized layers.
         backend, mode: of ``torch.compile``.
         attention: of the model.
-        gemm_backends: Inductor's ``max_autotune_gemm_backends``. It compiles and times dozens of Triton kernels for each int8
-            and fp8 matmul, in any mode, which takes minutes; ``"ATEN"``: cuBLAS alone.
+        gemm_backends: Inductor's ``max_autotune_gemm_backends``; ``"ATEN"``: cuBLAS alone.
     """
 
     name: str
@@ -36,32 +35,39 @@ class Peer:
     gemm_backends: Optional[str] = None
 
 
-def _torchao(make_config: Callable[[], Any]) -> Callable[[nn.Module], None]:
+def _torchao(make_config: Callable[..., Any], tuned: bool = False) -> Callable[[nn.Module], None]:
+    """Through torchao's ``quantize_``.
+
+    ``tuned``: with the settings that torchao makes for Inductor by default, coordinate descent over the launch parameters of
+    every generated kernel. It takes minutes (171 s for the prefill of 8192 tokens of three layers, H100), for as long uses the
+    GPU on which the others are timed, and bf16 has it as little as ours.
+    """
+
     def quantize(model: nn.Module) -> None:
         from torchao.quantization import quantize_
 
-        quantize_(model, make_config())
+        quantize_(model, make_config(set_inductor_config=tuned))
 
     return quantize
 
 
-def _fp8() -> Any:
+def _fp8(**settings: Any) -> Any:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
-    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), **settings)
 
 
-def _int8() -> Any:
+def _int8(**settings: Any) -> Any:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
-    return Int8DynamicActivationInt8WeightConfig()
+    return Int8DynamicActivationInt8WeightConfig(**settings)
 
 
-def _int4() -> Any:
+def _int4(**settings: Any) -> Any:
     from torchao.quantization import Int4WeightOnlyConfig
 
     # The packing whose kernel is part of PyTorch; the default one needs another package.
-    return Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
+    return Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d", **settings)
 
 
 def _intscale(model: nn.Module, output_too: bool) -> None:
@@ -97,12 +103,12 @@ def _float_scales(model: nn.Module) -> None:
         return scales[key]
 
     def launch_float(out, xq, token_scale, qdata, scale, row_scale, bias, group_size, scale_bits, tile, overlap=False,
-                     gated="none"):  # fmt: skip
+                     gated="none", residual=None):  # fmt: skip
         # The tile of the schedule of the same form: a partial sum for each group, then a multiply-add.
         tile = triton_gemm.pick_tile(xq.shape[0], qdata.shape[0], xq.shape[1], group_size, 8, 4, xq.device, True)
         tile = tile if gated == "none" else gluon_tiles.gated_tile(tile, "float")
         operands = (out, xq, token_scale, qdata, as_float(scale), row_scale, bias, group_size, scale_bits)
-        launch(*operands, tile, overlap, gated)
+        launch(*operands, tile, overlap, gated, residual)
 
     gluon_launch.launch_gluon = launch_float
 
@@ -114,10 +120,11 @@ PEERS = {
         Peer("bf16_autotune", "bf16, Inductor max-autotune", mode="max-autotune"),
         Peer("bf16_default", "bf16, transformers' default attention", attention="sdpa"),
         Peer("fp8", "torchao fp8, dynamic, per row; cuBLAS", _torchao(_fp8), gemm_backends="ATEN"),
-        Peer("fp8_autotune", "torchao fp8, dynamic, per row; Inductor chooses the kernel", _torchao(_fp8)),
+        Peer("fp8_tuned", "torchao fp8, dynamic, per row; tuned as torchao sets Inductor", _torchao(_fp8, True)),
         Peer("int4", "torchao int4 weight-only, group 128", _torchao(_int4)),
+        Peer("int4_tuned", "torchao int4 weight-only, group 128; tuned as torchao sets Inductor", _torchao(_int4, True)),
         Peer("int8", "torchao int8, dynamic; cuBLAS", _torchao(_int8), gemm_backends="ATEN"),
-        Peer("int8_autotune", "torchao int8, dynamic; Inductor chooses the kernel", _torchao(_int8)),
+        Peer("int8_tuned", "torchao int8, dynamic; tuned as torchao sets Inductor", _torchao(_int8, True)),
         Peer("float_scales", "ours with float group scales", _float_scales, "intscale"),
         Peer("intscale", "ours", lambda m: _intscale(m, True), "intscale", by_layer=True),
         Peer("intscale_head", "ours, output embedding left in bf16", lambda m: _intscale(m, False), "intscale",
