@@ -4,7 +4,16 @@ It stands here and not in ``kernels/__init__.py`` because that folder is linked 
 ``__init__`` it would be a package named ``kernels`` there and hide Hugging Face's, which transformers looks for.
 """
 
-from .kernels import dequantize, hadamard, quantize_per_token, quantize_static, w4a8_gated, w4a8_grouped, w4a8_linear
+from .kernels import (
+    dequantize,
+    hadamard,
+    quantize_per_token,
+    quantize_static,
+    w4a8_gated,
+    w4a8_grouped,
+    w4a8_linear,
+    w4a8_residual,
+)
 from .kernels.abi import KERNEL_ABI
 
 __all__ = [
@@ -17,6 +26,7 @@ __all__ = [
     "w4a8_gated",
     "w4a8_grouped",
     "w4a8_linear",
+    "w4a8_residual",
 ]
 
 _registered = False

@@ -30,6 +30,8 @@ class Settings:
         decode_attention: whether attention of one new token per sequence runs in our kernel. The default does so on a GPU.
         gated_activation: whether ``act(gate) * up`` is computed inside the GEMM of both projections, given enough tokens.
             The default does so on a GPU.
+        residual_add: whether a residual is added inside the GEMM of the linear before it, given enough tokens. The default
+            does so where the Gluon kernels run.
         causal_attention: whether a mask that hides just the future becomes SDPA's ``is_causal``. The default does so.
         disable_passes: names of passes that do not run.
         communication_min_bytes: from how many bytes on a collective is quantized, where ``config.communication`` asks for
@@ -42,6 +44,7 @@ class Settings:
     skip: tuple[str, ...] = ()
     decode_attention: Optional[bool] = None
     gated_activation: Optional[bool] = None
+    residual_add: Optional[bool] = None
     causal_attention: Optional[bool] = None
     disable_passes: tuple[str, ...] = ()
     communication_min_bytes: Optional[int] = None
@@ -104,7 +107,7 @@ def _settings(own: dict[str, Any]) -> Settings:
     changed = {name: own[name] for name in _CONFIG_FIELDS if name in own}
     if changed:
         config = dataclasses.replace(config, **changed)
-    three_way = ("quantize_plain", "decode_attention", "gated_activation", "causal_attention")
+    three_way = ("quantize_plain", "decode_attention", "gated_activation", "residual_add", "causal_attention")
     optional = {name: (bool, type(None)) for name in three_way}
     for name, types in (optional | {"merge_siblings": (bool,)}).items():
         if name in own and not isinstance(own[name], types):
@@ -116,6 +119,7 @@ def _settings(own: dict[str, Any]) -> Settings:
         _patterns(own.get("skip", ())),
         own.get("decode_attention"),
         own.get("gated_activation"),
+        own.get("residual_add"),
         own.get("causal_attention"),
         _disabled(own.get("disable_passes", ())),
         _bytes("communication_min_bytes", own.get("communication_min_bytes")),

@@ -17,6 +17,7 @@ from ..kernels.hadamard import HADAMARD_QUANTIZE_OP
 from ..kernels.quantize_per_token import OP as QUANTIZE_OP
 from ..kernels.quantize_static import STATIC_OP
 from ..kernels.w4a8_gated import GATED_OP
+from ..kernels.w4a8_residual import LINEAR_ADD_OP
 from ..local_tensors import local_tensor
 from ..options import Settings
 from ..packed_weights import Packed
@@ -209,11 +210,11 @@ def _gemms(
         if node.target not in PRODUCTS or packed is None:
             continue
         number = before = before + 1
-        activation = node.args[6] if node.target is GATED_OP else None
+        behind = node.args[6] if node.target is GATED_OP else "residual" if node.target is LINEAR_ADD_OP else None
         candidates = node.meta["intscale_candidates"]
         members = []
         for candidate in candidates:
-            kernel = kernel_name(packed, candidate.tokens, cuda_graphs, activation)
+            kernel = kernel_name(packed, candidate.tokens, cuda_graphs, behind)
             places[id(candidate)] = number, kernel
             weight = candidate.source.tensor(rewrite.example_inputs)
             members.append(without_wrappers(names(weight, candidate.name)))

@@ -14,13 +14,14 @@ from torch import Tensor, fx
 from ..kernels.w4a8_gated import GATED_OP
 from ..kernels.w4a8_grouped import GROUPED_OP
 from ..kernels.w4a8_linear import LINEAR_OP
+from ..kernels.w4a8_residual import LINEAR_ADD_OP
 from ..passes import GraphRewrite
 from ..passes.base import example
 from ..tensor import IntScaleTensor
 from .report import GemmReport
 from .roofline import Gpu, predict_us
 
-PRODUCTS = (LINEAR_OP, GATED_OP, GROUPED_OP)
+PRODUCTS = (LINEAR_OP, LINEAR_ADD_OP, GATED_OP, GROUPED_OP)
 RUNS, LEAST_SECONDS = 5, 0.02  # of a measurement; the median of at least so many runs
 
 
@@ -40,6 +41,8 @@ def gemm_report(
     matrices = packed.shape[0] if packed.dim() == 3 else 1
     weight = sum(getattr(packed, name).nbytes for name in packed.data_names) * experts // matrices
     moved = weight + read * (packed.in_features + 4) + rows * result.shape[-1] * result.element_size()
+    if node.target is LINEAR_ADD_OP:  # the residual
+        moved += rows * result.shape[-1] * result.element_size()
     if gpu is None:
         return GemmReport(**{**vars(report), "moved_bytes": int(moved)})
     predicted, limit = predict_us(gpu, moved, 2.0 * rows * packed.out_features * packed.in_features)

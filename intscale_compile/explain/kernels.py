@@ -8,13 +8,16 @@ from .. import format as fmt
 from ..tensor import IntScaleTensor
 
 
-def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, activation: Optional[str] = None) -> str:
-    """The kernel for a weight ``[N, K]`` or a stack, with its schedule and tile, for so many rows of the activation."""
+def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, behind: Optional[str] = None) -> str:
+    """The kernel for a weight ``[N, K]`` or a stack, with its schedule and tile, for so many rows of the activation.
+
+    ``behind`` is what its epilogue does: the activation of a gated linear, ``"residual"`` or nothing.
+    """
     scale_bits = fmt.schedule_bits(packed.scale_bits, packed.zero_point is not None)
     schedule = "int8" if packed.weight_bits == 8 else "fold" if scale_bits <= 4 else "accumulate"
-    grouped, behind = packed.dim() == 3, f" + {activation}" if activation else ""
+    grouped, also = packed.dim() == 3, f" + {behind}" if behind else ""
     if packed.device.type != "cuda":
-        return f"oneDNN {'grouped ' if grouped else ''}{schedule}{behind}"
+        return f"oneDNN {'grouped ' if grouped else ''}{schedule}{also}"
     from ..kernels.template import GLUON_TOKENS
     from ..kernels.triton_gated import pick_gated_tile
     from ..kernels.triton_gemm import pick_tile
@@ -28,12 +31,12 @@ def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, activati
         form = (packed.group_size, scale_bits, packed.weight_bits)
         tile = choose_grouped_tile(rows, *sizes, *form, capability(packed.device))
         return f"triton grouped {schedule} {tile.block_n}x{tile.block_m}"
-    gluon = _gluon_obstacle(packed) is None and (cuda_graphs or rows >= GLUON_TOKENS or activation is not None)
+    gluon = _gluon_obstacle(packed) is None and (cuda_graphs or rows >= GLUON_TOKENS or behind is not None)
     shape = (packed.out_features, packed.in_features)
-    pick = pick_gated_tile if activation else pick_tile
+    pick = pick_gated_tile if behind not in (None, "residual") else pick_tile
     tile = pick(rows, *shape, packed.group_size, scale_bits, packed.weight_bits, packed.device, gluon)
     name = "triton" if tile.kernel == "triton" else f"gluon {tile.kernel}"
-    return f"{name} {schedule} {tile.block_n}x{tile.block_m}{behind}"
+    return f"{name} {schedule} {tile.block_n}x{tile.block_m}{also}"
 
 
 def _gluon_obstacle(packed: IntScaleTensor) -> Optional[str]:

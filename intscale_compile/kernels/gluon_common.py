@@ -105,14 +105,15 @@ def gate_activation(gate, GATED: gl.constexpr):
 
 @gluon.jit
 def store_tile(
-    acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, m0, n0, M, N,
+    acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, m0, n0, M, N,
     CHANNEL_SCALE: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, GATED: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """Epilogue of one tile: ``acc`` ``[BLOCK_N, BLOCK_M]`` (int32, or fp32 with float scales) to ``out`` ``[M, N]``.
 
     With GATED the first half of ``acc`` are gate rows, the second the up rows that belong to them, and ``out`` is
-    ``[M, N/2]``; ``n0`` and N count weight rows all the same.
+    ``[M, N/2]``; ``n0`` and N count weight rows all the same. A residual is contiguous like ``out`` and is added to the
+    rounded value, as an addition after the linear would.
     """
     HALVES: gl.constexpr = 1 if GATED == "none" else 2
     WIDTH: gl.constexpr = BLOCK_N // HALVES
@@ -145,4 +146,8 @@ def store_tile(
     n = n0 // HALVES + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, ROWS))
     m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ROWS))
     ptrs = out_ptr + m[None, :].to(gl.int64) * columns + n[:, None]
-    gl.store(ptrs, y, mask=(m < M)[None, :] & (n < columns)[:, None])
+    mask = (m < M)[None, :] & (n < columns)[:, None]
+    if HAS_RESIDUAL:
+        residual = gl.load(residual_ptr + m[None, :].to(gl.int64) * columns + n[:, None], mask=mask, other=0.0)
+        y = (y.to(gl.float32) + residual.to(gl.float32)).to(out_ptr.dtype.element_ty)
+    gl.store(ptrs, y, mask=mask)

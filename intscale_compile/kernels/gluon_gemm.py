@@ -137,11 +137,11 @@ def multiply_stage(
 
 @gluon.jit
 def finish_tile(
-    acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr,
+    acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr,
     tile, part, tile_m, tile_n, M, N,
     SCALES: gl.constexpr, SPLIT_K: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr, INT8: gl.constexpr,
-    GATED: gl.constexpr,
+    GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """Reduce over the parts of K, then the epilogue."""
     if SCALES == "none" and not INT8:
@@ -162,13 +162,15 @@ def finish_tile(
                 index = first + (part + other) % SPLIT_K
                 acc += gl.load(ptrs + index * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
             store_tile(
-                acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N,
-                M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT, BLOCK_M, BLOCK_N, WARPS, GATED,
+                acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr,
+                tile_m * BLOCK_M, tile_n * BLOCK_N, M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT,
+                BLOCK_M, BLOCK_N, WARPS, GATED, HAS_RESIDUAL,
             )  # fmt: skip
     else:
         store_tile(
-            acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N,
-            M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT, BLOCK_M, BLOCK_N, WARPS, GATED,
+            acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr,
+            tile_m * BLOCK_M, tile_n * BLOCK_N, M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT,
+            BLOCK_M, BLOCK_N, WARPS, GATED, HAS_RESIDUAL,
         )  # fmt: skip
 
 
@@ -212,10 +214,11 @@ def produce(
 
 @gluon.jit
 def consume(
-    xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr, M, N,
+    xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr,
+    counter_ptr, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr,
-    UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
+    UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """The computing warps: multiply the stages of every tile of this program and store it."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -242,18 +245,20 @@ def consume(
             acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
         finish_tile(
-            acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr,
+            acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr,
             item // SPLIT_K, item % SPLIT_K, tile_m, tile_n, M, N,
-            SCALES, SPLIT_K, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, LAYOUT, INT8, GATED,
+            SCALES, SPLIT_K, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, LAYOUT, INT8, GATED, HAS_RESIDUAL,
         )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M"])
 def gemm_specialized(
-    x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr, M, N,
+    x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr,
+    counter_ptr, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, DEQUANTIZE: gl.constexpr,
     HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr,
     SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """``out[m, n]``, ``[M, N]`` (gated: ``[M, N/2]``), with a producer warp and ``num_warps`` computing warps; see the module."""
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
@@ -272,9 +277,9 @@ def gemm_specialized(
             (
                 consume,
                 (
-                    xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr,
-                    counter_ptr, M, N, BLOCKS, SCALES, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, STAGES, GROUP_N,
-                    SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
+                    xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr,
+                    partial_ptr, counter_ptr, M, N, BLOCKS, SCALES, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, STAGES,
+                    GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED, HAS_RESIDUAL,
                 ),
             ),
             (
@@ -292,10 +297,12 @@ def gemm_specialized(
 
 @gluon.jit(do_not_specialize=["M"])
 def gemm_pipelined(
-    x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr, M, N,
+    x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr,
+    counter_ptr, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, DEQUANTIZE: gl.constexpr,
     HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr,
     SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """``out[m, n]``, ``[M, N]`` (gated: ``[M, N/2]``), one tile a program, every warp alike; see the module."""
     WARPS: gl.constexpr = gl.num_warps()
@@ -340,7 +347,7 @@ def gemm_pipelined(
     for i in gl.static_range(STAGES):
         mbarrier.invalidate(full.index(i))
     finish_tile(
-        acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, partial_ptr, counter_ptr,
+        acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr,
         tile, part, tile_m, tile_n, M, N,
-        SCALES, SPLIT_K, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, LAYOUT, INT8, GATED,
+        SCALES, SPLIT_K, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, LAYOUT, INT8, GATED, HAS_RESIDUAL,
     )  # fmt: skip

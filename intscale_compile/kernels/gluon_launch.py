@@ -152,7 +152,7 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
     grid = tiles * split_k
     launch(
         kernel, (min(grid, grid_limit) if persistent else grid,),
-        x_desc, w_desc, s_desc, *operands["epilogue"], partial, counters, m, n,
+        x_desc, w_desc, s_desc, *operands["epilogue"], operands["residual"], partial, counters, m, n,
         BLOCKS=blocks, BLOCKS_PER_GROUP=blocks_per_group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STAGES=tile.num_stages, GROUP_N=tile.group_n, SPLIT_K=split_k, UNROLL=unroll, OVERLAP=overlap, INT8=int8,
         num_warps=tile.num_warps, launch_pdl=overlap, **options, **flags,
@@ -172,6 +172,7 @@ def launch_gluon(
     tile: Tile,
     overlap: bool = False,
     gated: str = "none",
+    residual: Optional[Tensor] = None,
 ) -> None:
     """Fill ``out`` ``[M, N]`` (gated: ``[M, N/2]``) as the plain-Triton launcher does, with one of the Gluon kernels.
 
@@ -183,6 +184,7 @@ def launch_gluon(
             launch). Wrong if one of those writes the weights.
         gated: activation of the gate rows, for a weight whose first half of rows are gate and second half up rows; N/2 is
             a multiple of 64, and ``tile`` one of :func:`~intscale_compile.kernels.gluon_tiles.gated_tile`.
+        residual: contiguous, of the shape and dtype of ``out``; added to the rounded result. Not by the decode kernel.
     """
     (m, k), n = xq.shape, out.shape[1] * (1 if gated == "none" else 2)
     weight_bits = 8 if qdata.dtype is torch.int8 else 4
@@ -194,13 +196,13 @@ def launch_gluon(
     )
     operands = dict(
         xq=xq, qdata=qdata, scale=scale, blocks=k // pack_block(group_size), group_size=group_size,
-        epilogue=(out, scale, row_scale, token_scale, bias),
+        epilogue=(out, scale, row_scale, token_scale, bias), residual=residual,
     )  # fmt: skip
     grid_limit = sm_count(xq.device) * tile.programs_per_sm
     if decode:
         _decode(grid_limit, m, n, tile, operands, overlap, flags)
     else:
-        _gemm(grid_limit, m, n, tile, operands, overlap, flags | {"GATED": gated})
+        _gemm(grid_limit, m, n, tile, operands, overlap, flags | {"GATED": gated, "HAS_RESIDUAL": residual is not None})
 
 
 @functools.lru_cache(None)

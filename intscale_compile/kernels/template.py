@@ -31,6 +31,7 @@ from .triton_tile import device_source
 from .w4a8_gated import GATED_OP
 from .w4a8_grouped import GROUPED_OP
 from .w4a8_linear import ACCUMULATE_OP, LINEAR_OP
+from .w4a8_residual import LINEAR_ADD_OP
 
 # From this many tokens on a call of the op pays without CUDA graphs too. A launch cost the host 137 to 192 us (H100 machine,
 # torch 2.11); the four GEMMs of a Llama-3-8B layer take the GPU some 200 us at 512 tokens and 1340 at 4096.
@@ -219,6 +220,11 @@ def register_lowerings() -> None:
 
     # Whole: the activation is in the kernel's epilogue, and what follows is a quantization of whole rows.
     register_lowering(GATED_OP, type_promotion_kind=None)(fallback_handler(GATED_OP, add_to_fallback_set=False))
+
+    # Whole: emitted only where the op is called rather than the template.
+    register_lowering(LINEAR_ADD_OP, type_promotion_kind=None)(
+        fallback_handler(LINEAR_ADD_OP, add_to_fallback_set=False)
+    )
 
     # Whole: the kernel gathers and scatters rows itself, and is launched for the worst routing.
     register_lowering(GROUPED_OP, type_promotion_kind=None)(fallback_handler(GROUPED_OP, add_to_fallback_set=False))

@@ -137,8 +137,9 @@ def _launch(
     tile: Optional[Tile],
     overlap: bool,
     zero_point: Optional[Tensor],
+    residual: Optional[Tensor] = None,
 ) -> None:
-    """Fill ``out`` ``[M, N]`` from 2-D activations ``[M, K]`` with contiguous rows."""
+    """Fill ``out`` ``[M, N]`` from 2-D activations ``[M, K]`` with contiguous rows; a residual is contiguous."""
     (m, k), n = xq.shape, out.shape[1]
     if m == 0 or n == 0:
         return
@@ -153,9 +154,23 @@ def _launch(
         tile = pick_tile(m, n, k, group_size, bits, weight_bits, xq.device, gluon)
     with torch.cuda.device(xq.device) if xq.is_cuda else contextlib.nullcontext():
         if tile.kernel != "triton":
+            fused = None if tile.kernel == "decode" else residual
             gluon_launch.launch_gluon(
-                out, xq, token_scale, qdata, scale, row_scale, bias, group_size, scale_bits, tile, overlap
+                out,
+                xq,
+                token_scale,
+                qdata,
+                scale,
+                row_scale,
+                bias,
+                group_size,
+                scale_bits,
+                tile,
+                overlap,
+                residual=fused,
             )
+            if residual is not None and fused is None:
+                out.add_(residual)
             return
         grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
         launch(
@@ -168,6 +183,8 @@ def _launch(
             num_stages=tile.num_stages,
             **schedule_flags(k, group_size, scale_bits, weight_bits, packing, tile, asymmetric),
         )  # fmt: skip
+        if residual is not None:
+            out.add_(residual)
 
 
 def rows_of(xq: Tensor) -> Tensor:
@@ -217,8 +234,12 @@ def linear_cuda(
     tile: Optional[Tile] = None,
     overlap: bool = False,
     zero_point: Optional[Tensor] = None,
+    residual: Optional[Tensor] = None,
 ) -> Tensor:
-    """``acc * token_scale * row_scale (+ bias)``, computed in fp32 and rounded once to ``dtype``; ``[..., N]``."""
+    """``acc * token_scale * row_scale (+ bias)``, computed in fp32 and rounded once to ``dtype``; ``[..., N]``.
+
+    ``residual``, of that shape and dtype, is added to the rounded value, in the GEMM's epilogue where it has one.
+    """
     out = xq.new_empty((xq.shape[:-1].numel(), out_features), dtype=dtype)
     _launch(
         out,
@@ -234,5 +255,6 @@ def linear_cuda(
         tile,
         overlap,
         None if zero_point is None else zero_point.contiguous(),
+        None if residual is None else residual.reshape(out.shape).contiguous(),
     )
     return out.view(*xq.shape[:-1], out_features)

@@ -11,6 +11,7 @@
 | fuse | linears between dequantize nodes | ``intscale.w4a8_linear`` |
 | rotate_quantize | a Hadamard transform and a quantization, on a GPU | ``intscale.hadamard_quantize`` |
 | gated_activation | a gate and an up projection with ``act(gate) * up`` | ``intscale.w4a8_gated_linear`` |
+| residual_add | a linear and the addition of a residual, on a GPU | ``intscale.w4a8_linear_add`` |
 | causal_attention | attention whose mask hides just the future, or nothing | attention with a flag and shared heads |
 | decode_attention | attention of one query token over repeated heads | ``intscale.decode_attention`` |
 | cache_counters | the counters of a static cache, one for each layer | one addition to all of them |
@@ -28,12 +29,13 @@ from .insert_qdq import INSERT_QDQ
 from .local_shards import LOCAL_SHARDS
 from .match import MATCH
 from .merge_siblings import MERGE_SIBLINGS
+from .residual_add import RESIDUAL_ADD
 from .rotate_quantize import ROTATE_QUANTIZE
 from .share_quantize import SHARE_QUANTIZE
 
 PASSES: tuple[Pass, ...] = (
     LOCAL_SHARDS, MATCH, INSERT_QDQ, EXPERTS, SHARE_QUANTIZE, MERGE_SIBLINGS, FUSE, ROTATE_QUANTIZE, GATED_ACTIVATION,
-    CAUSAL_ATTENTION, DECODE_ATTENTION, CACHE_COUNTERS,
+    RESIDUAL_ADD, CAUSAL_ATTENTION, DECODE_ATTENTION, CACHE_COUNTERS,
 )  # fmt: skip
 
 POST_GRAD_PASSES = (

@@ -65,7 +65,7 @@ def _match(product: fx.Node) -> Optional[tuple[fx.Node, str]]:
         if name is None or linear is None or example(product) is None:
             continue
         read_once = list(gate.users) == [act] and list(up.users) == list(act.users) == [product]  # type: ignore[union-attr]
-        if read_once and example(product).dtype == example(linear).dtype and _unwatched(linear):
+        if read_once and example(product).dtype == example(linear).dtype and unwatched(linear):
             return linear, name
     return None
 
@@ -118,11 +118,18 @@ def _takes_half(index: Any, half: int, features: int) -> bool:
     return whole and (start, stop) == (half * features // 2, (half + 1) * features // 2)
 
 
-def _unwatched(linear: fx.Node) -> bool:
-    """Whether no gradient will flow through the linear: the gated op has none."""
+def unwatched(linear: fx.Node) -> bool:
+    """Whether no gradient will flow through the linear: the ops that it becomes a part of have none."""
     bias = example(linear.args[5])
     trains = isinstance(bias, Tensor) and bias.requires_grad and linear.meta["intscale_grad"]
     return linear.args[12] is None and not trains
+
+
+def tokens_hint(value: Any) -> Optional[int]:
+    """Rows of an activation; of a symbol the number that it had, None where that is not known."""
+    # `Size.numel` makes a number of a symbolic size, and a graph of its own for each.
+    tokens = math.prod(value.shape[:-1])
+    return tokens if isinstance(tokens, int) else tokens.node.hint
 
 
 def _worthwhile(rewrite: GraphRewrite, linear: fx.Node) -> bool:
@@ -130,10 +137,7 @@ def _worthwhile(rewrite: GraphRewrite, linear: fx.Node) -> bool:
     forced = rewrite.settings.gated_activation is True
     if linear.args[6] % (2 * TILE_ROWS) or not forced and value.device.type != "cuda":  # type: ignore[operator]
         return False
-    tokens = math.prod(
-        value.shape[:-1]
-    )  # `Size.numel` makes a number of a symbolic size, and a graph of its own for each
-    hint = tokens if isinstance(tokens, int) else tokens.node.hint  # None: an unbacked symbol
+    hint = tokens_hint(value)
     least = LEAST_TOKENS if forced or rewrite.cuda_graphs else LEAST_TOKENS_WITHOUT_GRAPHS
     return hint is not None and hint >= least
 

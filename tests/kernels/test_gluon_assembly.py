@@ -49,7 +49,7 @@ def descriptor(shape: list[int], dtype: str, swizzled: bool = True) -> str:
     return f"tensordesc<{dtype}{shape},{layout!r}>"
 
 
-def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none"):
+def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residual: bool = False):
     """Compile one kernel for sm_90 and return Triton's compiled object."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -79,7 +79,12 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none"):
             UNROLL=4 if schedule in ("fold", "none") else 1,
             INT8=False,
             GATED=gated,
+            HAS_RESIDUAL=residual,
         )
+        if residual:
+            signature["residual_ptr"] = "*bf16"
+        else:
+            constants["residual_ptr"] = None
         if tile.split_k > 1:
             signature.update(partial_ptr="*i32", counter_ptr="*i32")
         else:
@@ -93,7 +98,11 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none"):
         fn,
         {name: signature.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature.get(name, "").startswith("*")},
+        {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if signature.get(name, "")[:1] == "*" or name == "N"
+        },
     )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
@@ -140,3 +149,19 @@ def check(code, tile: Tile, spill_bytes: int = 0) -> None:
         waits = sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in code.instructions)
         assert waits < code.count(dot) / 2
     assert code.count("I2F") <= tile.block_m * tile.block_n // (32 * tile.num_warps) + 8  # the epilogue alone
+
+
+def residual_tiles() -> list[tuple[str, Tile, int]]:
+    """Tiles by rule for prefill, and one with parts of K."""
+    found = {(s, choose_gluon_tile(m, 4096, 4096, s)) for s in ("fold", "accumulate") for m in (300, 2048)}
+    return [(*case, 4096) for case in sorted(found, key=str)] + [
+        ("fold", Tile(64, 128, 4, 4, kernel="specialized", split_k=2), 4096)
+    ]
+
+
+@pytest.mark.parametrize("schedule,tile,k", residual_tiles() if RELEASE in TRITON_RELEASES else [], ids=str)
+def test_residuals_assemble_without_spills(schedule, tile, k, tmp_path):
+    """Read as wide as the output is written."""
+    code = disassemble(compile_tile(schedule, tile, k, residual=True), tmp_path)
+    check(code, tile)
+    assert any(i.base == "LDG" and ".128" in i.opcode for i in code.instructions)
