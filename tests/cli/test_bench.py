@@ -30,6 +30,7 @@ def test_operands_are_random(monkeypatch):
         seen.append((reference, ours))
 
     monkeypatch.setattr(bench, "_check", look)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # what is multiplied does not depend on it
     list(bench_gemms([(64, 128)], [2], IntScaleConfig(), device="cpu", seconds=0.01))
     ((reference, ours),) = seen
     assert (reference != 0).all() and (ours != 0).float().mean() > 0.9 and reference.unique().numel() > 100

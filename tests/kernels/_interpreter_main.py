@@ -22,6 +22,7 @@ from tests.support.weights import make_problem  # noqa: E402
 
 SMALL, TALL, WIDE = Tile(16, 64), Tile(64, 32), Tile(32, 128, group_n=1)
 GROUP_SIZES = (32, 64, 128, 256, -1)
+PLAIN = (32, -1)  # with zero points; how a packing is read depends little on the size of a group
 
 
 def cases():
@@ -34,6 +35,8 @@ def cases():
             yield f"g{group_size}-s{scale_bits}-{packing}-{values}", shape, arguments, tile
     # Zero points: 3 bits fold, 4 and 8 do not.
     for group_size, scale_bits, packing in itertools.product(GROUP_SIZES, (3, 4, 8), ("plain", "tiled")):
+        if packing == "plain" and group_size not in PLAIN:
+            continue
         for values in ("random", "extreme") if packing == "tiled" else ("extreme",):
             tile, shape = (TALL, (19, 77, 296)) if values == "random" else (SMALL, (3, 65, 512))
             arguments = dict(group_size=group_size, scale_bits=scale_bits, packing=packing, values=values)

@@ -30,8 +30,15 @@ def sass_of(schedule, tile: Tile, arch: int, tmp_path, activation: str = "silu")
     return disassemble(compile_kernel(schedule, tile, GPUTarget("cuda", arch, 32), activation), tmp_path)
 
 
-@pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE, PER_CHANNEL, W8A8, (32, 4, 4)], ids=str)
-@pytest.mark.parametrize("m", [1, 64, 4096])
+@pytest.mark.parametrize(
+    "schedule,m",
+    [
+        *((schedule, m) for schedule in (FOLD, ACCUMULATE) for m in (1, 64, 4096)),
+        *((schedule, 4096) for schedule in (PER_CHANNEL, W8A8, (32, 4, 4))),
+        *(pytest.param(s, m, marks=pytest.mark.slow) for s in (PER_CHANNEL, W8A8, (32, 4, 4)) for m in (1, 64)),
+    ],
+    ids=str,
+)
 def test_hopper(schedule, m, tmp_path):
     code = sass_of(schedule, choose_tile(m, N, K, *schedule), 90, tmp_path)
     check_loop(code, ("IGMMA",))
