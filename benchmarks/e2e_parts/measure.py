@@ -6,6 +6,7 @@ All processes compile a point side by side, meet, and time one after the other, 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import statistics
@@ -85,14 +86,21 @@ class Turns:
 
 
 def run_peer(
-    peer_name: str, model_name: str, layers: int | None, points: list[Point], device: str, turns: Turns, results: Any
+    peer_name: str,
+    model_name: str,
+    layers: int | None,
+    points: list[Point],
+    device: str,
+    turns: Turns,
+    results: Any,
+    skip_guards: bool = False,
 ) -> None:
     """Entry of the process: after each of ``points``, puts its :class:`PeerResult` and whether that was all into ``results``."""
     folder = tempfile.mkdtemp(prefix=f"e2e_{peer_name}_")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = folder  # compile times without old caches
     result = PeerResult(peer_name)
     try:
-        _measure(result, model_name, layers, points, device, turns, lambda: results.put((result, False)))
+        _measure(result, model_name, layers, points, device, turns, lambda: results.put((result, False)), skip_guards)
     except Exception:
         result.errors["all"] = traceback.format_exc(limit=-4)
         turns.died.set()
@@ -108,13 +116,14 @@ def _measure(
     device: str,
     turns: Turns,
     report: Callable[[], None],
+    skip_guards: bool,
 ) -> None:
     import torch
 
     from .models import build, quantized_fraction
     from .peers import PEERS
 
-    peer = PEERS[result.peer]
+    peer = dataclasses.replace(PEERS[result.peer], skip_guards=skip_guards)
     with turns.alone(), torch.no_grad():
 
         def quantize(module: Any) -> None:

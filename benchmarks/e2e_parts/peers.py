@@ -23,6 +23,7 @@ class Peer:
         backend, mode: of ``torch.compile``.
         attention: of the model.
         gemm_backends: Inductor's ``max_autotune_gemm_backends``; ``"ATEN"``: cuBLAS alone.
+        skip_guards: let Dynamo not look at the modules at each call, as one does who serves a model that nobody changes.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Peer:
     attention: str = "grouped_sdpa"
     by_layer: bool = False
     gemm_backends: Optional[str] = None
+    skip_guards: bool = False
 
 
 def _torchao(make_config: Callable[..., Any], tuned: bool = False) -> Callable[[nn.Module], None]:
@@ -139,4 +141,8 @@ def compiled(peer: Peer, model: nn.Module) -> Callable:
     """The model's forward, compiled as the peer asks for."""
     if peer.gemm_backends is not None:  # of this process, which runs no other peer; ``mode`` excludes ``options``
         torch._inductor.config.max_autotune_gemm_backends = peer.gemm_backends
-    return torch.compile(model, backend=peer.backend, mode=peer.mode, dynamic=False)
+    if not peer.skip_guards:
+        return torch.compile(model, backend=peer.backend, mode=peer.mode, dynamic=False)
+    options = torch._inductor.list_mode_options(peer.mode)  # ``mode`` excludes ``options``
+    options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    return torch.compile(model, backend=peer.backend, options=options, dynamic=False)
