@@ -9,8 +9,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from ..config import IntScaleConfig
+from ..errors import CalibrationError
 from ..tensor import IntScaleTensor, check_weight
 from .clipping import choose_steps, code_range, into_groups, learn_steps, nearest_integer_steps, on_integer_grid
 from .gptq import compensated, gptq_codes
@@ -94,26 +96,77 @@ class FloatScaleWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _PRODUCTS:
-            place = _PRODUCTS[func]
-            static = next((a.activation_scale for a in args if isinstance(a, cls)), None)
-            args = tuple(fake_quantize(a, static) if i == place else a for i, a in enumerate(args))
+        name = getattr(func, "__name__", str(func)).rsplit(".", 1)[-1]
+        if name in _PRODUCTS:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+                return func(*_quantized(cls, name, args), **kwargs)
         result = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(result, cls) and result.source is None and isinstance(args[0], cls):
-            result.activation_scale = args[0].activation_scale
+        if name not in _PARTS:  # values, and no weight any more
+            with torch._C.DisableTorchFunctionSubclass():
+                return tree_map(
+                    lambda r: r.as_subclass(Tensor) if isinstance(r, cls) and r.source is None else r, result
+                )
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(part, cls) and part.source is None and isinstance(args[0], cls):
+                part.activation_scale = args[0].activation_scale
         return result
 
 
-_PRODUCTS = {F.linear: 0, torch.matmul: 0, torch.Tensor.matmul: 0, torch.Tensor.__matmul__: 0, torch.addmm: 1}
-_PRODUCTS |= {torch.mm: 0, torch.bmm: 0}
+# Products by the name of the function, with the place of their left operand; the right one follows.
+_PRODUCTS = dict.fromkeys(("linear", "matmul", "__matmul__", "mm", "bmm", "grouped_mm", "_grouped_mm"), 0)
+_PRODUCTS |= {"grouped_mm_fallback": 0, "addmm": 1, "baddbmm": 1}
+# What gives a part of a weight, or the weight in another shape.
+_PARTS = {
+    "__getitem__",
+    "__get__",
+    "select",
+    "index_select",
+    "narrow",
+    "unbind",
+    "chunk",
+    "split",
+    "transpose",
+    "t",
+    "permute",
+}
+_PARTS |= {
+    "view",
+    "reshape",
+    "flatten",
+    "unsqueeze",
+    "squeeze",
+    "contiguous",
+    "to",
+    "detach",
+    "clone",
+    "requires_grad_",
+}
+
+
+def _quantized(cls: Any, name: str, args: tuple) -> tuple:
+    """Positional arguments of a product with a weight, the other operand quantized.
+
+    Raises:
+        CalibrationError: the operands are given by name, or both are weights.
+    """
+    place = _PRODUCTS[name]
+    if len(args) < place + 2 or isinstance(args[place], cls) == isinstance(args[place + 1], cls):
+        raise CalibrationError(
+            f"scales='float' cannot follow {name} of a quantized weight with operands by name, or with another weight: pass an "
+            "activation and a weight in their places, or calibrate with integer scales."
+        )
+    left, right = args[place : place + 2]
+    if isinstance(right, cls):
+        left = fake_quantize(left, right.activation_scale)
+    elif name == "linear" or right.dim() == 1:
+        right = fake_quantize(right, left.activation_scale)
+    else:  # as batched experts do it: weight @ column
+        right = fake_quantize(right.mT, left.activation_scale).mT
+    return (*args[:place], left, right, *args[place + 2 :])
 
 
 def fake_quantize(x: Tensor, static: Optional[float] = None) -> Tensor:
     """Round an activation to the 255 levels of int8 and back: one scale per token, or a static one."""
-    if isinstance(x, FloatScaleWeight):
-        return x
     scale = static if static is not None else x.abs().amax(-1, keepdim=True).float().clamp(min=2.0**-126) / 127
     return ((x / scale).round().clamp(-127, 127) * scale).to(x.dtype)
 

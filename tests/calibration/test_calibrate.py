@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+import transformers.integrations.moe  # noqa: F401 (defines an op)
 from torch import nn
 
 from intscale_compile import IntScaleConfig, IntScaleTensor
@@ -14,7 +15,7 @@ from intscale_compile.calibration import Recipe, calibrate, pipeline, recipe
 from intscale_compile.calibration.capture import StackInputs, batches_of, capture, statistics
 from intscale_compile.calibration.layers import blocks, stacks, weights_of
 from intscale_compile.calibration.pipeline import make_integer
-from intscale_compile.calibration.solve import FloatScaleWeight, fake_quantize
+from intscale_compile.calibration.solve import Codes, FloatScaleWeight, fake_quantize
 from intscale_compile.errors import CalibrationError, WeightError
 from tests.support.calibration import logits_of, small_model
 
@@ -134,6 +135,43 @@ def test_float_scales_quantize_activations_too(model, data):
     wanted = fake_quantize(x) @ linear.weight.source.dequantize().mT
     torch.testing.assert_close(linear(x), wanted)
     assert not torch.equal(linear(x), x @ linear.weight.source.dequantize().mT)
+
+
+@pytest.mark.parametrize("form", ["grouped_mm", "bmm", "weight @ column", "one expert"])
+def test_float_scales_of_experts_quantize_activations_too(form):
+    """Every form in which transformers multiplies with a stack; what comes out is no weight, and is quantized when it goes on."""
+    codes = torch.randint(-8, 8, (3, 6, 64), dtype=torch.int8)
+    stack = FloatScaleWeight.of(
+        Codes(codes, torch.rand(3, 6, 2) + 0.5, IntScaleConfig(group_size=32), torch.float32), False
+    )
+    dense, x = stack.source.dequantize(), torch.randn(3, 4, 64)
+    wanted = fake_quantize(x) @ dense.mT
+    if form == "grouped_mm":
+        offsets = torch.tensor([4, 8, 12], dtype=torch.int32)
+        found = torch.ops.transformers.grouped_mm_fallback(x.view(12, 64), stack.mT, offs=offsets).view(3, 4, 6)
+        if hasattr(torch.nn.functional, "grouped_mm"):
+            torch.testing.assert_close(
+                torch.nn.functional.grouped_mm(x.view(12, 64), stack.mT, offs=offsets).view(3, 4, 6), found
+            )
+    elif form == "bmm":
+        found = torch.bmm(x, stack.transpose(1, 2))
+    elif form == "weight @ column":
+        rows = stack[torch.tensor([0, 2])]
+        found, wanted = torch.bmm(rows, x[[0, 2], 0].unsqueeze(-1)).squeeze(-1), wanted[[0, 2], 0]
+    else:
+        found, wanted = torch.nn.functional.linear(x[1], stack[1]), wanted[1]
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, wanted)
+    assert type(stack * 2.0) is type(stack.sum()) is torch.Tensor and isinstance(stack[0].mT, FloatScaleWeight)
+
+
+def test_a_product_that_float_scales_cannot_follow():
+    codes = Codes(torch.zeros(6, 64, dtype=torch.int8), torch.ones(6, 2), IntScaleConfig(group_size=32), torch.float32)
+    weight = FloatScaleWeight.of(codes, False)
+    with pytest.raises(CalibrationError, match="linear of a quantized weight with operands by name"):
+        torch.nn.functional.linear(input=torch.ones(2, 64), weight=weight)
+    with pytest.raises(CalibrationError, match="another weight"):
+        weight @ weight.mT
 
 
 def test_tuning_lowers_the_error_and_leaves_codes_alone(model, data):
