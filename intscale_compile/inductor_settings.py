@@ -128,7 +128,8 @@ def waits_first() -> Iterator[None]:
 
 
 def reduction_choices() -> contextlib.AbstractContextManager:
-    """Let Inductor keep rows of up to :data:`LONGEST_ROW_IN_REGISTERS` in registers while it compiles in this context.
+    """Let Inductor keep rows of up to :data:`LONGEST_ROW_IN_REGISTERS` in registers while it compiles in this context, and not
+    fuse what it cannot generate.
 
     Inductor does not hash its choices. Graphs compiled here hold our ops, whose ``abi`` argument hashes this file.
     """
@@ -145,6 +146,18 @@ def reduction_choices() -> contextlib.AbstractContextManager:
                 and V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST_ROW_IN_REGISTERS)
                 and V.graph.get_current_device_or_throw().type == "cuda"
             )
+
+        @staticmethod
+        def can_fuse(scheduler, node1, node2, shared_data_score):
+            """Inductor's answer, or no for a scan in parts with a reduction.
+
+            Torch 2.11 finds that out and fuses them all the same, which fails in its code generation; it takes reductions that
+            are not split to get there.
+            """
+            scans = node1.is_split_scan(), node2.is_split_scan()
+            if scans[0] != scans[1] and (node2 if scans[0] else node1).is_reduction():
+                return False
+            return InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score)
 
     return V.set_choices_handler(Choices())
 
