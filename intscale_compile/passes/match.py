@@ -25,6 +25,7 @@ from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from ..tensor import IntScaleTensor
 from .base import Candidate, GraphRewrite, Pass, example, writes_in_place
 from .other_products import other_products
+from .skipped import Skipped
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}
@@ -86,6 +87,7 @@ class WeightFinder:
         tensors = [self.tensor(s) for n in rewrite.graph.nodes if (s := self.source(n)) is not None]
         names = ["." + dotted_name(node) for node in self.index]
         self.beside_experts = {name.partition(".experts.")[0][1:] for name in names if ".experts." in name}
+        self.skipped = Skipped(rewrite.settings.skip)
         self.any_quantized = any(isinstance(t, IntScaleTensor) for t in tensors)
 
     def tensor(self, source: WeightSource) -> Tensor:
@@ -259,7 +261,7 @@ def reason_against(candidate: Candidate, weights: WeightFinder, grad_enabled: bo
         return Reason.ACTIVATION_DTYPE
     if isinstance(used, Tensor) and used.device != tensor.device:  # moved inside the graph, as offloading does
         return Reason.DEVICE
-    if any(re.fullmatch(pattern, candidate.name) for pattern in settings.skip):
+    if weights.skipped(candidate.name, tensor):
         return Reason.EXCLUDED
     if "insert_qdq" in settings.disable_passes:
         return Reason.PASS_DISABLED
