@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -49,6 +51,20 @@ def test_ratios_are_speeds_over_bf16(bench):
     assert report.cell(results, "intscale", prefill) == "-"
     assert report.cell(results, "bf16", prefill) == "9.00 ms"
     assert "| ours | 4000 tok/s (3.00) | - |" in report.table(results, [decode, prefill])
+
+
+def test_nothing_is_timed_out_of_step_unless_a_process_died(bench):
+    """Behind the deadline others may still compile on the same GPU."""
+    parts = threading.Barrier(2), threading.Lock(), threading.Event()
+    turns = bench.measure.Turns(*parts, deadline=time.time() + 60)
+    other = threading.Thread(target=turns.meet)
+    other.start()
+    assert turns.meet()
+    other.join()
+    late = bench.measure.Turns(*parts, deadline=time.time() - 1)
+    assert not late.meet() and not turns.meet()  # broken from then on
+    parts[2].set()
+    assert turns.meet()
 
 
 def test_the_most_telling_points_come_first(bench):
