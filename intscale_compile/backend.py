@@ -28,6 +28,7 @@ from .passes.base import Observer
 from .passes.local_shards import takes_shards
 from .reasons import log_once
 from .tensor import IntScaleTensor
+from .weight_guards import keep_outer_guards
 
 if TYPE_CHECKING:
     from .passes.quantize_collectives import QuantizeCollectives
@@ -203,13 +204,15 @@ def _static(value: Tensor) -> Tensor:
 
 
 def _drop_replaced_weights(rewrite: GraphRewrite) -> list[int]:
-    """Erase the inputs that only fed quantized products; returns the indices of those that stay."""
+    """Erase the inputs that only fed quantized products, and most of their guards; returns the indices of those that stay."""
     replaced = {c.source.index for c in rewrite.candidates if c.packed is not None and c.source is not None}
-    kept = []
+    kept, dropped = [], []
     for i, node in enumerate(rewrite.placeholders()):
         if node.users or i not in replaced:
             kept.append(i)
         else:
+            dropped.append((i, node))
             rewrite.graph.erase_node(node)
+    keep_outer_guards([node for i, node in dropped if isinstance(rewrite.example_inputs[i], IntScaleTensor)])
     rewrite.gm.recompile()
     return kept

@@ -244,6 +244,9 @@ class BoundGraph:
         packed: recipe and part (a data name of ``IntScaleTensor``, or None for the value itself) of each packed input.
 
     ``compiled`` is set afterwards; it takes the kept inputs, then the packed ones.
+
+    Raises:
+        CompileError: at a call, if an inner tensor of a weight was exchanged for one of another layout.
     """
 
     def __init__(self, kept: Sequence[int], packed: Sequence[tuple[Any, Optional[str]]]):
@@ -251,6 +254,7 @@ class BoundGraph:
         self._kept = tuple(kept)
         self._packed = tuple(packed)
         self._bindings: dict[tuple[int, ...], _Binding] = {}
+        self._layouts: list[tuple] = []
         self._quantized: Optional[Callable[[Sequence[Any]], tuple]] = None
         self._plain: Callable[[Sequence[Any]], tuple]
         self._parts: list[Callable[[IntScaleTensor], tuple]]
@@ -258,7 +262,9 @@ class BoundGraph:
     def inputs(self, args: Sequence[Any], convert: Callable[[Tensor], Tensor] = lambda value: value) -> list[Any]:
         """The arguments of the compiled graph for those of the original one; ``convert`` sees the packed ones."""
         given = self._given(args)
-        return [*given[: len(self._kept)], *map(convert, given[len(self._kept) :])]
+        packed = given[len(self._kept) :]
+        self._layouts = list(map(_layout, packed))
+        return [*given[: len(self._kept)], *map(convert, packed)]
 
     def _given(self, args: Sequence[Any]) -> tuple:
         with DisableTorchFunctionSubclass():  # otherwise each attribute of a tensor subclass costs some microseconds
@@ -285,6 +291,7 @@ class BoundGraph:
             value = recipe.resolve(args)
             given.append(value if part is None else getattr(value, part))
             copied |= _copied(given[-1], recipe, part, args)
+        self._check(given)
         inner, plain = self._inner(args), self._plain(args)
         place = {id(tensor): len(args) + i for i, tensor in enumerate(inner)}
         values = [value for value in given if id(value) not in place]
@@ -302,9 +309,22 @@ class BoundGraph:
         self._bindings[key] = binding
         return binding
 
+    def _check(self, given: Sequence[Tensor]) -> None:
+        """The inner tensors of a weight have no guards of their own."""
+        for value, layout, (recipe, part) in zip(given, self._layouts, self._packed):
+            if _layout(value) != layout:
+                raise CompileError(
+                    f"{recipe.sources[0].name}: {part or recipe.key[0]} has changed since its graph was compiled, from "
+                    f"(shape, strides, dtype, device) {layout} to {_layout(value)}: call torch._dynamo.reset()."
+                )
+
     def __call__(self, *args: Any) -> Any:
         """Run the compiled graph on the arguments of the original one."""
         return self.compiled(*self._given(args))
+
+
+def _layout(value: Tensor) -> tuple:
+    return tuple(value.shape), value.stride(), value.dtype, value.device
 
 
 def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:

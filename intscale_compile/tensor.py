@@ -333,14 +333,15 @@ class IntScaleTensor(TorchAOBaseTensor):
     def __tensor_flatten__(self):
         """Names of the inner tensors and the attributes, collected once: nothing changes an attribute of a tensor.
 
-        Dynamo asks twice for each weight at every call of a compiled model, and ``dtype`` alone costs some microseconds
-        through ``__torch_function__``: a decoding step of a 32-layer model spent more than its GPU time here.
+        Dynamo may ask at every call of a compiled model (see ``weight_guards``), and ``dtype`` alone costs some microseconds
+        through ``__torch_function__``.
         """
         flat = self.__dict__.get("_flat")
         if flat is None:
             attributes = {name: getattr(self, name) for name in ATTRIBUTE_NAMES}
             present = [name for name in DATA_NAMES if getattr(self, name) is not None]
-            attributes["data_names"] = present  # Dynamo guards attributes, and a graph holds for certain parts only
+            # Dynamo guards attributes, and a graph holds for certain parts only. Their shapes follow from the rest.
+            attributes["data"] = " ".join(f"{name}:{getattr(self, name).dtype}" for name in present)
             flat = self.__dict__["_flat"] = (present, attributes)
         return flat
 

@@ -160,7 +160,7 @@ def test_tiny_mixtral_perplexity_on_the_gpu(models_dir):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     sequences = held_out_sequences(tokenizer, models_dir / "heldout_stdlib_modules.txt", 24, 512).cuda()
     torch._dynamo.reset()
-    before = perplexity(torch.compile(model), sequences)
+    before = perplexity(model, sequences)  # eager: Inductor alone (torch 2.11) gives 9.7 to 11.7 where this is 9.22
     after = perplexity(torch.compile(model, backend="intscale", fullgraph=True), sequences)
     print(f"tiny-mixtral on {torch.cuda.get_device_name()}: bf16 {before:.3f}, W4A8 {after:.3f}")
     assert before < after < 1.035 * before

@@ -76,5 +76,7 @@ def test_compiled(graphs, tokens, expected, dynamic):
         compiled = torch.compile(model, backend="intscale", dynamic=dynamic, options=options)
         with torch.no_grad():
             results.append([[compiled(rows).clone() for _ in range(3)][-1] for rows in (x, x[:, :5])])
+    # The norm reads a rounded sum where the GEMM adds, so that some of its int8 differ by one.
     for fused, plain in zip(*results):
-        torch.testing.assert_close(fused, plain, rtol=2.0**-6, atol=2.0**-6)
+        torch.testing.assert_close(fused, plain, rtol=2.0**-5, atol=2.0**-5)
+        assert (fused - plain).float().norm() < 2.0**-7 * plain.float().norm()
