@@ -74,7 +74,7 @@ def test_questions_of_one_call(monkeypatch):
     assert len(asked) - first == (0 if version_of("torch") < (2, 13) else 2 * LAYERS - 1)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [n if n == "8 bits" else pytest.param(n, marks=pytest.mark.slow) for n in FORMATS])
 def test_exchanged_weight_of_another_format(name, compilations):
     """The parameter of a middle layer gets other attributes, or other dtypes inside: the graph is compiled again."""
     model = make_stack()
