@@ -77,10 +77,8 @@ def measure(variant: str, layers: int, device: str) -> float:
     backend = "inductor" if variant == "bf16" else "intscale"
     compiled = torch.compile(model, backend=backend, dynamic=False, options=options or None)
     cache = StaticCache(config=model.config, max_batch_size=1, max_cache_len=256)
-    prompt, token = (
-        torch.ones(1, 16, dtype=torch.int64, device=device),
-        torch.ones(1, 1, dtype=torch.int64, device=device),
-    )
+    prompt = torch.ones(1, 16, dtype=torch.int64, device=device)
+    token = torch.ones(1, 1, dtype=torch.int64, device=device)
     position = torch.full((1, 1), 16, device=device)
     with torch.no_grad():
         model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -117,30 +117,9 @@ _PRODUCTS = dict.fromkeys(("linear", "matmul", "__matmul__", "mm", "bmm", "group
 _PRODUCTS |= {"grouped_mm_fallback": 0, "addmm": 1, "baddbmm": 1}
 # What gives a part of a weight, or the weight in another shape.
 _PARTS = {
-    "__getitem__",
-    "__get__",
-    "select",
-    "index_select",
-    "narrow",
-    "unbind",
-    "chunk",
-    "split",
-    "transpose",
-    "t",
-    "permute",
-}
-_PARTS |= {
-    "view",
-    "reshape",
-    "flatten",
-    "unsqueeze",
-    "squeeze",
-    "contiguous",
-    "to",
-    "detach",
-    "clone",
-    "requires_grad_",
-}
+    "__getitem__", "__get__", "select", "index_select", "narrow", "unbind", "chunk", "split", "transpose", "t", "permute", "view",
+    "reshape", "flatten", "unsqueeze", "squeeze", "contiguous", "to", "detach", "clone", "requires_grad_",
+}  # fmt: skip
 
 
 def _quantized(cls: Any, name: str, args: tuple) -> tuple:
