@@ -46,7 +46,7 @@ from intscale_compile.calibration.outliers import inject_outliers
 from intscale_compile.calibration.pipeline import make_integer
 from intscale_compile.calibration.solve import FloatScaleWeight, frozen
 from intscale_compile.errors import OverflowProofError
-from intscale_compile.tensor import IntScaleTensor
+from intscale_compile.tensors.intscale_tensor import IntScaleTensor
 
 ROWS = {
     "float": (paired.FLOAT, None),

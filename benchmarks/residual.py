@@ -17,7 +17,7 @@ import torch
 from timing import alternate_ms, capture, copy_count, environment, l2_bytes, release
 from torch import Tensor
 
-from intscale_compile.inductor_settings import code_generation
+from intscale_compile.compile.inductor_settings import code_generation
 from intscale_compile.kernels.tile_timing import Problem, Shape
 from intscale_compile.kernels.triton_gemm import linear_cuda
 from intscale_compile.ops import quantize_per_token, register_inductor

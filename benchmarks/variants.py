@@ -31,7 +31,7 @@ from timing import alternate_ms, capture, copy_count, environment, l2_bytes, rel
 from torch import Tensor
 
 from intscale_compile import IntScaleConfig, IntScaleTensor
-from intscale_compile.inductor_settings import code_generation
+from intscale_compile.compile.inductor_settings import code_generation
 from intscale_compile.kernels.hadamard import HADAMARD_QUANTIZE_OP
 from intscale_compile.kernels.quantize_per_token import OP as QUANTIZE_OP
 from intscale_compile.kernels.quantize_static import STATIC_OP

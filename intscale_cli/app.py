@@ -107,7 +107,7 @@ def inspect(
     """Say what the compiler does with each layer of a model, and why where it does nothing. Needs no GPU."""
     commands = _library()
     from intscale_compile import ConfigError
-    from intscale_compile.explain.blocks import repeated_blocks
+    from intscale_compile.explanation.blocks import repeated_blocks
 
     fields = commands.parse_fields(config or ())
     if plan:
@@ -247,8 +247,8 @@ def tune(
     if ranks is not None or device is not None or wire or size or op:
         raise ConfigError("--ranks, --device, --wire, --bytes and --op belong to --link: give that too.")
     from intscale_compile.kernels.tile_timing import GpuBench
-    from intscale_compile.tune import TOKENS
-    from intscale_compile.tune import tune as tune_tiles
+    from intscale_compile.tuning import TOKENS
+    from intscale_compile.tuning import tune as tune_tiles
 
     if model is not None and (shape or config):
         raise ConfigError("give a model, or shapes with their config: leave one of them out.")

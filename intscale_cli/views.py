@@ -20,7 +20,7 @@ def quantized(summary: Any) -> None:
     ]
     print_table([summary.method, "before", "after"], rows, ["before", "after"])
     if summary.left_alone:
-        from intscale_compile.explain.folding import fold
+        from intscale_compile.explanation.folding import fold
 
         print_lines("Left in high precision:")
         for one in fold(summary.left_alone, summary.blocks):
@@ -37,8 +37,8 @@ def quantized(summary: Any) -> None:
 
 def explained(explanation: Any, report: Any, unfolded: bool) -> None:
     """``intscale inspect``."""
-    from intscale_compile.explain.folding import fold
-    from intscale_compile.explain.text import HEADER, row, totals
+    from intscale_compile.explanation.folding import fold
+    from intscale_compile.explanation.text import HEADER, row, totals
 
     folds = fold(explanation.layers, () if unfolded else explanation.blocks)
     print_table(HEADER, map(row, folds), ["tokens"])
@@ -60,8 +60,8 @@ def explanation_dict(explanation: Any, report: Any) -> dict[str, Any]:
 
 def planned(layers: list[Any], blocks: Sequence[str]) -> None:
     """``intscale inspect --plan``."""
-    from intscale_compile.explain.folding import fold
-    from intscale_compile.explain.text import size_of
+    from intscale_compile.explanation.folding import fold
+    from intscale_compile.explanation.text import size_of
 
     rows = []
     for one in fold(layers, blocks):

@@ -9,14 +9,11 @@ from .versions import check_versions
 
 check_versions()
 
-from . import distributed_ops, expert_ops, quantize, tensor_ops  # noqa: E402, F401  (registration)
-from .calibration import CalibrationReport, Recipe, calibrate, recipe  # noqa: E402
-from .checkpoint import load_safetensors, make_savable, rebuild_tensor, register, save_safetensors  # noqa: E402, F401
-from .checkpoint_shards import register_sharded_loading  # noqa: E402
-from .compile_times import CompileTime, compile_times  # noqa: E402
-from .config import IntScaleConfig  # noqa: E402
-from .debug import Compilation, bisect, compare, last_compilation, trace_node  # noqa: E402
-from .errors import (  # noqa: E402
+from .calibration import CalibrationReport, Recipe, calibrate, recipe
+from .compile.compile_times import CompileTime, compile_times
+from .config import IntScaleConfig
+from .debug import Compilation, bisect, compare, last_compilation, trace_node
+from .errors import (
     CalibrationError,
     CheckpointError,
     CommunicationError,
@@ -30,12 +27,16 @@ from .errors import (  # noqa: E402
     VersionError,
     WeightError,
 )
-from .experts import register_experts_implementation  # noqa: E402
-from .explain import Explanation, explain  # noqa: E402
-from .importing import ImportReport, export_compressed_tensors, import_quantized, import_tensors  # noqa: E402
-from .quantize import linears_and_experts  # noqa: E402
-from .tensor import IntScaleTensor  # noqa: E402
-from .tune import tune  # noqa: E402
+from .explanation import Explanation, explain
+from .importing import ImportReport, export_compressed_tensors, import_quantized, import_tensors
+from .parallel import dtensor_ops  # noqa: F401  (registration)
+from .quantization import linears_and_experts
+from .saving.checkpoint import load_safetensors, make_savable, rebuild_tensor, register, save_safetensors  # noqa: F401
+from .saving.shard_reading import register_sharded_loading
+from .tensors import expert_operators, operators  # noqa: F401  (registration)
+from .tensors.experts import register_experts_implementation
+from .tensors.intscale_tensor import IntScaleTensor
+from .tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [

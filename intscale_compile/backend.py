@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
-from . import options as _options
-from .compile_ahead import compiling_ahead
-from .compile_times import timed
+from .compile import options as _options
+from .compile.compile_ahead import compiling_ahead
+from .compile.compile_times import timed
+from .compile.inductor_settings import code_generation, inductor_defaults
+from .compile.weight_guards import keep_outer_guards
 from .debug import FINAL, StageRecorder, debug_patches, generated_files, remember, report
 from .errors import ConfigError
-from .inductor_settings import code_generation, inductor_defaults
-from .local_tensors import local_tensor
+from .integrations.dtensors import local_tensor
 from .ops import register_inductor
-from .packed_weights import BoundGraph
 from .passes import PASSES, GraphRewrite, apply_passes
 from .passes.base import Observer
 from .passes.local_shards import takes_shards
+from .passes.packed_weights import BoundGraph
 from .reasons import log_once
-from .tensor import IntScaleTensor
-from .weight_guards import keep_outer_guards
+from .tensors.intscale_tensor import IntScaleTensor
 
 if TYPE_CHECKING:
     from .passes.quantize_collectives import QuantizeCollectives

@@ -24,13 +24,13 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import PathLike
-from .checkpoint_shards import read_shards
 from .errors import CheckpointError, ConfigError, InputError, ShardingError
+from .parallel.sharding import Layout, chunk, owned, shard
 from .reasons import log_once
-from .sharded_saving import RECORD, Cut, Divided, gather_shards, load_shards, save_shards
-from .sharding import Layout, chunk, owned, shard
-from .tensor import IntScaleTensor
+from .saving.checkpoint import PathLike
+from .saving.shard_reading import read_shards
+from .saving.shard_writing import RECORD, Cut, Divided, gather_shards, load_shards, save_shards
+from .tensors.intscale_tensor import IntScaleTensor
 
 __all__ = ["STYLES", "Style", "gather_shards", "load_sharded", "load_shards", "parallelize", "resolve", "save_shards"]
 

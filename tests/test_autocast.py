@@ -8,8 +8,8 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig
-from intscale_compile.linear import linear
-from intscale_compile.tensor import IntScaleTensor
+from intscale_compile.tensors.intscale_tensor import IntScaleTensor
+from intscale_compile.tensors.linear import linear
 
 
 class Block(nn.Module):

@@ -16,11 +16,11 @@ from torchao.quantization import quantize_
 import intscale_compile
 from intscale_compile import IntScaleConfig, IntScaleTensor
 from intscale_compile.backend import bind, rewrite_graph
+from intscale_compile.compile.options import parse_options
 from intscale_compile.errors import ConfigError
-from intscale_compile.linear import linear
-from intscale_compile.options import parse_options
-from intscale_compile.packed_weights import _kept
 from intscale_compile.passes import PASSES
+from intscale_compile.passes.packed_weights import _kept
+from intscale_compile.tensors.linear import linear
 
 
 @pytest.fixture(autouse=True)

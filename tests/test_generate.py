@@ -9,7 +9,7 @@ from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig, linears_and_experts
 from intscale_compile.backend import bind, rewrite_graph
-from intscale_compile.options import parse_options
+from intscale_compile.compile.options import parse_options
 
 pytest.importorskip("transformers")
 from tests.support.model_families import FAMILIES, token_ids  # noqa: E402

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import IntScaleConfig
-from ..scale_search import (
+from ..tensors.scale_search import (
     INT8_STEP,
     MAX_EXHAUSTIVE_BITS,
     PLAIN_STEP,

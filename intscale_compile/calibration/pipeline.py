@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..quantize import LEFT_OUT, _linear_extra_repr
+from ..quantization import LEFT_OUT, _linear_extra_repr
 from ..reasons import SMALLEST_FEATURES, log_once
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, statistics
 from .clipping import on_integer_grid
 from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stages, weights_of

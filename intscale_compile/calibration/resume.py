@@ -86,7 +86,7 @@ class Checkpoint:
 
     def save(self, name: str, block: nn.Module) -> None:
         """Store a finished block; the file appears under its name once it is whole."""
-        from ..tensor import IntScaleTensor
+        from ..tensors.intscale_tensor import IntScaleTensor
 
         parameters: dict[str, Any] = {}
         weights = []

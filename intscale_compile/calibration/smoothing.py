@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import IntScaleConfig
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 from .groups import Norm, ScalingGroup, fold_scale, scaling_groups
 from .layers import Inputs, LinearWeight, observe_inputs, run_block, stages
 

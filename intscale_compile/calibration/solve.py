@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ..config import IntScaleConfig
 from ..errors import CalibrationError
-from ..tensor import IntScaleTensor, check_weight
+from ..tensors.intscale_tensor import IntScaleTensor, check_weight
 from .clipping import choose_steps, code_range, into_groups, learn_steps, nearest_integer_steps, on_integer_grid
 from .gptq import compensated, gptq_codes
 from .recipe import Recipe

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 from .recipe import Recipe
 from .solve import FloatScaleWeight, frozen
 

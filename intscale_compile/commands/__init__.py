@@ -5,7 +5,7 @@ from .evaluation import Evaluation, evaluate, stdlib_texts, token_sequences
 from .inspection import inspect_model, plan, products
 from .link import LinkRun
 from .loading import load_model, load_tokenizer, meta_model, source_folder
-from .quantize import QuantizeSummary, parse_fields, quantize_folder
+from .quantizing import QuantizeSummary, parse_fields, quantize_folder
 from .self_check import check_linear
 
 __all__ = [

@@ -195,7 +195,7 @@ def evaluate_tasks(
         VersionError: lm-eval is not installed.
         ConfigError: lm-eval knows no such task, or cannot load its data.
     """
-    from ..lm_eval_model import IntScaleLM
+    from ..integrations.lm_eval import IntScaleLM
 
     from lm_eval import simple_evaluate  # isort: skip
     from lm_eval.models.huggingface import HFLM  # isort: skip

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from .. import format as fmt
 from ..config import IntScaleConfig
 from ..errors import ConfigError
-from ..expert_layers import expert_stacks
-from ..explain import Explanation, LayerReport, explain
-from ..quantize import is_conv1d, left_alone_by_default
+from ..explanation import Explanation, LayerReport, explain
+from ..quantization import is_conv1d, left_alone_by_default
 from ..reasons import Reason
-from ..tensor import IntScaleTensor
+from ..tensors.expert_layers import expert_stacks
+from ..tensors.intscale_tensor import IntScaleTensor
 from .loading import is_quantized
 
 

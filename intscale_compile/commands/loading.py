@@ -11,7 +11,7 @@ from ..errors import CheckpointError, ConfigError
 from ..importing import ImportReport, import_quantized, import_tensors
 from ..importing.checkpoint_files import FORMATS, quantization_config, read_json
 from ..importing.model import _model_class
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 
 PathLike = Union[str, Path]
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

@@ -13,7 +13,7 @@ from ..errors import CompileError
 from ..kernels.quantize_per_token import OP as QUANTIZE_OP
 from ..kernels.w4a8_linear import ACCUMULATE_OP, reference_accumulate
 from ..ops import KERNEL_ABI
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 
 SHAPE, TOKENS = (192, 256), 5
 

@@ -1,11 +1,11 @@
 """What the compiler did, afterwards: stages of a compilation, the way of one weight, logs, and finding what went wrong."""
 
+from ..compile.recorder.compilation import FINAL, Compilation, generated_files, last_compilation, remember
+from ..compile.recorder.stages import StageRecorder
 from .bisect import Bisection, bisect
 from .compare import Comparison, compare
-from .compilation import FINAL, Compilation, generated_files, last_compilation, remember
 from .knobs import debug_patches, write_compilation
 from .logs import connect, log_compilation
-from .stages import StageRecorder
 from .trace import NodeTrace, trace_node
 
 __all__ = [

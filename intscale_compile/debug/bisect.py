@@ -10,8 +10,8 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from ..compile.options import parse_options
 from ..errors import InputError
-from ..options import parse_options
 from ..passes.base import Pass
 from .captured import CapturedModel, split_inputs, weights_by_name
 from .compare import evaluating

@@ -13,9 +13,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, fx, nn
 
-from ..options import Settings
+from ..compile.options import Settings
 from ..passes.base import GraphRewrite, Pass, apply_passes
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 
 _calls = itertools.count()
 

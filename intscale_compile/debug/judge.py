@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from torch import Tensor, finfo, nn
 
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 from .sqnr import as_stored, as_taken, dequantized, float_tensors, predicted, rescaled, sqnr, worst_group
 
 MARGIN = 6.0  # dB below the prediction that a layer may be: integer scales with one amplifier cost up to 4 dB

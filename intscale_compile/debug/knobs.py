@@ -21,9 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..compile.recorder.compilation import Compilation, KernelSource
 from ..errors import CompileError, ConfigError
 from ..reasons import log_once
-from .compilation import Compilation, KernelSource
 from .svg import draw
 
 LEVEL, FOLDER = "INTSCALE_DEBUG", "INTSCALE_DEBUG_DIR"

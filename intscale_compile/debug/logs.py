@@ -13,7 +13,7 @@ import logging
 
 from torch._logging import trace_structured
 
-from .compilation import Compilation, Stage
+from ..compile.recorder.compilation import Compilation, Stage
 
 log = logging.getLogger("intscale_compile")
 GRAPHS = logging.getLogger("intscale_graphs")

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import InputError
 from ..kernels.hadamard import hadamard_transform
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 
 HALF_RANGE = {4: 7.5, 8: 127.0}  # steps from zero to the largest weight of a group
 

@@ -6,8 +6,8 @@ import html
 import math
 from typing import Any
 
-from .compilation import Stage
-from .stages import Step
+from ..compile.recorder.compilation import Stage
+from ..compile.recorder.stages import Step
 from .trace import is_ours
 
 ROW, FONT, MARGIN = 18, 12, 12

@@ -9,10 +9,10 @@ from typing import Any, Optional
 
 import torch
 
+from ..compile.recorder.compilation import Compilation, Stage, last_compilation
+from ..compile.recorder.python_code import statements
+from ..compile.recorder.stages import Product, Step
 from ..errors import InputError
-from .compilation import Compilation, Stage, last_compilation
-from .python_code import statements
-from .stages import Product, Step
 
 SPLITS = (torch.split, torch.functional.split)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 from .awq import AwqFormat
 from .compressed import CompressedTensorsFormat
 from .gptq import GptqFormat

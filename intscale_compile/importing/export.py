@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..from_codes import scale_rounding_snr
-from ..tensor import IntScaleTensor
+from ..tensors.from_codes import scale_rounding_snr
+from ..tensors.intscale_tensor import IntScaleTensor
 from .compressed import PACKED, PLAIN
 from .layers import headroom_bits
 from .model import unquantized_linears

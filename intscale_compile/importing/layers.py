@@ -19,8 +19,8 @@ from torch import Tensor
 from .. import format as fmt
 from ..config import GROUP_SIZES
 from ..errors import CheckpointError, ConfigError
-from ..from_codes import _powers as rounding_powers
-from ..tensor import IntScaleTensor
+from ..tensors.from_codes import _powers as rounding_powers
+from ..tensors.intscale_tensor import IntScaleTensor
 from .report import LayerReport
 
 BLOCK_ELEMENTS = 1 << 20

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 from .checkpoint_files import CheckpointFiles, StoredLayers, checkpoint_folder, layer_format, quantization_config
 from .layers import ScaleOptions
 from .report import ImportReport

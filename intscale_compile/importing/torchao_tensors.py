@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
 from ..errors import ConfigError
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 from .layers import QuantizedLayer, ScaleOptions, check_group_size, check_part, groups_of, require, to_intscale
 from .report import ImportReport
 

@@ -19,9 +19,6 @@
 """
 
 from .base import Candidate, GraphRewrite, Pass, apply_passes
-from .cache_counters import CACHE_COUNTERS
-from .causal_attention import CAUSAL_ATTENTION
-from .decode_attention import DECODE_ATTENTION
 from .experts import EXPERTS
 from .fuse import FUSE
 from .gated_activation import GATED_ACTIVATION
@@ -29,6 +26,9 @@ from .insert_qdq import INSERT_QDQ
 from .local_shards import LOCAL_SHARDS
 from .match import MATCH
 from .merge_siblings import MERGE_SIBLINGS
+from .model.cache_counters import CACHE_COUNTERS
+from .model.causal_attention import CAUSAL_ATTENTION
+from .model.decode_attention import DECODE_ATTENTION
 from .residual_add import RESIDUAL_ADD
 from .rotate_quantize import ROTATE_QUANTIZE
 from .share_quantize import SHARE_QUANTIZE

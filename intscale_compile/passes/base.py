@@ -13,11 +13,11 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..options import Settings
-from ..packed_weights import Packed, WeightSource
+from ..compile.options import Settings
 from ..reasons import Reason
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 from .collective_report import CollectiveReport
+from .packed_weights import Packed, WeightSource
 
 EXAMPLE = "example_value"  # where Dynamo keeps a node's fake tensor
 

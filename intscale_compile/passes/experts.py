@@ -23,7 +23,6 @@ from torch import Tensor, fx
 
 from ..kernels.w4a8_grouped import GROUPED_OP
 from ..ops import KERNEL_ABI, quantize_per_token, quantize_static
-from ..packed_weights import WeightSource
 from ..reasons import Reason
 from .base import Candidate, GraphRewrite, Pass, example, writes_in_place
 from .fuse import straight_through
@@ -39,6 +38,7 @@ from .match import (
     swaps_last_two,
     tokens_of,
 )
+from .packed_weights import WeightSource
 from .share_quantize import written_between
 
 INDEX_DTYPES = (torch.int32, torch.int64)

@@ -22,10 +22,10 @@ from torch import fx
 
 from ..errors import OverflowProofError, WeightError
 from ..ops import dequantize, hadamard, quantize_per_token, quantize_static
-from ..packed_weights import ActivationPart, Packed
 from ..reasons import Reason, log_once
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 from .base import Candidate, GraphRewrite, Pass, example
+from .packed_weights import ActivationPart, Packed
 
 GATHER = torch.ops.aten.index_select.default  # of the features of an activation, by the input order of a weight
 

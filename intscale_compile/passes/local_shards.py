@@ -19,8 +19,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, fx
 
-from ..local_tensors import dtensor_class, is_dtensor, local_tensor
-from ..tensor import IntScaleTensor
+from ..integrations.dtensors import dtensor_class, is_dtensor, local_tensor
+from ..tensors.intscale_tensor import IntScaleTensor
 from .base import EXAMPLE, GraphRewrite, Pass, example
 from .match import LINEAR, argument, function_name
 

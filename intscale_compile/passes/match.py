@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..expert_layers import ROUTER_CLASS, ROUTER_NAMES
-from ..local_tensors import is_dtensor, local_tensor
-from ..packed_weights import WeightSource
-from ..quantize import LEFT_OUT
+from ..integrations.dtensors import is_dtensor, local_tensor
+from ..quantization import LEFT_OUT
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
-from ..tensor import IntScaleTensor
+from ..tensors.expert_layers import ROUTER_CLASS, ROUTER_NAMES
+from ..tensors.intscale_tensor import IntScaleTensor
 from .base import Candidate, GraphRewrite, Pass, example, writes_in_place
 from .other_products import other_products
+from .packed_weights import WeightSource
 from .skipped import Skipped
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

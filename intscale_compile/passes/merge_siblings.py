@@ -19,10 +19,10 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from ..ops import dequantize
-from ..packed_weights import ConcatenatedBias, Packed, WeightSource, merged
 from .base import EXAMPLE, GraphRewrite, Pass, example, weight_recipe
 from .insert_qdq import dequantized_weight
 from .match import LINEAR
+from .packed_weights import ConcatenatedBias, Packed, WeightSource, merged
 
 VIEWS = {
     "view",

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from ..packed_weights import WeightSource
 from ..reasons import Reason
-from ..tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor
 from .base import Candidate, GraphRewrite, example
+from .packed_weights import WeightSource
 
 if TYPE_CHECKING:
     from .match import WeightFinder

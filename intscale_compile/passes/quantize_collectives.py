@@ -255,7 +255,7 @@ def _shape(x: Tensor, kind: str, ranks: Optional[int]) -> str:
 
 
 def _name(node: fx.Node) -> str:
-    from ..debug.stages import module_path
+    from ..compile.recorder.stages import module_path
 
     module = module_path(node)
     return f"{module}.{node.name}" if module else node.name

@@ -15,12 +15,12 @@ from typing import Optional
 
 from torch import Tensor, fx
 
-from ..activation_parts import same_part
 from ..ops import dequantize, hadamard, quantize_per_token, quantize_static
-from ..packed_weights import ActivationPart
 from ..reasons import log_once
+from ..tensors.activation_parts import same_part
 from .base import GraphRewrite, Pass, example, writes_in_place
 from .insert_qdq import GATHER, gather_order
+from .packed_weights import ActivationPart
 
 QUANTIZERS = (quantize_per_token.OP, quantize_static.STATIC_OP)
 OF_ACTIVATIONS = (hadamard.HADAMARD_OP, *QUANTIZERS)

@@ -17,7 +17,7 @@ from torchao.quantization import quantize_
 
 from intscale_compile import ConfigError, IntScaleConfig, explain, last_compilation
 from intscale_compile.communication.link_table import Key, link_of, table_path, times_of, write_table
-from intscale_compile.options import parse_options
+from intscale_compile.compile.options import parse_options
 from intscale_compile.passes.quantize_collectives import Chain, QuantizeCollectives
 from intscale_compile.reasons import log_once
 from tests.support.ranks import run_ranks

@@ -12,8 +12,8 @@ from torchao.quantization import quantize_
 import intscale_compile
 from intscale_compile import CompileError, IntScaleConfig, last_compilation
 from intscale_compile.backend import bind, rewrite_graph
+from intscale_compile.compile.options import parse_options
 from intscale_compile.debug import FINAL, StageRecorder, remember
-from intscale_compile.options import parse_options
 from intscale_compile.passes import PASSES
 from tests.support.graphs import arguments, capture
 
@@ -172,7 +172,7 @@ def test_unknown_stages_and_lost_files_are_errors(tmp_path):
     with pytest.raises(CompileError, match="no stage 'fused'.*'fuse'"):
         compilation.stage("fused")
     with pytest.raises(CompileError, match="compile the model again"):
-        intscale_compile.debug.compilation.KernelSource(str(tmp_path / "gone.py")).code  # noqa: B018
+        intscale_compile.compile.recorder.compilation.KernelSource(str(tmp_path / "gone.py")).code  # noqa: B018
 
 
 def test_disabled_passes_do_not_run():

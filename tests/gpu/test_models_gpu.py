@@ -9,7 +9,7 @@ from torchao.quantization import quantize_
 
 import intscale_compile
 from intscale_compile import IntScaleConfig, IntScaleTensor
-from intscale_compile import scale_search as search
+from intscale_compile.tensors import scale_search as search
 
 pytestmark = pytest.mark.gpu
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from intscale_compile import ConfigError, IntScaleTensor, OverflowProofError, make_savable
-from intscale_compile.from_codes import scale_rounding_snr
 from intscale_compile.importing import import_quantized
 from intscale_compile.importing.awq import AwqFormat
 from intscale_compile.importing.compressed import CompressedTensorsFormat
 from intscale_compile.importing.gptq import GptqFormat
 from intscale_compile.importing.layers import QuantizedLayer, ScaleOptions, to_intscale
+from intscale_compile.tensors.from_codes import scale_rounding_snr
 from tests.support.quantized_checkpoints import (
     Original,
     awq_parts,

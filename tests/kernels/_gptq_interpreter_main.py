@@ -13,8 +13,8 @@ import torch  # noqa: E402
 
 from intscale_compile.calibration.gptq import round_block  # noqa: E402
 from intscale_compile.kernels.gptq_block import round_block_gpu  # noqa: E402
-from intscale_compile.kernels.scale_search import search_integer_scales_gpu  # noqa: E402
-from intscale_compile.scale_search import PLAIN_STEP, ROW_FRACTIONS, search_integer_scales  # noqa: E402
+from intscale_compile.kernels.triton_scale_search import search_integer_scales_gpu  # noqa: E402
+from intscale_compile.tensors.scale_search import PLAIN_STEP, ROW_FRACTIONS, search_integer_scales  # noqa: E402
 
 
 def check_block(batch: int, n: int, columns: int, code_range: tuple[int, int], sliced: bool) -> None:

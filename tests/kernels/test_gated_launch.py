@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 from intscale_compile import format as fmt
 from intscale_compile import ops
-from intscale_compile.inductor_settings import inductor_defaults
+from intscale_compile.compile.inductor_settings import inductor_defaults
 from intscale_compile.kernels import triton_gated
 from intscale_compile.kernels.gluon_tiles import choose_gluon_tile, gated_tile, illegal
 from intscale_compile.kernels.tile_tables import active_tiles

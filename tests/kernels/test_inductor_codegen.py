@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 from intscale_compile import format as fmt
 from intscale_compile import ops
-from intscale_compile.inductor_settings import code_generation, inductor_defaults
+from intscale_compile.compile.inductor_settings import code_generation, inductor_defaults
 from tests.support import fake_cuda, interpreter_works, sass
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from intscale_compile.passes import GraphRewrite, apply_passes
-from intscale_compile.passes.cache_counters import CACHE_COUNTERS
+from intscale_compile.passes.model.cache_counters import CACHE_COUNTERS
 from tests.support.graphs import arguments, assert_true_metadata, capture, count, run
 
 

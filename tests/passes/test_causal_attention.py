@@ -7,10 +7,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from intscale_compile import backend
-from intscale_compile.passes import GraphRewrite, apply_passes, causal_attention, constant_mask
-from intscale_compile.passes.affine_mask import is_causal
-from intscale_compile.passes.causal_attention import CAUSAL_ATTENTION
-from intscale_compile.passes.decode_attention import ATTENTION
+from intscale_compile.passes import GraphRewrite, apply_passes
+from intscale_compile.passes.model import causal_attention, constant_mask
+from intscale_compile.passes.model.affine_mask import is_causal
+from intscale_compile.passes.model.causal_attention import CAUSAL_ATTENTION
+from intscale_compile.passes.model.decode_attention import ATTENTION
 from tests.support.graphs import arguments, assert_true_metadata, capture, run
 
 B, H, KH, Q, D = 2, 4, 2, 20, 32

@@ -187,7 +187,7 @@ def test_experts_left_alone(reason):
 
     def backend(gm, example_inputs):
         from intscale_compile.backend import rewrite_graph
-        from intscale_compile.options import parse_options
+        from intscale_compile.compile.options import parse_options
 
         found.append(rewrite_graph(gm, example_inputs, parse_options(None, options)[0]))
         return gm.forward

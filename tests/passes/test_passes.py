@@ -9,11 +9,11 @@ from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig, IntScaleTensor
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP
-from intscale_compile.linear import linear
 from intscale_compile.ops import dequantize, quantize_per_token
 from intscale_compile.passes import PASSES, GraphRewrite, apply_passes
 from intscale_compile.passes.match import LINEAR
 from intscale_compile.reasons import Reason
+from intscale_compile.tensors.linear import linear
 from tests.support.graphs import arguments, assert_true_metadata, capture, count, run
 
 QUANTIZE, DEQUANTIZE_TOKEN, DEQUANTIZE_WEIGHT = quantize_per_token.OP, dequantize.TOKEN_OP, dequantize.WEIGHT_OP

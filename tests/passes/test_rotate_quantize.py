@@ -11,12 +11,12 @@ from torch import fx
 from torch.nn import functional as F
 
 from intscale_compile import ops
-from intscale_compile.inductor_settings import inductor_defaults
+from intscale_compile.compile.inductor_settings import inductor_defaults
+from intscale_compile.compile.options import parse_options
 from intscale_compile.kernels.hadamard import HADAMARD_OP, HADAMARD_QUANTIZE_OP
 from intscale_compile.kernels.quantize_per_token import OP as QUANTIZE_OP
 from intscale_compile.kernels.quantize_static import STATIC_OP
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP
-from intscale_compile.options import parse_options
 from intscale_compile.passes import PASSES, GraphRewrite, apply_passes
 from intscale_compile.passes.base import EXAMPLE
 from intscale_compile.passes.rotate_quantize import ROTATE_QUANTIZE

@@ -10,8 +10,8 @@ from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig, IntScaleTensor
 from intscale_compile.backend import bind, rewrite_graph
+from intscale_compile.compile.options import parse_options
 from intscale_compile.kernels.cpu_gemm import _unpacked
-from intscale_compile.options import parse_options
 
 QUICK = IntScaleConfig(scale_search="absmax")
 NAMES = IntScaleTensor.tensor_data_names

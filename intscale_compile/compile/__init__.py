@@ -1,0 +1,1 @@
+"""What stands around the passes when something compiles: options, binding, Inductor, kernels compiled ahead."""

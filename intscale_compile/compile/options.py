@@ -1,0 +1,165 @@
+"""Options of ``torch.compile(..., backend="intscale", mode=..., options={...})``: ours, and what goes on to Inductor."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from ..config import IntScaleConfig
+from ..errors import ConfigError
+
+PREFIX = "intscale."
+_CONFIG_FIELDS = tuple(f.name for f in dataclasses.fields(IntScaleConfig) if f.name != "version")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the passes need to know.
+
+    Attributes:
+        config: how plain weights are quantized at compile time (option ``intscale.config``, or its fields one by one
+            as ``intscale.group_size`` and so on).
+        quantize_plain: whether weights that nobody quantized are quantized at compile time. The default does so unless
+            the model went through ``quantize_`` or was loaded quantized: then what is still plain was left out on purpose.
+        merge_siblings: whether linears that read the same activation become one GEMM.
+        skip: regular expressions; a weight whose dotted name one of them fully matches is left alone.
+        decode_attention: whether attention of one new token per sequence runs in our kernel. The default does so on a GPU.
+        gated_activation: whether ``act(gate) * up`` is computed inside the GEMM of both projections, given enough tokens.
+            The default does so on a GPU.
+        residual_add: whether a residual is added inside the GEMM of the linear before it, given enough tokens. The default
+            does so where the Gluon kernels run.
+        causal_attention: whether a mask that hides just the future becomes SDPA's ``is_causal``. The default does so.
+        disable_passes: names of passes that do not run.
+        communication_min_bytes: from how many bytes on a collective is quantized, where ``config.communication`` asks for
+            it. The default is the threshold of the link that joins the ranks (``communication.link_cost``).
+    """
+
+    config: IntScaleConfig = field(default_factory=IntScaleConfig)
+    quantize_plain: Optional[bool] = None
+    merge_siblings: bool = True
+    skip: tuple[str, ...] = ()
+    decode_attention: Optional[bool] = None
+    gated_activation: Optional[bool] = None
+    residual_add: Optional[bool] = None
+    causal_attention: Optional[bool] = None
+    disable_passes: tuple[str, ...] = ()
+    communication_min_bytes: Optional[int] = None
+
+
+_OWN_FIELDS = tuple(f.name for f in dataclasses.fields(Settings))
+
+
+def parse_options(mode: Optional[str], options: Optional[Mapping[str, Any]]) -> tuple[Settings, dict[str, Any]]:
+    """Split the options of ``torch.compile`` into our settings and Inductor's config patches.
+
+    Raises:
+        ConfigError: an ``intscale.`` key is unknown or its value has the wrong type; an Inductor option is unknown.
+    """
+    from torch._inductor import list_mode_options
+
+    try:
+        patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
+    except RuntimeError as error:
+        raise ConfigError(f"mode={mode!r} is not one that Inductor knows: {error}") from error
+    own: dict[str, Any] = {}
+    for key, value in (options or {}).items():
+        if key.startswith(PREFIX):
+            own[key.removeprefix(PREFIX)] = value
+        elif key == PREFIX.rstrip("."):
+            raise ConfigError(f"option {key!r} is not known: did you mean 'intscale.config'?")
+        else:
+            patches[_inductor_key(key)] = value
+    return _settings(own), patches
+
+
+def _inductor_key(key: str) -> str:
+    """The attribute name of an Inductor option; unknown ones are refused here, with the nearest name."""
+    from torch._inductor import config as inductor_config
+
+    known = inductor_config.get_config_copy()
+    attribute = key.replace("-", "_")
+    if attribute not in known:
+        ours = [PREFIX + name for name in (*_OWN_FIELDS, *_CONFIG_FIELDS)]
+        raise ConfigError(
+            f"option {key!r} is known neither to Inductor nor to intscale{_nearest(key, [*known, *ours])}."
+        )
+    return attribute
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f": did you mean {prefix + close[0]!r}?" if close else ""
+
+
+def _settings(own: dict[str, Any]) -> Settings:
+    for name in own:
+        if name not in (*_OWN_FIELDS, *_CONFIG_FIELDS):
+            known = sorted((*_OWN_FIELDS, *_CONFIG_FIELDS))
+            hint = _nearest(name.lower(), known, PREFIX) or f": use one of {[PREFIX + n for n in known]}."
+            raise ConfigError(f"option {PREFIX + name!r} is not known{hint}")
+    config = own.get("config", IntScaleConfig())
+    if not isinstance(config, IntScaleConfig):
+        raise ConfigError(f"option 'intscale.config' takes an IntScaleConfig, not {type(config).__name__}.")
+    changed = {name: own[name] for name in _CONFIG_FIELDS if name in own}
+    if changed:
+        config = dataclasses.replace(config, **changed)
+    three_way = ("quantize_plain", "decode_attention", "gated_activation", "residual_add", "causal_attention")
+    optional = {name: (bool, type(None)) for name in three_way}
+    for name, types in (optional | {"merge_siblings": (bool,)}).items():
+        if name in own and not isinstance(own[name], types):
+            raise ConfigError(f"option {PREFIX + name!r} takes True or False, not {own[name]!r}.")
+    return Settings(
+        config,
+        own.get("quantize_plain"),
+        own.get("merge_siblings", True),
+        _patterns(own.get("skip", ())),
+        own.get("decode_attention"),
+        own.get("gated_activation"),
+        own.get("residual_add"),
+        own.get("causal_attention"),
+        _disabled(own.get("disable_passes", ())),
+        _bytes("communication_min_bytes", own.get("communication_min_bytes")),
+    )
+
+
+def _disabled(names: Any) -> tuple[str, ...]:
+    """Names of passes, checked. ``match`` is refused: the others work on what it finds."""
+    from ..passes import PASSES, POST_GRAD_PASSES
+
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"option 'intscale.disable_passes' takes a list of names of passes, not {names!r}.")
+    known = [*(one.name for one in PASSES), *POST_GRAD_PASSES]
+    for name in names:
+        if name == "match":
+            raise ConfigError(
+                "option 'intscale.disable_passes': 'match' cannot be turned off, the other passes work on what it finds; "
+                "'insert_qdq' and 'experts' leave every weight as it is."
+            )
+        if name not in known:
+            raise ConfigError(
+                f"option 'intscale.disable_passes': no pass is called {name!r}{_nearest(name, known) or f': use one of {known}.'}"
+            )
+    return tuple(names)
+
+
+def _bytes(name: str, value: Any) -> Optional[int]:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ConfigError(f"option {PREFIX + name!r} takes a number of bytes, 0 or more, or None, not {value!r}.")
+    return value
+
+
+def _patterns(skip: Any) -> tuple[str, ...]:
+    patterns = (skip,) if isinstance(skip, str) else skip
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"option 'intscale.skip' takes a regular expression or a list of them, not {skip!r}.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"option 'intscale.skip': {pattern!r} is not a regular expression ({error}).") from error
+    return tuple(patterns)

@@ -1,0 +1,312 @@
+"""Run a model once with our passes, without Inductor, and gather what they did."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..backend import bind, collectives_pass, note_collectives, rewrite_graph
+from ..compile.options import Settings
+from ..debug.captured import fresh_call
+from ..integrations.dtensors import local_tensor
+from ..kernels.hadamard import HADAMARD_QUANTIZE_OP
+from ..kernels.quantize_per_token import OP as QUANTIZE_OP
+from ..kernels.quantize_static import STATIC_OP
+from ..kernels.w4a8_gated import GATED_OP
+from ..kernels.w4a8_residual import LINEAR_ADD_OP
+from ..passes import Candidate, GraphRewrite
+from ..passes.packed_weights import Packed
+from ..reasons import Reason
+from ..tensors.intscale_tensor import IntScaleTensor
+from .blocks import TensorNames, block_of, repeated_blocks, without_wrappers
+from .gemms import PRODUCTS, gemm_report, measure_us
+from .graphs import GraphRecorder
+from .kernels import kernel_name, kernel_notes
+from .layers import not_reached, quantized_layer, refused_layer, stored_bytes, unpacked_bytes
+from .report import Explanation, GemmReport, GraphPart, LayerReport
+from .roofline import ASSUMED, Gpu, gpu_of_device
+
+if TYPE_CHECKING:
+    from ..passes.quantize_collectives import QuantizeCollectives
+
+NOT_FUSED = "not fused"  # in Q/DQ form: the pass that fuses it is turned off
+QUANTIZERS = (QUANTIZE_OP, STATIC_OP, HADAMARD_QUANTIZE_OP)
+
+
+class SeenGraph:
+    """One graph that Dynamo made: what the passes did to it, and with which weights it was called.
+
+    Where a graph breaks inside of a layer, one graph serves all layers of its kind.
+    """
+
+    def __init__(self, rewrite: GraphRewrite, parts: list[GraphPart]):
+        self.rewrite = rewrite
+        self.parts = parts
+        self.weights: list[dict[int, Tensor]] = []  # by index of the input, one entry for each set of weights
+        sources = (candidate.source for candidate in rewrite.candidates)
+        self._indices = sorted({s.index for s in sources if s is not None and s.index is not None})
+        self._known: set[tuple[int, ...]] = set()
+        self.called(rewrite.example_inputs)
+
+    def called(self, args: Sequence[Any]) -> None:
+        """Remember the weights of a call."""
+        weights = {i: local_tensor(args[i]) for i in self._indices}
+        key = tuple(map(id, weights.values()))
+        if key not in self._known:
+            self._known.add(key)
+            self.weights.append(weights)
+
+    def layers(
+        self, names: TensorNames, number: int, gemms: dict[int, tuple[int, str]]
+    ) -> list[tuple[LayerReport, Optional[Tensor]]]:
+        """A report of each product for each set of weights, with the weight."""
+        return [
+            self._layer(candidate, weights, first, names, number, gemms)
+            for first, weights in zip(itertools.chain([True], itertools.repeat(False)), self.weights)
+            for candidate in self.rewrite.candidates
+        ]
+
+    def _layer(
+        self, candidate: Candidate, weights: dict[int, Tensor], first: bool, names: TensorNames, number: int, gemms: dict
+    ) -> tuple[LayerReport, Optional[Tensor]]:  # fmt: skip
+        source = candidate.source
+        weight = None if source is None else source.constant if source.index is None else weights[source.index]
+        name = candidate.name if weight is None else names(weight, candidate.name)
+        packed = candidate.packed
+        if packed is None or source is None:
+            return refused_layer(candidate, name, weight, number, candidate.reason), weight
+        if not first and source.index is not None:
+            recipe = Packed((source,), (candidate.transposed,), self.rewrite.settings.config)
+            packed = recipe.resolve([weights.get(i) for i in range(len(self.rewrite.example_inputs))])
+        return quantized_layer(candidate, name, packed, number, *gemms.get(id(candidate), (None, NOT_FUSED))), weight
+
+    def blocks(self, names: TensorNames, known: frozenset[str]) -> list[str]:
+        """The repeated layer that each set of weights belongs to."""
+        first = (next(iter(weights.values()), None) for weights in self.weights)
+        return list(dict.fromkeys(block_of(names(weight, ""), known) for weight in first))
+
+
+def run(
+    model: nn.Module, inputs: tuple, kwargs: dict, settings: Settings, cuda_graphs: bool, dynamic: Optional[bool]
+) -> list[SeenGraph]:
+    """Call the model once, compiled by our passes alone, without gradients."""
+    names, blocks = TensorNames(model), repeated_blocks(model)
+    graphs: list[SeenGraph] = []
+
+    def backend(gm, example_inputs):
+        recorder = GraphRecorder(len(graphs) + 1, names, blocks)
+        rewrite = rewrite_graph(gm, example_inputs, settings, cuda_graphs, recorder)
+        graph = SeenGraph(rewrite, recorder.finish(rewrite))
+        collectives = collectives_pass(settings, example_inputs, cuda_graphs)
+        bound = bind(rewrite, functools.partial(_compile, collectives))
+        if collectives is not None:
+            note_collectives(rewrite, collectives)
+        graphs.append(graph)  # AOTAutograd may make Dynamo start anew
+
+        def call(*args):
+            graph.called(args)
+            return bound(*args)
+
+        return call
+
+    with torch.no_grad():
+        torch.compile(fresh_call(), backend=backend, dynamic=dynamic)(model, inputs, kwargs)
+    return graphs
+
+
+def _compile(collectives: Optional[QuantizeCollectives], module: fx.GraphModule, inputs: list[Any]) -> Callable:
+    """The graph as it is; where collectives are to be quantized, what AOTAutograd makes of it and then the pass."""
+    if collectives is None:
+        return module.forward
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def lower(lowered: fx.GraphModule, _: list[Any]) -> Callable:
+        collectives(lowered.graph)
+        lowered.recompile()
+        return make_boxed_func(lowered.forward)
+
+    return aot_autograd(fw_compiler=lower)(module, inputs)
+
+
+def explanation(
+    model: nn.Module, graphs: list[SeenGraph], cuda_graphs: bool, gpu: Optional[Gpu], measure: bool, settings: dict[str, Any]
+) -> Explanation:  # fmt: skip
+    """Everything that is known about the graphs of a model; ``settings`` are those that the caller gave."""
+    names, blocks = TensorNames(model), repeated_blocks(model)
+    device = next((str(p.device) for p in model.parameters()), "cpu")
+    rates, assumed = _rates(gpu, device)
+    layers: list[LayerReport] = []
+    gemms: list[GemmReport] = []
+    notes: set[str] = set()
+    weights: dict[int, LayerReport] = {}
+    for number, graph in enumerate(graphs, 1):
+        places = _gemms(graph, names, len(gemms), cuda_graphs, rates, measure, gemms, notes)
+        for layer, weight in graph.layers(names, number, places):
+            layers.append(layer)
+            if weight is not None and (layer.quantized or id(weight) not in weights):
+                weights[id(weight)] = layer
+    layers += not_reached(model, set(weights))
+    local = [local_tensor(p) for p in model.parameters()]
+    parameters: dict[int, Tensor] = {id(p): p for p in local}
+    before, after = _bytes(parameters, weights)
+    return Explanation(
+        tuple(_named(layer) for layer in layers),
+        len(graphs),
+        len(gemms),
+        sum(node.target in QUANTIZERS for graph in graphs for node in graph.rewrite.graph.nodes),
+        sum(p.numel() for p in parameters.values()),
+        sum(layer.parameters for layer in weights.values() if layer.quantized),
+        _pass_counts(graphs),
+        tuple(sorted(notes | _shared_notes(graphs) | _unlike_notes(graphs) | _gradient_notes(model, layers))),
+        before,
+        after,
+        tuple(gemms),
+        tuple(_parts(graphs, names, frozenset(blocks))),
+        tuple(reason for graph in graphs for reason in _graph_break(graph.rewrite)),
+        blocks,
+        _modules(model, layers),
+        None if rates is None else dataclasses.asdict(rates),
+        assumed,
+        device if not device.startswith("cuda") else torch.cuda.get_device_name(device),
+        settings,
+        tuple(
+            dataclasses.replace(one, graph=number)
+            for number, graph in enumerate(graphs, 1)
+            for one in graph.rewrite.collectives or ()
+        ),
+    )
+
+
+def _rates(gpu: Optional[Gpu], device: str) -> tuple[Optional[Gpu], bool]:
+    """The GPU to predict for, and whether it is another one than the model is on."""
+    here = gpu_of_device(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None
+    if gpu is not None:
+        return gpu, gpu != here
+    return (here, False) if device.startswith("cuda") else (ASSUMED, True)
+
+
+def _named(layer: LayerReport) -> LayerReport:
+    return dataclasses.replace(layer, name=without_wrappers(layer.name))
+
+
+def _gemms(
+    graph: SeenGraph, names: TensorNames, before: int, cuda_graphs: bool, gpu: Optional[Gpu], measure: bool,
+    reports: list[GemmReport], notes: set[str],
+) -> dict[int, tuple[int, str]]:  # fmt: skip
+    """Appends a report for each fused product; returns number and kernel by id of the candidate."""
+    places: dict[int, tuple[int, str]] = {}
+    rewrite = graph.rewrite
+    measured: dict[tuple, float] = {}
+    for node in rewrite.graph.nodes:
+        packed: Optional[IntScaleTensor] = node.meta.get("intscale_tensor")
+        # Without the weight: an eager linear that Dynamo compiled alone.
+        if node.target not in PRODUCTS or packed is None:
+            continue
+        number = before = before + 1
+        behind = node.args[6] if node.target is GATED_OP else "residual" if node.target is LINEAR_ADD_OP else None
+        candidates = node.meta["intscale_candidates"]
+        members = []
+        for candidate in candidates:
+            kernel = kernel_name(packed, candidate.tokens, cuda_graphs, behind)
+            places[id(candidate)] = number, kernel
+            weight = candidate.source.tensor(rewrite.example_inputs)
+            members.append(without_wrappers(names(weight, candidate.name)))
+        report = gemm_report(node, rewrite, number, tuple(members), kernel, gpu)
+        if measure:
+            key = (node.target, report.shape, report.tokens, report.moved_bytes, kernel)
+            if key not in measured:
+                measured[key] = measure_us(node, rewrite)
+            report = dataclasses.replace(report, measured_us=measured[key])
+        reports.append(report)
+        notes |= kernel_notes(packed)
+    return places
+
+
+def _bytes(parameters: dict[int, Tensor], layers: dict[int, LayerReport]) -> tuple[int, int]:
+    """Bytes of all parameters: in their own dtypes, and as the graphs read them."""
+    before = after = 0
+    for key, parameter in parameters.items():
+        layer = layers.get(key)
+        before += unpacked_bytes(parameter)
+        after += layer.bytes_after if layer is not None and layer.quantized else stored_bytes(parameter)
+    return before, after
+
+
+def _pass_counts(graphs: list[SeenGraph]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for graph in graphs:
+        for name, count in graph.rewrite.counts.items():
+            counts[name] = counts.get(name, 0) + count
+    return counts
+
+
+def _parts(graphs: list[SeenGraph], names: TensorNames, blocks: frozenset[str]) -> list[GraphPart]:
+    """The parts of all graphs; where one graph serves several layers, its part is alike for all of them."""
+    parts = []
+    for graph in graphs:
+        served = [block for block in graph.blocks(names, blocks) if block]
+        for part in graph.parts:
+            alike = served if len(graph.weights) > 1 and part.name in served else part.alike
+            parts.append(dataclasses.replace(part, alike=tuple(alike)))
+    return parts
+
+
+def _shared_notes(graphs: list[SeenGraph]) -> set[str]:
+    shared = [(number, len(graph.weights)) for number, graph in enumerate(graphs, 1) if len(graph.weights) > 1]
+    return {f"graph {number} runs for {count} layers, with the weights of each in turn." for number, count in shared}
+
+
+def _unlike_notes(graphs: list[SeenGraph]) -> set[str]:
+    """Siblings that are not merged because they take their activation differently."""
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for graph in graphs:
+        for how, found in graph.rewrite.unlike.items():
+            pairs.setdefault(how, []).extend(found)
+    return {
+        f"{found[0][0]} and {found[0][1]} read one activation {how}, and are not merged"
+        + (f"; nor are {len(found) - 1} more pairs." if len(found) > 1 else ".")
+        for how, found in pairs.items()
+    }
+
+
+def _gradient_notes(model: nn.Module, layers: list[LayerReport]) -> set[str]:
+    """What would be otherwise where autograd watches: ``explain`` runs without gradients."""
+    plain = {
+        without_wrappers(name) for name, p in model.named_parameters(remove_duplicate=False)
+        if p.requires_grad and not isinstance(p, IntScaleTensor)
+    }  # fmt: skip
+    count = sum(layer.quantized and without_wrappers(layer.name) in plain for layer in layers)
+    if not count or not torch.is_grad_enabled():
+        return set()
+    return {f"{count} of the quantized weights require grad. Called in grad mode: {Reason.REQUIRES_GRAD.value}."}
+
+
+def _graph_break(rewrite: GraphRewrite) -> list[str]:
+    """Where and why a graph ended before the end of its function."""
+    reason: Any = getattr(rewrite.gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return []
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    place = f"{frame.filename}:{frame.lineno} in {frame.name}: " if frame is not None else ""
+    return [place + str(reason.reason).split("\n")[0]]
+
+
+def _modules(model: nn.Module, layers: list[LayerReport]) -> dict[str, str]:
+    """Class names of the modules above every layer."""
+    wanted = {""}
+    for layer in layers:
+        parts = without_wrappers(layer.name).split(".")[:-1]
+        wanted |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        shown = without_wrappers(name)
+        if shown in wanted:
+            found[shown] = type(getattr(module, "_orig_mod", module)).__name__
+    return found

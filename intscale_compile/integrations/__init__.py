@@ -1,0 +1,1 @@
+"""All that is used of the private parts of other packages."""

@@ -1,0 +1,124 @@
+"""Causal attention: a mask that hides just the future becomes a flag, and grouped heads are not copied.
+
+    scaled_dot_product_attention(q [B, H, Q, D], repeat(k [B, KH, Q, D]), repeat(v), attn_mask=tril)
+    =>  scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+Matches calls with more than one query token and no causal flag, whose mask is known while the graph compiles: it hides
+the future and nothing else (for any size: :mod:`.affine_mask`, or for static ones: :mod:`.constant_mask`), or it hides
+nothing. Where no mask is left and the GPU's flash attention can run the call, keys and values that were only repeated for
+the query heads which share them are taken as they were before. Left alone: masks that the caller passes or that depend on
+a cache, windows shorter than the sequence, prefixes, causal masks that are not square, keys and values on a CPU.
+With a mask PyTorch has no flash attention. The nodes of a mask die with their last reader, as do the repeated copies.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..base import GraphRewrite, Pass, example
+from .affine_mask import is_causal
+from .constant_mask import ConstantMasks, erase_unread, history, untouched
+from .decode_attention import ARGUMENTS, ATTENTION, before_repeat, erase_chain
+
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_HEAD_DIM = 256
+
+
+def causal_attention(rewrite: GraphRewrite) -> int:
+    """Simplify every match; returns how many."""
+    if rewrite.settings.causal_attention is False:
+        return 0
+    masks, done = ConstantMasks(rewrite), 0
+    for node in list(rewrite.graph.nodes):
+        if node.target in ATTENTION and _several_queries(node):
+            unmasked = _drop_mask(rewrite, masks, node)
+            done += _drop_repeat(rewrite, node) or unmasked
+    return done
+
+
+CAUSAL_ATTENTION = Pass("causal_attention", causal_attention)
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    return dict(zip(ARGUMENTS, node.args)) | dict(node.kwargs)
+
+
+def _several_queries(node: fx.Node) -> bool:
+    q = example(_given(node)["query"])
+    return isinstance(q, Tensor) and q.dim() == 4 and not statically_known_true(q.shape[2] == 1)
+
+
+def _drop_mask(rewrite: GraphRewrite, masks: ConstantMasks, node: fx.Node) -> bool:
+    """Replace the mask by a flag if it is known; whether it was."""
+    given = _given(node)
+    mask = given.get("attn_mask")
+    if not isinstance(mask, fx.Node) or given.get("is_causal"):
+        return False
+    kind = "causal" if _proved_causal(rewrite, mask, node) else masks.kind(mask)
+    if kind is None:
+        return False
+    _set(rewrite, node, attn_mask=None, is_causal=kind == "causal")
+    erase_unread(mask)
+    return True
+
+
+def _proved_causal(rewrite: GraphRewrite, mask: fx.Node, node: fx.Node) -> bool:
+    sizes = [example(_given(node)[name]).shape[2] for name in ("query", "key")]
+    square = statically_known_true(sizes[0] == sizes[1])
+    value = example(mask)
+    return (
+        square
+        and isinstance(value, Tensor)
+        and value.dim() >= 2
+        and all(statically_known_true(size == sizes[0]) for size in value.shape[-2:])
+        and is_causal(mask)
+        and untouched(rewrite.graph, history(mask))
+    )
+
+
+def _drop_repeat(rewrite: GraphRewrite, node: fx.Node) -> bool:
+    """Let the attention without mask read keys and values before they were repeated; whether they were."""
+    given = _given(node)
+    if given.get("attn_mask") is not None:
+        return False
+    repeated = [given["key"], given["value"]]
+    k, v = (before_repeat(x) for x in repeated)
+    values = [example(x) for x in (given["query"], k, v)]
+    if [k, v] == repeated or not all(isinstance(x, Tensor) and _flash_can_read(x) for x in values):
+        return False
+    if values[1].shape[:3] != values[2].shape[:3]:
+        return False
+    _set(rewrite, node, key=k, value=v, enable_gqa=True)
+    for copy in repeated:
+        erase_chain(rewrite, copy)
+    return True
+
+
+def _flash_can_read(x: Tensor) -> bool:
+    """Elsewhere PyTorch has no attention that shares heads, other than one which writes all scores to memory."""
+    nvidia = x.device.type == "cuda" and torch.version.hip is None
+    return (
+        nvidia
+        and x.dtype in FLASH_DTYPES
+        and x.shape[-1] <= FLASH_HEAD_DIM
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
+def _set(rewrite: GraphRewrite, node: fx.Node, **changed: Any) -> None:
+    """Give a call other arguments, in the place or under the name where they are."""
+    args = list(node.args)
+    for name, value in changed.items():
+        position: Optional[int] = ARGUMENTS.index(name) if name in ARGUMENTS else None
+        if position is not None and position < len(args):
+            args[position] = value
+        else:
+            node.kwargs = {**node.kwargs, name: value}
+    node.args = tuple(args)
+    old = example(node)
+    if isinstance(old, Tensor) and not old.requires_grad:
+        rewrite.set_example(node)

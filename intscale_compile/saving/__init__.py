@@ -1,0 +1,1 @@
+"""Writing and reading quantized models, whole or shard by shard."""

@@ -1,0 +1,171 @@
+"""Saving and loading: registration with torch, torchao and transformers, and safetensors files of quantized models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Union
+
+import torch
+import torchao.core.config as torchao_config
+import torchao.prototype.safetensors.safetensors_utils as torchao_safetensors
+from torch import nn
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
+
+from ..config import IntScaleConfig
+from ..errors import CheckpointError, ConfigError
+from ..integrations.dtensors import local_tensor
+from ..tensors.intscale_tensor import ABSENT, ALL_NAMES, IntScaleTensor
+from .shard_writing import gather_shards, is_divided
+
+PathLike = Union[str, Path]
+
+
+def rebuild_tensor(**parts) -> IntScaleTensor:
+    """Build a tensor from stored parts and check them.
+
+    Raises:
+        CheckpointError: parts are missing, unknown, or contradict each other.
+    """
+    names = set(ALL_NAMES)
+    parts = {**ABSENT, **parts}
+    if set(parts) != names:
+        raise CheckpointError(
+            f"a stored IntScaleTensor lacks {sorted(names - set(parts))} and has unknown {sorted(set(parts) - names)}."
+        )
+    for name in ("in_features", "out_features"):  # before they size anything
+        if not isinstance(parts[name], int) or not 0 < parts[name] < 2**31:
+            raise CheckpointError(f"{name} is {parts[name]!r} in a stored IntScaleTensor.")
+    try:
+        tensor = IntScaleTensor(**parts)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"a stored IntScaleTensor cannot be rebuilt: {reason}") from error
+    return tensor.validate()
+
+
+def register() -> None:
+    """Let torch.load, torchao's safetensors support and transformers find our config and tensor. Idempotent."""
+    torchao_config.ALLOWED_AO_MODULES.add("intscale_compile")
+    torchao_safetensors.ALLOWED_CLASSES.setdefault("IntScaleTensor", rebuild_tensor)
+    if "IntScaleTensor" not in torchao_safetensors.ALLOWED_TENSORS_SUBCLASSES:
+        torchao_safetensors.ALLOWED_TENSORS_SUBCLASSES.append("IntScaleTensor")
+    torch.serialization.add_safe_globals([IntScaleTensor])
+
+
+def make_savable(model: nn.Module, config: IntScaleConfig | None = None) -> nn.Module:
+    """Give a transformers model that went through ``quantize_`` what ``save_pretrained`` needs to store it.
+
+    Args:
+        model: a ``PreTrainedModel`` with at least one ``IntScaleTensor``.
+        config: the configuration it was quantized with; it is written into ``config.json``, and by
+            default read off the first quantized weight. Loading takes the format of each weight from the weight itself.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: the model is not a transformers model, or holds no ``IntScaleTensor``.
+    """
+    from transformers import PreTrainedModel, TorchAoConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"make_savable takes a transformers model, not {type(model).__name__}: use save_safetensors.")
+    weight = next((w for p in model.parameters() if isinstance(w := local_tensor(p), IntScaleTensor)), None)
+    if weight is None:
+        raise ConfigError("make_savable: no parameter of the model is quantized; call quantize_ first.")
+    if config is None:
+        config = IntScaleConfig(weight.group_size, weight.weight_bits, min(8, weight.scale_bits))
+    model.config.quantization_config = TorchAoConfig(config)
+    quantizer = AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    return model
+
+
+def save_safetensors(model: nn.Module, path: PathLike) -> None:
+    """Write the model's state dict, quantized weights included, into one safetensors file.
+
+    Tied weights are written once for each of their names. A model that is divided among ranks is gathered: every rank calls
+    this, and rank 0 writes the file that it would have written before.
+
+    Raises:
+        ShardingError: shards do not fit together (``tensor_parallel.gather_shards``).
+    """
+    from safetensors.torch import save_file
+
+    if is_divided(model):
+        whole = gather_shards(model)
+        if torch.distributed.get_rank():
+            return
+    else:
+        whole = model.state_dict()
+    state = {_stored_name(n): t if isinstance(t, IntScaleTensor) else t.detach() for n, t in whole.items()}
+    tensors, metadata = flatten_tensor_state_dict(state)
+    separate, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = (tensor.clone() if memory in seen else tensor).contiguous()
+        seen.add(memory)
+    save_file(separate, path, metadata=metadata)
+
+
+def _stored_name(name: str) -> str:
+    """torchao splits names at their last dot; parameters of the outermost module have none."""
+    return name if "." in name else f".{name}"
+
+
+def load_safetensors(path: PathLike, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Read a file of :func:`save_safetensors`; load it with ``model.load_state_dict(state, assign=True)``.
+
+    Raises:
+        CheckpointError: the file is truncated, altered, or its header does not fit its data.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        names = [str(name) for name in json.loads(metadata["tensor_names"])]
+    except FileNotFoundError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{path}: no list of tensors in its header: not a file of save_safetensors.") from error
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    of_module: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        of_module.setdefault(key.rpartition(".")[0], {})[key] = tensor
+    state, unused = {}, set(tensors)
+    for name in names:
+        parts = of_module.get(name.rpartition(".")[0], {})
+        state[name.removeprefix(".")], used = stored_tensor(name, parts, metadata, path)
+        unused -= used
+    if unused:
+        raise CheckpointError(f"{path}: data without a name in the header: {sorted(unused)[:3]}.")
+    return state
+
+
+def stored_tensor(name: str, parts: dict, metadata: dict, path: PathLike) -> tuple[torch.Tensor, set]:
+    """One tensor of a file, and the keys that it is made of.
+
+    Raises:
+        CheckpointError: the header and the data do not fit together.
+    """
+    try:
+        header = {"tensor_names": json.dumps([name]), name: metadata[name]}
+        state, rest = unflatten_tensor_state_dict(parts, header)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {name.removeprefix('.')}: {_innermost(error)}") from error
+    if name not in state:
+        raise CheckpointError(f"{path}: {name.removeprefix('.')}: data missing; the file is incomplete.")
+    return state[name], set(parts) - set(rest)
+
+
+def _innermost(error: BaseException) -> str:
+    """Our own message where torchao wrapped it; header mistakes come as bare ``KeyError`` and the like."""
+    cause = error.__context__
+    if isinstance(cause, CheckpointError):
+        return str(cause).removeprefix("weight: ")
+    return f"its header cannot be read ({type(error).__name__}: {error})"

@@ -1,0 +1,416 @@
+"""``IntScaleTensor``: a weight with integer group scales, as a torchao tensor subclass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
+
+from .. import format as fmt
+from ..config import IntScaleConfig
+from ..errors import CheckpointError, ConfigError, UnsupportedOpError
+from ..kernels.dequantize import WEIGHT_OP
+from . import activation_parts
+from .scale_search import quantize_weight
+from .weight_checks import check_weight
+
+SCALE_DTYPES = (torch.uint8, torch.int16)
+QDATA_DTYPES = (torch.uint8, torch.int8)
+
+
+class IntScaleTensor(TorchAOBaseTensor):
+    """A 2-D weight ``[N, K]`` or a stack ``[E, N, K]`` (experts), quantized with integer group scales.
+
+        W[n, k] = row_scale[n] * group_scale[n, k // group_size] * (q[n, k] - zero_point[n, k // group_size])
+
+    The tensors inside all have the weight's number of dimensions. Their names are those that transformers reloads;
+    ``group_scale``, ``row_scale`` and ``activation_scale`` are the readable ones. ``format`` describes the layout.
+
+    Tensor data:
+        qdata: uint8 ``[..., N, Kp / 2]``, two 4-bit codes a byte, or int8 ``[..., N, Kp]`` for 8-bit weights.
+        scale: integer group scales, uint8 or int16 ``[..., N, G]``, at least 1.
+        per_tensor_scale: row scales, fp32 ``[..., N, 1]``.
+        zero_point: int8 ``[..., N, G]`` in [-8, 7], for 4-bit weights; None: the weight is symmetric.
+        act_pre_scale: the static scale of the activation, fp32 ``[..., 1, 1]``; None: dynamic, per token.
+        input_order: int32 ``[1, K]``, a permutation: stored column ``j`` belongs to input feature ``input_order[0, j]``, so
+            that groups whose features are scattered (GPTQ's activation order) are contiguous here. None: as they come.
+
+    Attributes:
+        block_size: ``[1, ..., group_size]`` as elsewhere in torchao; the last entry is -1 per channel.
+        in_features, out_features: ``K`` and ``N`` without padding.
+        scale_bits: no group scale is above ``2**scale_bits - 1``; up to 4 bits the scale folds into the int8 weight.
+        packing_format: ``"plain"`` or ``"tiled"``.
+        transposed: whether the tensor stands for the transpose of its stored rows, shape ``[..., K, N]``.
+        dtype: the dtype that the tensor claims, and of ``dequantize()``.
+        rotation: size of the block Hadamard transform that is applied to the activation before it is quantized; the
+            stored weight is already multiplied by it. 0: none.
+        communication: wire format of the collectives of graphs that this weight is in (``IntScaleConfig.communication``).
+
+    Raises:
+        CheckpointError: the parts contradict each other.
+    """
+
+    tensor_data_names = ["qdata", "scale", "per_tensor_scale"]
+    tensor_attribute_names = [
+        "block_size",
+        "in_features",
+        "out_features",
+        "scale_bits",
+        "packing_format",
+        "transposed",
+        "dtype",
+    ]
+    optional_tensor_data_names = ["zero_point", "act_pre_scale", "input_order"]
+    optional_tensor_attribute_names = ["rotation", "communication"]
+
+    def __new__(  # noqa: D102  (the class says what the arguments are)
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        per_tensor_scale: Tensor,
+        block_size: list,
+        in_features: int,
+        out_features: int,
+        scale_bits: int,
+        packing_format: str,
+        transposed: bool,
+        dtype: torch.dtype,
+        zero_point: Optional[Tensor] = None,
+        act_pre_scale: Optional[Tensor] = None,
+        input_order: Optional[Tensor] = None,
+        rotation: int = 0,
+        communication: Optional[str] = None,
+    ):
+        matrix = (in_features, out_features) if transposed else (out_features, in_features)
+        shape = (*qdata.shape[:-2], *matrix)
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=qdata.device, requires_grad=False)
+
+    def __init__(
+        self,
+        qdata: Tensor,
+        scale: Tensor,
+        per_tensor_scale: Tensor,
+        block_size: list,
+        in_features: int,
+        out_features: int,
+        scale_bits: int,
+        packing_format: str,
+        transposed: bool,
+        dtype: torch.dtype,
+        zero_point: Optional[Tensor] = None,
+        act_pre_scale: Optional[Tensor] = None,
+        input_order: Optional[Tensor] = None,
+        rotation: int = 0,
+        communication: Optional[str] = None,
+    ):
+        super().__init__()
+        self.qdata = qdata
+        self.scale = scale
+        self.per_tensor_scale = per_tensor_scale
+        self.block_size = block_size
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scale_bits = scale_bits
+        self.packing_format = packing_format
+        self.transposed = transposed
+        self.zero_point = zero_point
+        self.act_pre_scale = act_pre_scale
+        self.input_order = input_order
+        self.rotation = rotation
+        self.communication = communication
+
+    @property
+    def group_scale(self) -> Tensor:
+        """Integer group scales ``[..., N, G]``, plain row order."""
+        return fmt.untile_rows(self.scale, self.out_features, 1) if self.packing_format == "tiled" else self.scale
+
+    @property
+    def row_scale(self) -> Tensor:
+        """Float row scales, fp32 ``[..., N, 1]``."""
+        return self.per_tensor_scale
+
+    @property
+    def activation_scale(self) -> Optional[Tensor]:
+        """The static activation scale, fp32 ``[..., 1, 1]``; None where activations are quantized per token."""
+        return self.act_pre_scale
+
+    @property
+    def group_zero_point(self) -> Optional[Tensor]:
+        """Zero points int8 ``[..., N, G]``, plain row order; None where the weight is symmetric."""
+        if self.zero_point is None or self.packing_format == "plain":
+            return self.zero_point
+        return fmt.untile_rows(self.zero_point, self.out_features, 1)
+
+    @property
+    def data_names(self) -> list[str]:
+        """Names of the inner tensors that are there."""
+        return self.__tensor_flatten__()[0]
+
+    @property
+    def group_size(self) -> int:
+        """Weights per group scale; -1 per channel."""
+        return self.block_size[-1]
+
+    @property
+    def weight_bits(self) -> int:
+        """4 or 8."""
+        return 8 if self.qdata.dtype == torch.int8 else 4
+
+    @property
+    def codes(self) -> Tensor:
+        """Unpacked codes, int8 ``[..., N, K]``, in the stored order of columns."""
+        columns = fmt.code_block_columns(self.group_size, self.weight_bits)
+        plain = (
+            fmt.untile_rows(self.qdata, self.out_features, columns) if self.packing_format == "tiled" else self.qdata
+        )
+        return (plain if self.weight_bits == 8 else fmt.unpack_int4(plain, self.group_size))[..., : self.in_features]
+
+    @classmethod
+    def from_hp(
+        cls, weight: Tensor, config: Optional[IntScaleConfig] = None, *, name: str = "weight"
+    ) -> IntScaleTensor:
+        """Quantize a high-precision weight.
+
+        Args:
+            weight: fp32, bf16 or fp16 ``[N, K]`` or ``[E, N, K]``, finite.
+            config: how; the default is 4 bits, group 128, 4-bit searched integer scales.
+            name: named in error messages.
+
+        Raises:
+            WeightError: the weight is not floating point, not finite, on the meta device, empty, or has another rank.
+            OverflowProofError: its accumulator cannot be proved free of overflow.
+        """
+        config = IntScaleConfig() if config is None else config
+        check_weight(weight, name)
+        if weight.dim() == 3:  # one by one: temporaries of a whole stack would not fit beside it
+            experts = (cls.from_hp(expert, config, name=f"{name}[{e}]") for e, expert in enumerate(weight))
+            return _stacked(experts, weight.shape[0])
+        quantized = quantize_weight(weight, config)
+        group_size, bits = config.effective_group_size, config.weight_bits
+        tensor = cls(
+            quantized.codes if bits == 8 else fmt.pack_int4(quantized.codes, group_size),
+            quantized.group_scale,
+            quantized.row_scale,
+            [1, group_size],
+            weight.shape[-1],
+            weight.shape[-2],
+            quantized.scale_bits,
+            "plain",
+            False,
+            weight.dtype,
+            communication=config.communication,
+        )
+        return tensor.to_packing(resolve_packing(config.packing_format, weight.device))
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        group_scale: Tensor,
+        *,
+        group_size: int,
+        zero_point: Optional[Tensor] = None,
+        scale_bits: int = 8,
+        amplifier: Union[str, int] = "row",
+        weight_bits: int = 4,
+        dtype: torch.dtype = torch.bfloat16,
+        packing_format: str = "auto",
+        name: str = "weight",
+    ) -> IntScaleTensor:
+        """A weight that is quantized already, with its codes as they are: only the float scales become integers.
+
+        See :func:`~intscale_compile.tensors.from_codes.from_codes`.
+        """
+        from .from_codes import from_codes
+
+        return from_codes(
+            codes, group_scale, group_size=group_size, zero_point=zero_point, scale_bits=scale_bits, amplifier=amplifier,
+            weight_bits=weight_bits, dtype=dtype, packing_format=packing_format, name=name,
+        )  # fmt: skip
+
+    def to_packing(self, packing_format: str) -> IntScaleTensor:
+        """The same weight in ``"plain"`` or ``"tiled"`` packing; lossless, and a no-op where it is so packed already."""
+        if packing_format not in ("plain", "tiled"):
+            raise ConfigError(f"packing_format={packing_format!r} is not supported: use 'plain' or 'tiled'.")
+        if packing_format == self.packing_format:
+            return self
+        columns = fmt.code_block_columns(self.group_size, self.weight_bits)
+        if packing_format == "tiled":
+            zero = 0 if self.weight_bits == 8 else fmt.ZERO_BYTE
+            qdata, scale = fmt.tile_rows(self.qdata, columns, zero), fmt.tile_rows(self.scale, 1, 1)
+            zero_point = None if self.zero_point is None else fmt.tile_rows(self.zero_point, 1, 0)
+        else:
+            qdata = fmt.untile_rows(self.qdata, self.out_features, columns)
+            scale, zero_point = self.group_scale, self.group_zero_point
+        return self.replaced(qdata=qdata, scale=scale, zero_point=zero_point, packing_format=packing_format)
+
+    def replaced(self, **parts) -> IntScaleTensor:
+        """A tensor like this one with some of its data or attributes exchanged."""
+        return type(self)(*(parts[name] if name in parts else getattr(self, name) for name in ALL_NAMES))
+
+    def with_activation_scale(self, scale: Union[Tensor, float, None]) -> IntScaleTensor:
+        """This weight with a static activation scale: :func:`~intscale_compile.tensors.activation_parts.with_activation_scale`."""
+        return activation_parts.with_activation_scale(self, scale)
+
+    def with_rotation(self, size: int) -> IntScaleTensor:
+        """This weight, marked as rotated: :func:`~intscale_compile.tensors.activation_parts.with_rotation`."""
+        return activation_parts.with_rotation(self, size)
+
+    def with_input_order(self, order: Optional[Tensor]) -> IntScaleTensor:
+        """This weight, its columns marked as ordered: :func:`~intscale_compile.tensors.activation_parts.with_input_order`."""
+        return activation_parts.with_input_order(self, order)
+
+    def dequantize(self, output_dtype: Optional[torch.dtype] = None) -> Tensor:
+        """The weight in floating point, in this tensor's shape; ``output_dtype`` defaults to its dtype.
+
+        It is the weight that multiplies the activation as it comes: a rotation and an input order are undone.
+        """
+        dtype = self.dtype if output_dtype is None else output_dtype
+        dense = WEIGHT_OP(
+            self.qdata,
+            self.scale,
+            self.per_tensor_scale,
+            self.out_features,
+            self.in_features,
+            self.group_size,
+            self.packing_format,
+            torch.float32 if self.rotation else dtype,
+            self.zero_point,
+        )
+        if self.rotation:
+            from ..kernels.hadamard import hadamard_transform
+
+            dense = hadamard_transform(dense, self.rotation).to(dtype)
+        if self.input_order is not None:
+            dense = dense.index_select(-1, self.input_order.view(-1).argsort())
+        return dense.transpose(-2, -1) if self.transposed else dense
+
+    def accumulator_bound(self) -> Tensor:
+        """Largest magnitude of each row's int32 accumulator over all activations, int64 ``[..., N]``; below 2**31."""
+        if self.dim() == 3:  # expert by expert: unpacked codes of a stack are large
+            stored = self.transpose(-2, -1) if self.transposed else self
+            return torch.stack([expert.accumulator_bound() for expert in stored.unbind(0)])  # type: ignore[attr-defined]
+        codes, zero_point = fmt.pad_codes(self.codes, self.in_features, self.group_size), self.group_zero_point
+        if zero_point is not None:
+            centered = fmt.centered_codes(codes, zero_point)[..., : self.in_features]
+            codes = fmt.pad_codes(centered, self.in_features, self.group_size)
+        return fmt.accumulator_bound(codes, self.group_scale)
+
+    def nbytes_packed(self) -> int:
+        """Bytes that codes, scales and zero points take together."""
+        return sum(getattr(self, name).nbytes for name in self.data_names)
+
+    def validate(self, name: str = "weight") -> IntScaleTensor:
+        """Check stored data as far as it can be checked: shapes, dtypes, ranges, the overflow proof. Reads all of it.
+
+        Raises:
+            CheckpointError: naming what is wrong.
+        """
+        from .validate import validate_tensor
+
+        validate_tensor(self, name)
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Run ``func`` as ``tensor_ops`` defines it; what is not there has no exact meaning on packed data."""
+        if func not in cls._ATEN_OP_TABLE[cls]:
+            mend = "use weight.dequantize() first"
+            raise UnsupportedOpError(f"IntScaleTensor: {func} is not defined on packed data; {mend}.")
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+    def __deepcopy__(self, memo) -> IntScaleTensor:
+        """A copy that owns its data: a row slice of a merged weight would take the whole of it along."""
+        for name in self.data_names:
+            part = getattr(self, name)
+            if part.untyped_storage().nbytes() != part.nbytes:
+                memo.setdefault(id(part), part.clone())
+        return super().__deepcopy__(memo)
+
+    def __tensor_flatten__(self):
+        """Names of the inner tensors and the attributes, collected once: nothing changes an attribute of a tensor.
+
+        Dynamo may ask at every call of a compiled model (see ``weight_guards``), and ``dtype`` alone costs some microseconds
+        through ``__torch_function__``.
+        """
+        flat = self.__dict__.get("_flat")
+        if flat is None:
+            attributes = {name: getattr(self, name) for name in ATTRIBUTE_NAMES}
+            present = [name for name in DATA_NAMES if getattr(self, name) is not None]
+            # Dynamo guards attributes, and a graph holds for certain parts only. Their shapes follow from the rest.
+            attributes["data"] = " ".join(f"{name}:{getattr(self, name).dtype}" for name in present)
+            flat = self.__dict__["_flat"] = (present, attributes)
+        return flat
+
+    def __getstate__(self) -> dict:
+        """What is stored: without what ``__tensor_flatten__`` keeps, which follows from the rest."""
+        return {name: value for name, value in self.__dict__.items() if name != "_flat"}
+
+    def _stable_hash_for_caching(self) -> str:
+        parts = [(n, tuple(getattr(self, n).shape), str(getattr(self, n).dtype)) for n in self.data_names]
+        attributes = [(n, str(getattr(self, n))) for n in ATTRIBUTE_NAMES]
+        return f"IntScaleTensor{parts}{attributes}{self.device}"
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        group = "per channel" if self.group_size == -1 else f"group_size={self.group_size}"
+        flag = ", transposed" if self.transposed else ""
+        flag += ", asymmetric" if self.zero_point is not None else ""
+        flag += ", static activation scale" if self.act_pre_scale is not None else ""
+        flag += ", input order" if self.input_order is not None else ""
+        flag += f", rotation={self.rotation}" if self.rotation else ""
+        flag += f", communication={self.communication}" if self.communication else ""
+        return (
+            f"IntScaleTensor(shape={tuple(self.shape)}, int{self.weight_bits}, {group}, scale_bits={self.scale_bits}, "
+            f"{self.packing_format}{flag}, dtype={self.dtype}, device={self.device})"
+        )
+
+    def _set_checked_state(self, state) -> None:
+        """Unpickling, also by ``torch.load``: the stored parts are checked."""
+        torch._utils._set_obj_state(self, state)
+        self.__dict__.pop("_flat", None)  # never from a file: nothing would check it
+        for name, absent in ABSENT.items():  # files from before these parts existed
+            self.__dict__.setdefault(name, absent)
+        missing = [n for n in (*self.tensor_data_names, *self.tensor_attribute_names) if not hasattr(self, n)]
+        if missing:
+            raise CheckpointError(
+                f"stored IntScaleTensor lacks {missing}: the file is truncated or of another version."
+            )
+        self.validate()
+
+
+DATA_NAMES = (*IntScaleTensor.tensor_data_names, *IntScaleTensor.optional_tensor_data_names)
+ATTRIBUTE_NAMES = (*IntScaleTensor.tensor_attribute_names, *IntScaleTensor.optional_tensor_attribute_names)
+ALL_NAMES = (  # in the order of the constructor
+    *IntScaleTensor.tensor_data_names,
+    *IntScaleTensor.tensor_attribute_names,
+    *IntScaleTensor.optional_tensor_data_names,
+    *IntScaleTensor.optional_tensor_attribute_names,
+)
+ABSENT = {  # what absent parts mean
+    "zero_point": None, "act_pre_scale": None, "input_order": None, "rotation": 0, "communication": None,
+}  # fmt: skip
+
+# torchao's base class installs its own, unchecked one on every subclass, over what the class body says.
+IntScaleTensor.__setstate__ = IntScaleTensor._set_checked_state  # type: ignore[method-assign]
+# torch pickles classes by module and name: the public path keeps files readable when modules move.
+IntScaleTensor.__module__ = "intscale_compile"
+
+
+def _stacked(experts: Iterator[IntScaleTensor], count: int) -> IntScaleTensor:
+    """A stack of ``count`` matrices, each of them freed once it is copied."""
+    data: dict[str, Tensor] = {}
+    scale_bits = 1
+    for e, expert in enumerate(experts):
+        for name in expert.data_names:
+            part = getattr(expert, name)
+            data.setdefault(name, part.new_empty((count, *part.shape)))[e] = part
+        scale_bits = max(scale_bits, expert.scale_bits)
+    return expert.replaced(**data, block_size=[1, *expert.block_size], scale_bits=scale_bits)
+
+
+def resolve_packing(packing_format: str, device: torch.device) -> str:
+    """``"auto"`` becomes tiled on a GPU and plain elsewhere."""
+    return ("tiled" if device.type == "cuda" else "plain") if packing_format == "auto" else packing_format

@@ -1,0 +1,36 @@
+"""Files that earlier versions saved load to the bit: ``tests/fixtures/saved_by_0_1_0``, written before the package was laid out anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from intscale_compile import IntScaleTensor, load_safetensors
+
+SAVED = Path(__file__).with_name("fixtures") / "saved_by_0_1_0"
+EXPECTED = torch.load(SAVED / "expected.pt", weights_only=True)  # "file|parameter|inner tensor"
+
+
+def assert_as_saved(state, file):
+    wanted = {tuple(key.split("|")[1:]): part for key, part in EXPECTED.items() if key.startswith(f"{file}|")}
+    quantized = {name: tensor for name, tensor in state.items() if isinstance(tensor, IntScaleTensor)}
+    assert {(name, part) for name, tensor in quantized.items() for part in tensor.data_names} == set(wanted)
+    for (name, part), value in wanted.items():
+        assert torch.equal(getattr(quantized[name], part), value), (name, part)
+
+
+def test_torch_save_with_weights_only():
+    assert_as_saved(torch.load(SAVED / "formats.pt", weights_only=True), "formats")
+
+
+def test_safetensors_of_our_own():
+    assert_as_saved(load_safetensors(SAVED / "formats.safetensors"), "formats")
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_save_pretrained(name):
+    model = AutoModelForCausalLM.from_pretrained(SAVED / name, dtype=torch.bfloat16)
+    assert_as_saved(model.state_dict(), name)
