@@ -53,7 +53,7 @@ def check(xq, weight, offsets, ids, form, tile) -> None:
 
 def sweep(rows: int, experts: int) -> Iterator:
     """Tiles to try for a number of rows."""
-    from intscale_compile.kernels.tiles import Tile
+    from intscale_compile.kernels.tile import Tile
 
     mean = rows / experts
     heights = (16,) if mean <= 8 else (16, 32, 64) if mean <= 48 else (64, 128)

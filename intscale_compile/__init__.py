@@ -5,12 +5,14 @@ model = torch.compile(model, backend="intscale")
 print(intscale_compile.explain(model, *inputs))
 """
 
+from .versions import __version__ as __version__
 from .versions import check_versions
 
 check_versions()
 
+from . import quantization  # noqa: F401  (registration)
 from .calibration import CalibrationReport, Recipe, calibrate, recipe
-from .compile.compile_times import CompileTime, compile_times
+from .compile.times import CompileTime, compile_times
 from .config import IntScaleConfig
 from .debug import Compilation, bisect, compare, last_compilation, trace_node
 from .errors import (
@@ -29,16 +31,15 @@ from .errors import (
 )
 from .explanation import Explanation, explain
 from .importing import ImportReport, export_compressed_tensors, import_quantized, import_tensors
+from .integrations.transformers import register_experts_implementation
 from .parallel import dtensor_ops  # noqa: F401  (registration)
-from .quantization import linears_and_experts
 from .saving.checkpoint import load_safetensors, make_savable, rebuild_tensor, register, save_safetensors  # noqa: F401
 from .saving.shard_reading import register_sharded_loading
 from .tensors import expert_operators, operators  # noqa: F401  (registration)
-from .tensors.experts import register_experts_implementation
 from .tensors.intscale_tensor import IntScaleTensor
+from .tensors.selection import linears_and_experts
 from .tuning import tune
 
-__version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
     "CalibrationReport",

@@ -10,24 +10,18 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
-import torch
-from torch import Tensor, fx
-from torch._guards import detect_fake_mode
+from torch import fx
 
 from .compile import options as _options
+from .compile.binding import bind, rewrite_graph
 from .compile.compile_ahead import compiling_ahead
-from .compile.compile_times import timed
 from .compile.inductor_settings import code_generation, inductor_defaults
-from .compile.weight_guards import keep_outer_guards
+from .compile.times import timed
 from .debug import FINAL, StageRecorder, debug_patches, generated_files, remember, report
 from .errors import ConfigError
 from .integrations.dtensors import local_tensor
 from .ops import register_inductor
-from .passes import PASSES, GraphRewrite, apply_passes
-from .passes.base import Observer
-from .passes.local_shards import takes_shards
-from .passes.packed_weights import BoundGraph
-from .reasons import log_once
+from .passes import GraphRewrite
 from .tensors.intscale_tensor import IntScaleTensor
 
 if TYPE_CHECKING:
@@ -89,27 +83,6 @@ def intscale(
     return compiled
 
 
-def rewrite_graph(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    settings: _options.Settings,
-    cuda_graphs: bool = False,
-    observer: Optional[Observer] = None,
-) -> GraphRewrite:
-    """Run all passes over ``gm`` and say once what was left alone; ``observer`` as for ``apply_passes``."""
-    rewrite = GraphRewrite(copied(gm), example_inputs, settings, cuda_graphs)
-    apply_passes(rewrite, PASSES, observer)
-    refused = [c for c in rewrite.candidates if c.reason is not None]
-    quantized = len(rewrite.candidates) - len(refused)
-    log.info("graph with %d linear products: %d quantized (%s)", len(rewrite.candidates), quantized, rewrite.counts)
-    if refused and not quantized:
-        reasons = "; ".join(sorted({c.reason.value for c in refused if c.reason is not None}))
-        log_once(
-            logging.WARNING, f"a compiled graph has {len(refused)} linear products and none was quantized: {reasons}"
-        )
-    return rewrite
-
-
 def collectives_pass(
     settings: _options.Settings, example_inputs: Sequence[Any], cuda_graphs: bool
 ) -> Optional[QuantizeCollectives]:
@@ -158,61 +131,3 @@ def most_tokens(rewrite: GraphRewrite) -> Optional[int]:
     """Rows of the largest activation among the linear products; None where one is symbolic or there are none."""
     tokens = [candidate.tokens for candidate in rewrite.candidates]
     return max(map(int, tokens)) if tokens and all(t.isdigit() for t in tokens) else None
-
-
-def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph, not of its tensors: Dynamo reads the inputs of its own graph again after the backend returns."""
-    graph = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(gm.graph, nodes, return_output_node=True)
-    if isinstance(result, tuple):
-        output = graph.output(result[0])
-        output.meta = dict(result[1].meta)
-    for old, new in nodes.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    copied = fx.GraphModule(gm, graph)
-    copied.meta = dict(gm.meta)
-    for name in ("_param_name_to_source", "compile_subgraph_reason"):
-        if hasattr(gm, name):
-            setattr(copied, name, getattr(gm, name))
-    return copied
-
-
-def bind(rewrite: GraphRewrite, compile_graph: Callable[[fx.GraphModule, list[Any]], Callable]) -> Callable:
-    """Compile the rewritten graph and put it behind the original signature."""
-    compiled = _bound(rewrite, compile_graph)
-    indices = [index for index, *_ in rewrite.local_inputs.values()]
-    return takes_shards(compiled, indices) if indices else compiled
-
-
-def _bound(rewrite: GraphRewrite, compile_graph: Callable[[fx.GraphModule, list[Any]], Callable]) -> Callable:
-    if not rewrite.packed_inputs:
-        return compile_graph(rewrite.gm, list(rewrite.example_inputs))
-    kept = _drop_replaced_weights(rewrite)
-    inputs = [n for n in rewrite.graph.nodes if n.op == "placeholder"]
-    packed = [rewrite.packed_inputs[n] for n in inputs if n in rewrite.packed_inputs]
-    bound = BoundGraph(kept, packed)
-    bound.compiled = compile_graph(rewrite.gm, bound.inputs(rewrite.example_inputs, _static))
-    return torch._dynamo.disable(bound.__call__, reason="intscale binds packed weights")
-
-
-def _static(value: Tensor) -> Tensor:
-    """A fake tensor of static shape: packed weights keep their shapes under ``dynamic=True``."""
-    mode = detect_fake_mode()
-    return value if mode is None else mode.from_tensor(value, static_shapes=True)
-
-
-def _drop_replaced_weights(rewrite: GraphRewrite) -> list[int]:
-    """Erase the inputs that only fed quantized products, and most of their guards; returns the indices of those that stay."""
-    replaced = {c.source.index for c in rewrite.candidates if c.packed is not None and c.source is not None}
-    kept, dropped = [], []
-    for i, node in enumerate(rewrite.placeholders()):
-        if node.users or i not in replaced:
-            kept.append(i)
-        else:
-            dropped.append((i, node))
-            rewrite.graph.erase_node(node)
-    keep_outer_guards([node for i, node in dropped if isinstance(rewrite.example_inputs[i], IntScaleTensor)])
-    rewrite.gm.recompile()
-    return kept

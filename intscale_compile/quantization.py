@@ -25,30 +25,23 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from .config import IntScaleConfig
 from .errors import IntScaleError, WeightError
 from .format import ACTIVATION_MAX, CODE_MIN, INT32_MAX
+from .integrations.torchao import is_linear
 from .progress import Progress
-from .reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
-from .tensors.expert_layers import expert_stacks, router_linears
-from .tensors.intscale_tensor import IntScaleTensor, check_weight
+from .reasons import Reason, log_once
+from .tensors.expert_layers import expert_stacks
+from .tensors.intscale_tensor import IntScaleTensor
+from .tensors.selection import (
+    LEFT_OUT,
+    ROTATION,
+    is_conv1d,
+    left_alone_by_default,
+    linear_extra_repr,
+    linears_and_experts,
+)
+from .tensors.weight_checks import check_weight
 
-LEFT_OUT = "_intscale_left_out"  # attribute of a parameter that a quantize_ call did not select
-ROTATION = "_intscale_rotation"  # attribute of a module that rotates its input: the size of the Hadamard blocks
 PLAN_KEY = "__intscale_plan__"
 _torchao_quantize_code = quant_api.quantize_.__code__
-_is_linear = quant_api._is_linear
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is the linear layer of transformers' GPT-2, which keeps its weight as ``[K, N]``."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def linears_and_experts(module: nn.Module, name: str = "") -> bool:
-    """``filter_fn`` of ``quantize_`` for every kind of layer that we quantize: ``nn.Linear``, GPT-2's ``Conv1D``, and the
-    stacks of expert weights of a mixture of experts.
-
-    Output embeddings, tied weights, tiny layers and routers are left alone, as they are without a ``filter_fn``.
-    """
-    return _is_linear(module) or is_conv1d(module) or bool(expert_stacks(module))
 
 
 @dataclass
@@ -86,7 +79,7 @@ def _make_plan(model: nn.Module, config, filter_fn) -> _Plan:
     names = {id(module): name for name, module in model.named_modules()}
     plan = _Plan(names, {})
     by_name = isinstance(config, FqnToConfig)
-    default = filter_fn in (None, _is_linear) and not by_name
+    default = filter_fn in (None, is_linear) and not by_name
     if default or (filter_fn is linears_and_experts and not by_name):
         plan.left_alone = left_alone_by_default(model)
     if default:
@@ -139,31 +132,10 @@ def _may_fail(weight: torch.Tensor, config: IntScaleConfig) -> bool:
     return config.amplifier != "row" or ACTIVATION_MAX * largest * max(weight.shape[-2:]) > INT32_MAX
 
 
-def left_alone_by_default(model: nn.Module) -> dict[int, Reason]:
-    """Modules (by id) that are left alone unless they are named: output embeddings, tied weights, routers, tiny layers."""
-    reasons = dict.fromkeys(router_linears(model), Reason.ROUTER)
-    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    output = None
-    if hasattr(model, "get_output_embeddings"):
-        try:
-            output = model.get_output_embeddings()  # type: ignore[operator]
-        except (NotImplementedError, AttributeError):
-            output = None
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) and id(weight) in tied:
-            reasons[id(module)] = Reason.TIED_EMBEDDING
-        elif module is output or name.rsplit(".", 1)[-1] in OUTPUT_NAMES:
-            reasons[id(module)] = Reason.OUTPUT_EMBEDDING
-        elif (isinstance(module, nn.Linear) or is_conv1d(module)) and min(module.weight.shape) < SMALLEST_FEATURES:
-            reasons[id(module)] = Reason.TOO_SMALL
-    return reasons
-
-
 def _weights_of_call(model: nn.Module, config, filter_fn) -> Iterator[tuple[str, nn.Module, Any, IntScaleConfig]]:
     """Every weight that this ``quantize_`` call will hand to us, with its name, module and configuration."""
     if not isinstance(config, FqnToConfig):
-        for name, module in _selected_modules(model, filter_fn or _is_linear, ""):
+        for name, module in _selected_modules(model, filter_fn or is_linear, ""):
             for leaf in _leaves(module, "weight"):
                 yield f"{name}.{leaf}" if name else leaf, module, getattr(module, leaf, None), config
         return
@@ -190,7 +162,7 @@ def _chosen_configs(table, module_name: str, module: nn.Module) -> dict:
     for pattern, config in patterns:
         if pattern.fullmatch(module_name):
             return {"weight": config}
-    return {"weight": table.get("_default")} if _is_linear(module) else {}
+    return {"weight": table.get("_default")} if is_linear(module) else {}
 
 
 def _selected_modules(module: nn.Module, filter_fn, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -240,7 +212,7 @@ def _quantize_parameter(
         plan.undo.append(functools.partial(module.__dict__.pop, "extra_repr", None))
     setattr(module, parameter_name, nn.Parameter(tensor, requires_grad=False))
     if isinstance(module, nn.Linear):
-        module.extra_repr = types.MethodType(_linear_extra_repr, module)  # type: ignore[method-assign]
+        module.extra_repr = types.MethodType(linear_extra_repr, module)  # type: ignore[method-assign]
     if plan is not None:
         plan.progress.add(name, weight.nbytes, tensor.nbytes_packed())
 
@@ -251,7 +223,3 @@ def _check_parameter(module: nn.Module, parameter, name: str) -> None:
         kind = type(module).__name__
         raise WeightError(f"{name}: {kind} has no linear weight of that name; select other modules in filter_fn.")
     check_weight(parameter.detach(), name)
-
-
-def _linear_extra_repr(module: nn.Linear) -> str:
-    return f"in_features={module.in_features}, out_features={module.out_features}, weight={module.weight!r}"

@@ -6,6 +6,7 @@ import importlib.metadata
 
 from .errors import VersionError
 
+__version__ = "0.1.0"
 SUPPORTED = {"torch": ((2, 11), (2, 14)), "torchao": ((0, 18), None)}
 
 

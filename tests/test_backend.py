@@ -15,7 +15,7 @@ from torchao.quantization import quantize_
 
 import intscale_compile
 from intscale_compile import IntScaleConfig, IntScaleTensor
-from intscale_compile.backend import bind, rewrite_graph
+from intscale_compile.compile.binding import bind, rewrite_graph
 from intscale_compile.compile.options import parse_options
 from intscale_compile.errors import ConfigError
 from intscale_compile.passes import PASSES

@@ -1,4 +1,4 @@
-"""Files that earlier versions saved load to the bit: ``tests/fixtures/saved_by_0_1_0``, written before the package was laid out anew."""
+"""Files that earlier versions saved load to the bit. ``fixtures/saved_by_0_1_0`` is from before the package had its folders."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig, linears_and_experts
-from intscale_compile.backend import bind, rewrite_graph
+from intscale_compile.compile.binding import bind, rewrite_graph
 from intscale_compile.compile.options import parse_options
 
 pytest.importorskip("transformers")

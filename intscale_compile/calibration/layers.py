@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from ..errors import CalibrationError
-from ..quantization import is_conv1d
 from ..tensors.expert_layers import expert_stacks, router_linears
+from ..tensors.selection import is_conv1d
 
 Inputs = tuple[tuple, dict[str, Any]]  # positional and keyword arguments of a block
 Callback = Callable[[str, Optional[int], Tensor], None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..quantization import LEFT_OUT, _linear_extra_repr
 from ..reasons import SMALLEST_FEATURES, log_once
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.selection import LEFT_OUT
 from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, statistics
 from .clipping import on_integer_grid
 from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stages, weights_of
-from .recipe import Recipe
-from .recipe import recipe as named_recipe
+from .recipes import Recipe
+from .recipes import recipe as named_recipe
 from .resume import Checkpoint
 from .rotation import NotRotatableError, rotate
 from .smoothing import EQUALIZATIONS, ActivationPolicy, smooth_awq, smooth_fptq
-from .solve import Codes, FloatScaleWeight, frozen, solve
+from .solve import Codes, FloatScaleWeight, frozen, set_integer, solve
 
 RECIPE_ATTRIBUTE = "intscale_recipe"
 
@@ -236,13 +235,6 @@ def put(weight: LinearWeight, solved: Codes, name: str, *, float_scales: bool) -
         return
     tensor = solved.tensor(name)
     set_integer(weight.module, weight.parameter, tensor.transpose(-2, -1) if weight.transposed else tensor)
-
-
-def set_integer(module: nn.Module, parameter: str, tensor: Tensor) -> None:
-    """Give a module a weight with integer scales, and a linear layer its description."""
-    setattr(module, parameter, frozen(tensor))
-    if isinstance(module, nn.Linear):
-        module.extra_repr = types.MethodType(_linear_extra_repr, module)  # type: ignore[method-assign]
 
 
 def make_integer(model: nn.Module, **changes: Any) -> nn.Module:

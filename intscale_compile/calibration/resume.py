@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..config import IntScaleConfig
 from ..errors import CalibrationError
-from .recipe import Recipe
-from .solve import Codes, FloatScaleWeight, frozen
+from ..tensors.intscale_tensor import IntScaleTensor
+from .recipes import Recipe
+from .solve import Codes, FloatScaleWeight, frozen, set_integer
 
 STATE = "calibration.json"
 
@@ -28,8 +29,6 @@ class StoredBlock:
 
     def apply(self, block: nn.Module) -> None:
         """Give the block its parameters."""
-        from .pipeline import set_integer
-
         for name, value in self.parameters.items():
             owner, _, leaf = name.rpartition(".")
             module = block.get_submodule(owner)
@@ -86,8 +85,6 @@ class Checkpoint:
 
     def save(self, name: str, block: nn.Module) -> None:
         """Store a finished block; the file appears under its name once it is whole."""
-        from ..tensors.intscale_tensor import IntScaleTensor
-
         parameters: dict[str, Any] = {}
         weights = []
         for key, value in block.named_parameters():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..kernels.hadamard import hadamard_transform
-from ..quantization import ROTATION
+from ..tensors.selection import ROTATION
 from .groups import Norm, difference, norm_offset, scaling_groups
 from .layers import (
     Inputs,

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from ..config import IntScaleConfig
 from ..errors import CalibrationError
-from ..quantization import left_alone_by_default
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.selection import left_alone_by_default
 from .layers import LinearWeight, blocks, weights_of, without_cache
 from .sensitivity_svg import draw
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -13,10 +14,12 @@ from torch.utils._pytree import tree_map
 
 from ..config import IntScaleConfig
 from ..errors import CalibrationError
-from ..tensors.intscale_tensor import IntScaleTensor, check_weight
+from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.selection import linear_extra_repr
+from ..tensors.weight_checks import check_weight
 from .clipping import choose_steps, code_range, into_groups, learn_steps, nearest_integer_steps, on_integer_grid
 from .gptq import compensated, gptq_codes
-from .recipe import Recipe
+from .recipes import Recipe
 
 IMPORTANCE_FLOOR = 0.01  # of the mean: columns that were never active still count a little
 
@@ -223,3 +226,10 @@ def frozen(tensor: Tensor) -> nn.Parameter:
         for name in ("source", "kept_transposed", "activation_scale"):
             setattr(parameter, name, getattr(tensor, name))
     return parameter
+
+
+def set_integer(module: nn.Module, parameter: str, tensor: Tensor) -> None:
+    """Give a module a weight with integer scales, and a linear layer its description."""
+    setattr(module, parameter, frozen(tensor))
+    if isinstance(module, nn.Linear):
+        module.extra_repr = types.MethodType(linear_extra_repr, module)  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..tensors.intscale_tensor import IntScaleTensor
-from .recipe import Recipe
+from .recipes import Recipe
 from .solve import FloatScaleWeight, frozen
 
 LEARNING_RATE = 2e-3  # of logarithms of row scales, and of vectors relative to their mean magnitude

@@ -13,10 +13,10 @@ from .. import format as fmt
 from ..config import IntScaleConfig
 from ..errors import ConfigError
 from ..explanation import Explanation, LayerReport, explain
-from ..quantization import is_conv1d, left_alone_by_default
 from ..reasons import Reason
 from ..tensors.expert_layers import expert_stacks
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.selection import is_conv1d, left_alone_by_default
 from .loading import is_quantized
 
 

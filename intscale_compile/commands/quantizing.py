@@ -20,9 +20,9 @@ from ..errors import ConfigError
 from ..explanation import LayerReport
 from ..explanation.blocks import repeated_blocks
 from ..importing import export_compressed_tensors
-from ..quantization import linears_and_experts
 from ..saving.checkpoint import make_savable
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.selection import linears_and_experts
 from .evaluation import read_texts, token_sequences
 from .inspection import products
 from .loading import PathLike, is_quantized, load_model, load_tokenizer, source_folder, stored_method, weight_bytes

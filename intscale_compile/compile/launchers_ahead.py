@@ -1,7 +1,7 @@
 """C functions that launch Inductor's kernels, compiled in threads while Inductor writes the rest of the graph.
 
 PyTorch launches its own kernels through one function that is compiled already, except those with launch attributes, such as
-programmatic dependent launch (:mod:`~intscale_compile.compile.inductor_settings`). For these Triton generates a C function for each
+programmatic dependent launch (:mod:`~.inductor_settings`). For these Triton generates a C function for each
 list of argument types and calls the C compiler, and Inductor's worker processes leave that to the main thread, which does it
 for one kernel after the other when all else is done. Here it is done as soon as the source of a kernel is known: a thread
 waits for the C compiler, and Triton's cache on disk has the function when the main thread asks for it.

@@ -6,48 +6,15 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from ..config import IntScaleConfig
 from ..errors import ConfigError
+from ..passes import PASSES, POST_GRAD_PASSES
+from ..passes.settings import Settings
 
 PREFIX = "intscale."
 _CONFIG_FIELDS = tuple(f.name for f in dataclasses.fields(IntScaleConfig) if f.name != "version")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the passes need to know.
-
-    Attributes:
-        config: how plain weights are quantized at compile time (option ``intscale.config``, or its fields one by one
-            as ``intscale.group_size`` and so on).
-        quantize_plain: whether weights that nobody quantized are quantized at compile time. The default does so unless
-            the model went through ``quantize_`` or was loaded quantized: then what is still plain was left out on purpose.
-        merge_siblings: whether linears that read the same activation become one GEMM.
-        skip: regular expressions; a weight whose dotted name one of them fully matches is left alone.
-        decode_attention: whether attention of one new token per sequence runs in our kernel. The default does so on a GPU.
-        gated_activation: whether ``act(gate) * up`` is computed inside the GEMM of both projections, given enough tokens.
-            The default does so on a GPU.
-        residual_add: whether a residual is added inside the GEMM of the linear before it, given enough tokens. The default
-            does so where the Gluon kernels run.
-        causal_attention: whether a mask that hides just the future becomes SDPA's ``is_causal``. The default does so.
-        disable_passes: names of passes that do not run.
-        communication_min_bytes: from how many bytes on a collective is quantized, where ``config.communication`` asks for
-            it. The default is the threshold of the link that joins the ranks (``communication.link_cost``).
-    """
-
-    config: IntScaleConfig = field(default_factory=IntScaleConfig)
-    quantize_plain: Optional[bool] = None
-    merge_siblings: bool = True
-    skip: tuple[str, ...] = ()
-    decode_attention: Optional[bool] = None
-    gated_activation: Optional[bool] = None
-    residual_add: Optional[bool] = None
-    causal_attention: Optional[bool] = None
-    disable_passes: tuple[str, ...] = ()
-    communication_min_bytes: Optional[int] = None
 
 
 _OWN_FIELDS = tuple(f.name for f in dataclasses.fields(Settings))
@@ -128,8 +95,6 @@ def _settings(own: dict[str, Any]) -> Settings:
 
 def _disabled(names: Any) -> tuple[str, ...]:
     """Names of passes, checked. ``match`` is refused: the others work on what it finds."""
-    from ..passes import PASSES, POST_GRAD_PASSES
-
     names = (names,) if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"option 'intscale.disable_passes' takes a list of names of passes, not {names!r}.")

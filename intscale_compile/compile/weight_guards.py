@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from ..tensors.intscale_tensor import DATA_NAMES
+from ..tensors.fields import DATA_NAMES
 
 
 def keep_outer_guards(inputs: Sequence[fx.Node]) -> None:
@@ -19,7 +19,7 @@ def keep_outer_guards(inputs: Sequence[fx.Node]) -> None:
 
     Those on the weights themselves stay: type, shape, dtype, device and attributes, among which are the names and dtypes of
     the inner tensors. They run when a module's dictionaries have changed.
-    :class:`~intscale_compile.passes.packed_weights.BoundGraph` looks at the identity of the inner tensors at each call, and at the
+    :class:`~intscale_compile.compile.binding.BoundGraph` looks at the identity of the inner tensors at each call, and at the
     layout of new ones. The first weight keeps all its guards, which run at each call: what changes every weight of a model in
     place, such as ``model.half()``, compiles the graph again.
 

@@ -2,8 +2,8 @@
 
 from ..compile.recorder.compilation import FINAL, Compilation, generated_files, last_compilation, remember
 from ..compile.recorder.stages import StageRecorder
-from .bisect import Bisection, bisect
-from .compare import Comparison, compare
+from .bisection import Bisection, bisect
+from .comparison import Comparison, compare
 from .knobs import debug_patches, write_compilation
 from .logs import connect, log_compilation
 from .trace import NodeTrace, trace_node

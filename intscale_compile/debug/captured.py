@@ -13,8 +13,11 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, fx, nn
 
-from ..compile.options import Settings
+from ..compile.binding import bind, copied
+from ..passes import PASSES
 from ..passes.base import GraphRewrite, Pass, apply_passes
+from ..passes.match import dotted_name
+from ..passes.settings import Settings
 from ..tensors.intscale_tensor import IntScaleTensor
 
 _calls = itertools.count()
@@ -70,8 +73,6 @@ class CapturedModel:
 
     def run(self, passes: Sequence[Pass], off: Collection[str] = ()) -> Any:
         """What the model returns after some passes, in plain PyTorch, with the layers in ``off`` in high precision."""
-        from ..backend import bind
-
         for graph in self.graphs:
             rewrite, exchanged = self._rewrite(graph, passes, off)
             graph.run = _exchanging(bind(rewrite, lambda module, _: module.forward), exchanged)
@@ -80,8 +81,6 @@ class CapturedModel:
     def _rewrite(
         self, graph: _Graph, passes: Sequence[Pass], off: Collection[str]
     ) -> tuple[GraphRewrite, dict[int, Tensor]]:
-        from ..backend import copied
-
         exchanged = {i: self._originals[n] for i, n in self._quantized(graph) if n in off and n in self._originals}
         inputs = [exchanged.get(i, value) for i, value in enumerate(graph.example_inputs)]
         skip = (*self._settings.skip, *map(re.escape, off))
@@ -92,7 +91,6 @@ class CapturedModel:
 
     def _quantized(self, graph: _Graph) -> list[tuple[int, str]]:
         """Index and name of the inputs that are quantized weights."""
-        from ..passes.match import dotted_name
 
         nodes = [node for node in graph.gm.graph.nodes if node.op == "placeholder"]
         pairs = zip(itertools.count(), nodes, graph.example_inputs)
@@ -100,7 +98,6 @@ class CapturedModel:
 
     def _find_layers(self) -> tuple[str, ...]:
         """Names of the weights whose products are quantized, in order of execution."""
-        from ..passes import PASSES
 
         first = [one for one in PASSES if one.name in ("match", "insert_qdq", "experts")]
         found: dict[str, None] = {}

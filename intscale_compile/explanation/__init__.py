@@ -13,7 +13,8 @@ from ..compile.options import parse_options
 from .collect import explanation, run
 from .compiled import compiled_with
 from .difference import Difference, diff
-from .report import Explanation, GemmReport, GraphPart, LayerReport
+from .records import GemmReport, GraphPart, LayerReport
+from .report import Explanation
 from .roofline import gpu_named
 
 __all__ = ["Difference", "Explanation", "GemmReport", "GraphPart", "LayerReport", "diff", "explain"]

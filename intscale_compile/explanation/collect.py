@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 from torch import Tensor, fx, nn
 
-from ..backend import bind, collectives_pass, note_collectives, rewrite_graph
-from ..compile.options import Settings
+from ..backend import collectives_pass, note_collectives
+from ..compile.binding import bind, rewrite_graph
 from ..debug.captured import fresh_call
 from ..integrations.dtensors import local_tensor
 from ..kernels.hadamard import HADAMARD_QUANTIZE_OP
@@ -22,6 +22,7 @@ from ..kernels.w4a8_gated import GATED_OP
 from ..kernels.w4a8_residual import LINEAR_ADD_OP
 from ..passes import Candidate, GraphRewrite
 from ..passes.packed_weights import Packed
+from ..passes.settings import Settings
 from ..reasons import Reason
 from ..tensors.intscale_tensor import IntScaleTensor
 from .blocks import TensorNames, block_of, repeated_blocks, without_wrappers
@@ -29,7 +30,8 @@ from .gemms import PRODUCTS, gemm_report, measure_us
 from .graphs import GraphRecorder
 from .kernels import kernel_name, kernel_notes
 from .layers import not_reached, quantized_layer, refused_layer, stored_bytes, unpacked_bytes
-from .report import Explanation, GemmReport, GraphPart, LayerReport
+from .records import GemmReport, GraphPart, LayerReport
+from .report import Explanation
 from .roofline import ASSUMED, Gpu, gpu_of_device
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..passes.collective_report import CollectiveReport
 from .blocks import block_of
-from .report import LayerReport
+from .records import LayerReport
 
 LEAST = 3  # blocks alike: fewer are shorter to read one by one
 

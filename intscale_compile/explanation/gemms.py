@@ -18,7 +18,7 @@ from ..kernels.w4a8_residual import LINEAR_ADD_OP
 from ..passes import GraphRewrite
 from ..passes.base import example
 from ..tensors.intscale_tensor import IntScaleTensor
-from .report import GemmReport
+from .records import GemmReport
 from .roofline import Gpu, predict_us
 
 PRODUCTS = (LINEAR_OP, LINEAR_ADD_OP, GATED_OP, GROUPED_OP)

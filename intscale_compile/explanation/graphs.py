@@ -16,7 +16,7 @@ from torch import fx
 from ..passes import GraphRewrite
 from .blocks import TensorNames, block_of, dotted
 from .node_text import expression, kind
-from .report import GraphPart
+from .records import GraphPart
 
 CLEANUP = "remove unused nodes"  # what apply_passes does after the last pass
 _OUTSIDE = re.compile("\0(\\d+)\0")  # a value of another part: its number in order of use, since its name varies

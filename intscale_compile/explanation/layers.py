@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from .. import format as fmt
 from ..integrations.dtensors import local_tensor
 from ..passes import Candidate
-from ..quantization import is_conv1d
 from ..reasons import Reason
 from ..tensors.expert_layers import expert_stacks
 from ..tensors.intscale_tensor import IntScaleTensor
-from .report import LayerReport
+from ..tensors.selection import is_conv1d
+from .records import LayerReport
 
 
 def stored_bytes(weight: Tensor) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from .folding import Fold, FoldedCollective, fold, fold_collectives
-from .report import Explanation
+from .records import Records
 
 NEVER = sys.maxsize  # a threshold that no message reaches
 HEADER = ("layer", "N x K", "tokens", "decision", "activation", "group", "scales", "headroom", "gemm", "kernel")
@@ -14,7 +14,7 @@ COLLECTIVES = (
 )  # fmt: skip
 
 
-def table(report: Explanation, folded: bool) -> str:
+def table(report: Records, folded: bool) -> str:
     """One line for each layer, or for each of those that repeat; then reasons, notes and totals."""
     folds = fold(report.layers, report.blocks) if folded else [Fold(x.name, (x,)) for x in report.layers]
     lines = _columns([HEADER, *map(row, folds)])
@@ -50,7 +50,7 @@ def collective_row(fold: FoldedCollective) -> tuple[str, ...]:
     )
 
 
-def collective_totals(report: Explanation) -> list[str]:
+def collective_totals(report: Records) -> list[str]:
     """A line about all collectives, where there are any."""
     if not report.collectives:
         return []
@@ -87,7 +87,7 @@ def row(one: Fold) -> tuple[str, ...]:
     )
 
 
-def totals(report: Explanation) -> str:
+def totals(report: Records) -> str:
     """The last line: what became of the whole model."""
     done = len(report.layers) - len(report.fallbacks)
     total = (

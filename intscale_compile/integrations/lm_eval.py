@@ -25,8 +25,8 @@ from ..config import IntScaleConfig
 from ..errors import ConfigError, VersionError
 from ..importing import import_quantized
 from ..importing.checkpoint_files import FORMATS
-from ..quantization import linears_and_experts
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.selection import linears_and_experts
 
 try:
     from lm_eval.api.registry import register_model

@@ -18,7 +18,7 @@ from ..format import pack_block
 from .gluon_tiles import fits_resident
 from .launching import collecting, described, launch
 from .split_k import take_counters
-from .tiles import Tile, schedule_name
+from .tile import Tile, schedule_name
 
 TRITON_RELEASES = ((3, 6), (3, 7))  # later ones moved shared-memory allocation and the mbarrier calls
 MAX_PER_CHANNEL_K = 1 << 17  # codes are 16 times too large until the epilogue: 16 * 8 * 127 * K < 2**31

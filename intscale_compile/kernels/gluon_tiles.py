@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Optional
 
-from .tiles import SM_COUNT, Tile, tile_count
+from .tile import SM_COUNT, Tile, tile_count
 
 SCHEDULES = ("fold", "accumulate", "none", "float", "int8")
 SCALE_BYTES = {"fold": 1, "accumulate": 1, "none": 0, "float": 4, "int8": 0}

@@ -9,7 +9,7 @@ Swept on an H100 with the experts of Mixtral-8x7B (``benchmarks/grouped.py --swe
 
 from __future__ import annotations
 
-from .tiles import SM_COUNT, Tile, tile_count
+from .tile import SM_COUNT, Tile, tile_count
 
 
 def choose_grouped_tile(

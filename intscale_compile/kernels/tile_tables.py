@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Optional
 
 from ..errors import ConfigError
 from .gluon_tiles import SCHEDULES, illegal
-from .tiles import Tile
+from .tile import Tile
 
 VERSION = 1
 SHIPPED = Path(__file__).parent / "tables"

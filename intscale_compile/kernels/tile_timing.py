@@ -23,7 +23,8 @@ from torch import Tensor
 from .. import format as fmt
 from ..errors import ConfigError
 from .gluon_tiles import gluon_candidates
-from .tiles import Tile, choose_tile, schedule_name, table_schedule
+from .tile import Tile, schedule_name, table_schedule
+from .tiles import choose_tile
 
 WORKERS = 16
 COPY_BYTES = 3e9  # of all copies of one weight

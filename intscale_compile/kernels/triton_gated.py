@@ -19,7 +19,7 @@ from ..format import schedule_bits
 from . import gluon_launch
 from .gluon_tiles import DECODE_TOKENS, gated_tile
 from .launching import launch
-from .tiles import Tile, schedule_name
+from .tile import Tile, schedule_name
 from .triton_gemm import gluon_obstacle, pick_tile, rows_of, schedule_flags, use_ptx
 from .triton_tile import accumulate_tile, add_bias, dequantize_tile, tile_position
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..format import k_alignment, pack_block, schedule_bits
 from . import gluon_launch
 from .launching import launch
-from .tiles import Tile, choose
+from .tile import Tile
+from .tiles import choose
 from .triton_tile import accumulate_tile, add_bias, dequantize_tile, tile_position
 
 FOLD_SCALE_BITS = 4  # 8 * 15 = 120 is the largest product of code and scale that an int8 holds with room for the offset

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..format import schedule_bits
 from .grouped_tiles import choose_grouped_tile
 from .launching import launch
-from .tiles import Tile
+from .tile import Tile
 from .triton_gemm import capability, schedule_flags, use_ptx
 from .triton_tile import accumulate_tile, add_bias, dequantize_tile, tile_position
 

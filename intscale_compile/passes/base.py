@@ -13,11 +13,11 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..compile.options import Settings
 from ..reasons import Reason
 from ..tensors.intscale_tensor import IntScaleTensor
 from .collective_report import CollectiveReport
 from .packed_weights import Packed, WeightSource
+from .settings import Settings
 
 EXAMPLE = "example_value"  # where Dynamo keeps a node's fake tensor
 
@@ -198,6 +198,18 @@ def mark_static_input(node: fx.Node) -> None:
 def example(node: Any) -> Any:
     """The fake tensor of a node, or None."""
     return node.meta.get(EXAMPLE, node.meta.get("val")) if isinstance(node, fx.Node) else node
+
+
+def module_path(node: fx.Node) -> str:
+    """``model.layers.0.mlp`` from the stack of modules that Dynamo noted, or an empty text."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path: str = next(reversed(stack.values()))[0]
+    path = path.partition("]")[2] if path.startswith("L[") else path
+    return (
+        path.replace("_modules.", "").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").strip(".")
+    )
 
 
 @dataclass(frozen=True)

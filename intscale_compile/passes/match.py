@@ -18,10 +18,10 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..integrations.dtensors import is_dtensor, local_tensor
-from ..quantization import LEFT_OUT
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from ..tensors.expert_layers import ROUTER_CLASS, ROUTER_NAMES
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.selection import LEFT_OUT
 from .base import Candidate, GraphRewrite, Pass, example, writes_in_place
 from .other_products import other_products
 from .packed_weights import WeightSource

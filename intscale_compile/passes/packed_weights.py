@@ -21,7 +21,8 @@ from torch._C import DisableTorchFunctionSubclass
 from ..config import IntScaleConfig
 from ..errors import CompileError
 from ..tensors.activation_parts import same_part
-from ..tensors.intscale_tensor import DATA_NAMES, IntScaleTensor
+from ..tensors.fields import DATA_NAMES
+from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.joined_rows import joined_in_place
 from ..tensors.operators import concatenate
 
@@ -42,7 +43,6 @@ def _version(tensor: Tensor) -> int:
 
 
 _data = operator.attrgetter(*DATA_NAMES)
-_plain_version = operator.attrgetter("_version")
 
 
 def _anchor(tensor: Tensor) -> Tensor:
@@ -211,145 +211,3 @@ class ConcatenatedBias:
         for first, tensor in zip(self.first_rows, tensors):
             joined[first : first + tensor.shape[0]] = tensor.detach()
         return joined
-
-
-@dataclass
-class _Binding:
-    """The packed inputs for one set of weights.
-
-    Attributes:
-        versions: of the weights whose data the packed inputs are copies of, from the arguments of a call.
-        bound: what ``versions`` gave when the copies were made.
-        values: packed inputs that are not inner tensors of a weight themselves.
-        pick: takes the inputs of the compiled graph out of ``(*args, *inner tensors of the weights, *values)``.
-        alive: weak references that drop this binding when a weight is gone.
-    """
-
-    versions: Callable[[Sequence[Any]], tuple]
-    bound: tuple
-    values: list[Tensor]
-    pick: Callable[[Sequence[Any]], tuple]
-    alive: list[weakref.ref]
-
-
-class BoundGraph:
-    """A compiled graph behind the signature of the original one: swaps weights for packed tensors at each call.
-
-    A call looks at the identity of every inner tensor of its weights. Packed inputs that are these tensors, or that they
-    are row slices of, see every write; versions are asked only where a packed input is a copy. What was bound for one
-    set of weights is found again when the graph serves many layers.
-
-    Args:
-        kept: indices of the original inputs that the compiled graph still takes.
-        packed: recipe and part (a data name of ``IntScaleTensor``, or None for the value itself) of each packed input.
-
-    ``compiled`` is set afterwards; it takes the kept inputs, then the packed ones.
-
-    Raises:
-        CompileError: at a call, if an inner tensor of a weight was exchanged for one of another layout.
-    """
-
-    def __init__(self, kept: Sequence[int], packed: Sequence[tuple[Any, Optional[str]]]):
-        self.compiled: Callable
-        self._kept = tuple(kept)
-        self._packed = tuple(packed)
-        self._bindings: dict[tuple[int, ...], _Binding] = {}
-        self._layouts: list[tuple] = []
-        self._quantized: Optional[Callable[[Sequence[Any]], tuple]] = None
-        self._plain: Callable[[Sequence[Any]], tuple]
-        self._parts: list[Callable[[IntScaleTensor], tuple]]
-
-    def inputs(self, args: Sequence[Any], convert: Callable[[Tensor], Tensor] = lambda value: value) -> list[Any]:
-        """The arguments of the compiled graph for those of the original one; ``convert`` sees the packed ones."""
-        given = self._given(args)
-        packed = given[len(self._kept) :]
-        self._layouts = list(map(_layout, packed))
-        return [*given[: len(self._kept)], *map(convert, packed)]
-
-    def _given(self, args: Sequence[Any]) -> tuple:
-        with DisableTorchFunctionSubclass():  # otherwise each attribute of a tensor subclass costs some microseconds
-            inner = self._inner(args)
-            binding = self._bindings.get((*map(id, inner), *map(id, self._plain(args))))
-            if binding is None or binding.versions(args) != binding.bound:
-                binding = self._bind(args)
-                inner = self._inner(args)  # binding may have exchanged inner tensors for slices of merged ones
-            return binding.pick((*args, *inner, *binding.values))
-
-    def _inner(self, args: Sequence[Any]) -> list[Tensor]:
-        """Inner tensors of the quantized weights among the arguments."""
-        if self._quantized is None:  # Dynamo guards types and attributes of inputs, so the first call decides
-            watched = sorted({s.index for recipe, _ in self._packed for s in recipe.sources if s.index is not None})
-            self._plain = _picker([i for i in watched if not isinstance(args[i], IntScaleTensor)])
-            quantized = [i for i in watched if isinstance(args[i], IntScaleTensor)]
-            self._quantized = _picker(quantized)
-            self._parts = [operator.attrgetter(*args[i].data_names) for i in quantized]
-        return [part for parts, weight in zip(self._parts, self._quantized(args)) for part in parts(weight)]
-
-    def _bind(self, args: Sequence[Any]) -> _Binding:
-        given, copied = [], set()
-        for recipe, part in self._packed:
-            value = recipe.resolve(args)
-            given.append(value if part is None else getattr(value, part))
-            copied |= _copied(given[-1], recipe, part, args)
-        self._check(given)
-        inner, plain = self._inner(args), self._plain(args)
-        place = {id(tensor): len(args) + i for i, tensor in enumerate(inner)}
-        values = [value for value in given if id(value) not in place]
-        place.update((id(value), len(args) + len(inner) + i) for i, value in enumerate(values))
-        versions = _version_getter(sorted(copied), args)
-        key = (*map(id, inner), *map(id, plain))
-        forget = lambda _, key=key: self._bindings.pop(key, None)  # noqa: E731
-        binding = _Binding(
-            versions,
-            versions(args),
-            values,
-            _picker([*self._kept, *(place[id(value)] for value in given)]),
-            [weakref.ref(tensor, forget) for tensor in (*inner, *plain)],
-        )
-        self._bindings[key] = binding
-        return binding
-
-    def _check(self, given: Sequence[Tensor]) -> None:
-        """The inner tensors of a weight have no guards of their own."""
-        for value, layout, (recipe, part) in zip(given, self._layouts, self._packed):
-            if _layout(value) != layout:
-                raise CompileError(
-                    f"{recipe.sources[0].name}: {part or recipe.key[0]} has changed since its graph was compiled, from "
-                    f"(shape, strides, dtype, device) {layout} to {_layout(value)}: call torch._dynamo.reset()."
-                )
-
-    def __call__(self, *args: Any) -> Any:
-        """Run the compiled graph on the arguments of the original one."""
-        return self.compiled(*self._given(args))
-
-
-def _layout(value: Tensor) -> tuple:
-    return tuple(value.shape), value.stride(), value.dtype, value.device
-
-
-def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:
-    """A function that returns the entries at ``indices`` as a tuple."""
-    if len(indices) > 1:
-        return operator.itemgetter(*indices)
-    return lambda entries: tuple(entries[i] for i in indices)
-
-
-def _copied(value: Tensor, recipe: Any, part: Optional[str], args: Sequence[Any]) -> set[int]:
-    """Indices of the inputs that ``value`` is a copy of, so that it does not see a write to them."""
-    memory = value.untyped_storage().data_ptr()
-    copied = set()
-    for source in recipe.sources:
-        weight = source.tensor(args)
-        inner = getattr(weight, part) if part is not None and isinstance(weight, IntScaleTensor) else None
-        shared = inner is not None and inner.untyped_storage().data_ptr() == memory
-        if source.index is not None and not shared:
-            copied.add(source.index)
-    return copied
-
-
-def _version_getter(indices: Sequence[int], args: Sequence[Any]) -> Callable[[Sequence[Any]], tuple]:
-    """A function from the arguments of a call to the versions of those at ``indices``."""
-    pick = _picker(indices)
-    if any(isinstance(args[i], IntScaleTensor) or args[i].is_inference() for i in indices):
-        return lambda args: tuple(map(version_of, pick(args)))
-    return lambda args: tuple(map(_plain_version, pick(args)))

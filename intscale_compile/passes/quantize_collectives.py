@@ -34,6 +34,7 @@ from ..communication.link_table import Link, Times, link_of, times_of
 from ..communication.message import WireFormat
 from ..kernels.abi import KERNEL_ABI
 from ..reasons import Reason, log_once
+from .base import module_path
 from .collective_flow import gathers_input, is_backward, reaches_product
 from .collective_report import CollectiveReport
 
@@ -255,8 +256,6 @@ def _shape(x: Tensor, kind: str, ranks: Optional[int]) -> str:
 
 
 def _name(node: fx.Node) -> str:
-    from ..compile.recorder.stages import module_path
-
     module = module_path(node)
     return f"{module}.{node.name}" if module else node.name
 

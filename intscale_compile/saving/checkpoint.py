@@ -15,7 +15,8 @@ from torchao.prototype.safetensors.safetensors_support import flatten_tensor_sta
 from ..config import IntScaleConfig
 from ..errors import CheckpointError, ConfigError
 from ..integrations.dtensors import local_tensor
-from ..tensors.intscale_tensor import ABSENT, ALL_NAMES, IntScaleTensor
+from ..tensors.fields import ABSENT, ALL_NAMES
+from ..tensors.intscale_tensor import IntScaleTensor
 from .shard_writing import gather_shards, is_divided
 
 PathLike = Union[str, Path]

@@ -22,7 +22,7 @@ from ..integrations.after_import import after_import
 from ..integrations.dtensors import is_dtensor, local_tensor
 from ..parallel.sharding import Layout, chunk
 from ..tensors.activation_parts import PER_WEIGHT
-from ..tensors.intscale_tensor import DATA_NAMES
+from ..tensors.fields import DATA_NAMES
 from .checkpoint import PathLike, stored_tensor
 from .shard_writing import gather_shards, is_divided
 

@@ -25,7 +25,8 @@ from ..errors import CheckpointError, ShardingError
 from ..integrations.dtensors import is_dtensor, local_tensor
 from ..parallel.sharding import shared_parts, unshard
 from ..tensors.activation_parts import PER_WEIGHT
-from ..tensors.intscale_tensor import ATTRIBUTE_NAMES, IntScaleTensor
+from ..tensors.fields import ATTRIBUTE_NAMES
+from ..tensors.intscale_tensor import IntScaleTensor
 
 RECORD = "_intscale_divided"  # attribute of a module that ``parallelize`` divided: a list of ``Divided``
 NOT_STORED = ("packing_format", "communication")  # attributes in which a stored shard may differ from the model's

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..integrations.after_import import after_import
 from ..kernels.quantize_per_token import check_activation
 from ..kernels.w4a8_grouped import GROUPED_OP
 from ..ops import KERNEL_ABI
@@ -22,7 +21,6 @@ from .intscale_tensor import IntScaleTensor
 from .linear import quantize_activation
 
 IMPLEMENTATION = "intscale"
-_MOE_MODULE = "transformers.integrations.moe"
 
 
 def grouped_linear(
@@ -165,15 +163,3 @@ def _stack(weight: Tensor) -> Optional[IntScaleTensor]:
     if not isinstance(weight, IntScaleTensor):
         return None
     return weight.transpose(-2, -1) if weight.transposed else weight  # type: ignore[return-value]
-
-
-def _register(moe: Any) -> None:
-    from . import expert_operators as expert_ops
-
-    moe.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-    expert_ops.register_fallback(torch.ops.transformers.grouped_mm_fallback)
-
-
-def register_experts_implementation() -> None:
-    """Offer ``"intscale"`` to transformers: now where it is imported, else when it will be."""
-    after_import(_MOE_MODULE, _register)

@@ -10,7 +10,7 @@ the codes is lost but the rounding of the scales, which :func:`scale_rounding_sn
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from torch import Tensor
 from .. import format as fmt
 from ..config import GROUP_SIZES
 from ..errors import ConfigError, OverflowProofError, WeightError
-from .intscale_tensor import IntScaleTensor, _stacked, resolve_packing
 from .scale_search import SMALLEST_STEP
+
+if TYPE_CHECKING:
+    from .intscale_tensor import IntScaleTensor
 
 # Integers tried for the largest group scale of a row, counted down from the largest that there is; the others follow.
 ROW_CANDIDATES = 32
@@ -43,61 +45,31 @@ class _Codes(NamedTuple):
         return centered
 
 
-def from_codes(
+class IntegerWeight(NamedTuple):
+    """One matrix with integer group scales: codes int8 ``[N, Kp]``, group scales ``[N, G]``, row scales fp32 ``[N, 1]``."""
+
+    codes: Tensor
+    group_scale: Tensor
+    row_scale: Tensor
+    zero_point: Optional[Tensor]
+    scale_bits: int
+
+
+def integer_weight(
     codes: Tensor,
     group_scale: Tensor,
-    *,
+    zero_point: Optional[Tensor],
     group_size: int,
-    zero_point: Optional[Tensor] = None,
-    scale_bits: int = 8,
-    amplifier: Union[str, int] = "row",
-    weight_bits: int = 4,
-    dtype: torch.dtype = torch.bfloat16,
-    packing_format: str = "auto",
-    name: str = "weight",
-) -> IntScaleTensor:
-    """Build a weight from codes that stay as they are and float group scales that become integers.
-
-        W[n, k] = group_scale[n, k // group_size] * (codes[n, k] - zero_point[n, k // group_size])
-
-    Two kinds of group change their codes and not their weights. A group with scale 0 gets codes equal to its zero point
-    and scale 1. A group with a negative scale gets ``-codes`` and the positive scale, or, with zero points,
-    ``-1 - codes`` and ``-1 - zero_point``, which always fit.
-
-    With ``amplifier="row"`` the row scale is searched: the largest group scale of the row stands for each of the
-    32 largest integers in turn, the row scale is fitted to the integers by least squares, and the least
-    squared error of the weights is kept. A row whose overflow proof fails is converted again with one bit less.
-
-    Args:
-        codes: int8 ``[N, K]`` or ``[E, N, K]`` in [-8, 7]; in [-127, 127] where ``weight_bits`` is 8.
-        group_scale: floating point ``[..., N, ceil(K / group_size)]``; ``[..., N, 1]`` per channel.
-        group_size: weights that share one scale: 32, 64, 128, 256, or -1 per channel.
-        zero_point: integers of the shape of ``group_scale`` in [-8, 7], on the scale of the codes; None: symmetric.
-        scale_bits: bits of the integer group scales, 1 to 8. Used with ``amplifier="row"``.
-        amplifier: ``"row"``, ``"layer"`` or an integer.
-        weight_bits: 4, or 8: per channel and symmetric.
-        dtype: the dtype that the tensor claims.
-        packing_format: ``"plain"``, ``"tiled"`` or ``"auto"``.
-        name: named in error messages.
+    scale_bits: int,
+    amplifier: Union[str, int],
+    weight_bits: int,
+    name: str,
+) -> IntegerWeight:
+    """The parts of one matrix, for arguments as of ``IntScaleTensor.from_codes`` that ``check_from_codes`` has seen.
 
     Raises:
-        ConfigError: an argument that says how has a value that is not supported.
-        WeightError: codes, scales or zero points have another shape or dtype, or are out of range; a negative scale
-            meets a code of -8 without a zero point.
-        OverflowProofError: the accumulator of a row cannot be proved free of overflow.
+        WeightError, OverflowProofError: as there.
     """
-    _check_how(group_size, scale_bits, amplifier, weight_bits, zero_point)
-    if codes.dim() == 3:
-        _check_experts(codes, group_scale, zero_point, name)
-        experts = (
-            from_codes(
-                codes[e], group_scale[e], group_size=group_size, zero_point=None if zero_point is None else zero_point[e],
-                scale_bits=scale_bits, amplifier=amplifier, weight_bits=weight_bits, dtype=dtype,
-                packing_format=packing_format, name=f"{name}[{e}]",
-            )
-            for e in range(codes.shape[0])
-        )  # fmt: skip
-        return _stacked(experts, codes.shape[0])
     weight = _checked(codes, group_scale, zero_point, group_size, weight_bits, name)
     weight = _positive(_without_zero_scales(weight), weight_bits, name)
     if amplifier == "row":
@@ -106,27 +78,20 @@ def from_codes(
     else:
         integers, row_scale = _amplified(weight, amplifier, name)
         bits = max(1, int(integers.max()).bit_length())
-    tensor = IntScaleTensor(
-        weight.codes if weight_bits == 8 else fmt.pack_int4(weight.codes, group_size),
+    return IntegerWeight(
+        weight.codes,
         integers.to(torch.uint8 if bits <= 8 else torch.int16),
         row_scale.clamp(min=SMALLEST_STEP).to(torch.float32),
-        [1, group_size],
-        weight.in_features,
-        codes.shape[0],
-        bits,
-        "plain",
-        False,
-        dtype,
         weight.zero_point,
+        bits,
     )
-    return tensor.to_packing(resolve_packing(packing_format, codes.device))
 
 
 def scale_rounding_snr(tensor: IntScaleTensor, group_scale: Tensor) -> float:
     """What rounding the scales cost: signal to noise of the dequantized weight against its float scales, in dB.
 
     Args:
-        tensor: made by :func:`from_codes`.
+        tensor: made by ``IntScaleTensor.from_codes``.
         group_scale: the float scales it was made from, ``[..., N, ceil(K / group_size)]``.
 
     Returns:
@@ -165,7 +130,10 @@ def _padded(part: Tensor, groups: int) -> Tensor:
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_how(group_size: int, scale_bits: int, amplifier, weight_bits: int, zero_point: Optional[Tensor]) -> None:
+def check_from_codes(
+    group_size: int, scale_bits: int, amplifier, weight_bits: int, zero_point: Optional[Tensor]
+) -> None:
+    """Raise ``ConfigError`` unless the arguments that say how have supported values."""
     if group_size not in GROUP_SIZES:
         raise ConfigError(f"from_codes: group_size={group_size!r} is not supported: use one of {GROUP_SIZES}.")
     if scale_bits not in range(1, 9):
@@ -181,7 +149,8 @@ def _check_how(group_size: int, scale_bits: int, amplifier, weight_bits: int, ze
         )
 
 
-def _check_experts(codes: Tensor, group_scale: Tensor, zero_point: Optional[Tensor], name: str) -> None:
+def check_stack(codes: Tensor, group_scale: Tensor, zero_point: Optional[Tensor], name: str) -> None:
+    """Raise ``WeightError`` unless scales and zero points belong to the stack ``[E, N, K]`` of codes."""
     parts = {"group_scale": group_scale, "zero_point": zero_point}
     for part, value in parts.items():
         if value is not None and (value.dim() != 3 or value.shape[0] != codes.shape[0]):

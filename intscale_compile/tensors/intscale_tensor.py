@@ -13,12 +13,13 @@ from .. import format as fmt
 from ..config import IntScaleConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedOpError
 from ..kernels.dequantize import WEIGHT_OP
+from ..kernels.hadamard import hadamard_transform
 from . import activation_parts
+from .fields import ABSENT, ALL_NAMES, ATTRIBUTE_NAMES, DATA_NAMES, TensorParts
+from .from_codes import check_from_codes, check_stack, integer_weight
 from .scale_search import quantize_weight
+from .validate import validate_tensor
 from .weight_checks import check_weight
-
-SCALE_DTYPES = (torch.uint8, torch.int16)
-QDATA_DTYPES = (torch.uint8, torch.int8)
 
 
 class IntScaleTensor(TorchAOBaseTensor):
@@ -53,74 +54,24 @@ class IntScaleTensor(TorchAOBaseTensor):
         CheckpointError: the parts contradict each other.
     """
 
-    tensor_data_names = ["qdata", "scale", "per_tensor_scale"]
-    tensor_attribute_names = [
-        "block_size",
-        "in_features",
-        "out_features",
-        "scale_bits",
-        "packing_format",
-        "transposed",
-        "dtype",
-    ]
-    optional_tensor_data_names = ["zero_point", "act_pre_scale", "input_order"]
-    optional_tensor_attribute_names = ["rotation", "communication"]
+    tensor_data_names = [name for name in DATA_NAMES if name not in ABSENT]
+    tensor_attribute_names = [name for name in ATTRIBUTE_NAMES if name not in ABSENT]
+    optional_tensor_data_names = [name for name in DATA_NAMES if name in ABSENT]
+    optional_tensor_attribute_names = [name for name in ATTRIBUTE_NAMES if name in ABSENT]
 
-    def __new__(  # noqa: D102  (the class says what the arguments are)
-        cls,
-        qdata: Tensor,
-        scale: Tensor,
-        per_tensor_scale: Tensor,
-        block_size: list,
-        in_features: int,
-        out_features: int,
-        scale_bits: int,
-        packing_format: str,
-        transposed: bool,
-        dtype: torch.dtype,
-        zero_point: Optional[Tensor] = None,
-        act_pre_scale: Optional[Tensor] = None,
-        input_order: Optional[Tensor] = None,
-        rotation: int = 0,
-        communication: Optional[str] = None,
-    ):
-        matrix = (in_features, out_features) if transposed else (out_features, in_features)
-        shape = (*qdata.shape[:-2], *matrix)
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=qdata.device, requires_grad=False)
+    def __new__(cls, *args, **kwargs):  # noqa: D102  (TensorParts has the arguments, the class says what they are)
+        parts = TensorParts(*args, **kwargs)
+        n, k = parts.out_features, parts.in_features
+        shape = (*parts.qdata.shape[:-2], *((k, n) if parts.transposed else (n, k)))
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=parts.dtype, device=parts.qdata.device, requires_grad=False
+        )
 
-    def __init__(
-        self,
-        qdata: Tensor,
-        scale: Tensor,
-        per_tensor_scale: Tensor,
-        block_size: list,
-        in_features: int,
-        out_features: int,
-        scale_bits: int,
-        packing_format: str,
-        transposed: bool,
-        dtype: torch.dtype,
-        zero_point: Optional[Tensor] = None,
-        act_pre_scale: Optional[Tensor] = None,
-        input_order: Optional[Tensor] = None,
-        rotation: int = 0,
-        communication: Optional[str] = None,
-    ):
+    def __init__(self, *args, **kwargs):
         super().__init__()
-        self.qdata = qdata
-        self.scale = scale
-        self.per_tensor_scale = per_tensor_scale
-        self.block_size = block_size
-        self.in_features = in_features
-        self.out_features = out_features
-        self.scale_bits = scale_bits
-        self.packing_format = packing_format
-        self.transposed = transposed
-        self.zero_point = zero_point
-        self.act_pre_scale = act_pre_scale
-        self.input_order = input_order
-        self.rotation = rotation
-        self.communication = communication
+        for name, value in TensorParts(*args, **kwargs)._asdict().items():
+            if name != "dtype":
+                setattr(self, name, value)
 
     @property
     def group_scale(self) -> Tensor:
@@ -220,16 +171,60 @@ class IntScaleTensor(TorchAOBaseTensor):
         packing_format: str = "auto",
         name: str = "weight",
     ) -> IntScaleTensor:
-        """A weight that is quantized already, with its codes as they are: only the float scales become integers.
+        """Build a weight from codes that stay as they are and float group scales that become integers.
 
-        See :func:`~intscale_compile.tensors.from_codes.from_codes`.
+            W[n, k] = group_scale[n, k // group_size] * (codes[n, k] - zero_point[n, k // group_size])
+
+        Two kinds of group change their codes and not their weights. A group with scale 0 gets codes equal to its zero point
+        and scale 1. A group with a negative scale gets ``-codes`` and the positive scale, or, with zero points,
+        ``-1 - codes`` and ``-1 - zero_point``, which always fit.
+
+        With ``amplifier="row"`` the row scale is searched: the largest group scale of the row stands for each of the
+        32 largest integers in turn, the row scale is fitted to the integers by least squares, and the least
+        squared error of the weights is kept. A row whose overflow proof fails is converted again with one bit less.
+
+        Args:
+            codes: int8 ``[N, K]`` or ``[E, N, K]`` in [-8, 7]; in [-127, 127] where ``weight_bits`` is 8.
+            group_scale: floating point ``[..., N, ceil(K / group_size)]``; ``[..., N, 1]`` per channel.
+            group_size: weights that share one scale: 32, 64, 128, 256, or -1 per channel.
+            zero_point: integers of the shape of ``group_scale`` in [-8, 7], on the scale of the codes; None: symmetric.
+            scale_bits: bits of the integer group scales, 1 to 8. Used with ``amplifier="row"``.
+            amplifier: ``"row"``, ``"layer"`` or an integer.
+            weight_bits: 4, or 8: per channel and symmetric.
+            dtype: the dtype that the tensor claims.
+            packing_format: ``"plain"``, ``"tiled"`` or ``"auto"``.
+            name: named in error messages.
+
+        Raises:
+            ConfigError: an argument that says how has a value that is not supported.
+            WeightError: codes, scales or zero points have another shape or dtype, or are out of range; a negative scale
+                meets a code of -8 without a zero point.
+            OverflowProofError: the accumulator of a row cannot be proved free of overflow.
         """
-        from .from_codes import from_codes
-
-        return from_codes(
-            codes, group_scale, group_size=group_size, zero_point=zero_point, scale_bits=scale_bits, amplifier=amplifier,
-            weight_bits=weight_bits, dtype=dtype, packing_format=packing_format, name=name,
-        )  # fmt: skip
+        check_from_codes(group_size, scale_bits, amplifier, weight_bits, zero_point)
+        how = dict(group_size=group_size, scale_bits=scale_bits, amplifier=amplifier, weight_bits=weight_bits)
+        if codes.dim() == 3:
+            check_stack(codes, group_scale, zero_point, name)
+            zeros = [None] * len(codes) if zero_point is None else zero_point
+            rest = dict(how, dtype=dtype, packing_format=packing_format)
+            parts = enumerate(zip(codes, group_scale, zeros))
+            experts = (cls.from_codes(c, s, zero_point=z, name=f"{name}[{e}]", **rest) for e, (c, s, z) in parts)
+            return _stacked(experts, codes.shape[0])
+        made = integer_weight(codes, group_scale, zero_point, name=name, **how)  # type: ignore[arg-type]
+        tensor = cls(
+            made.codes if weight_bits == 8 else fmt.pack_int4(made.codes, group_size),
+            made.group_scale,
+            made.row_scale,
+            [1, group_size],
+            codes.shape[-1],
+            codes.shape[0],
+            made.scale_bits,
+            "plain",
+            False,
+            dtype,
+            made.zero_point,
+        )
+        return tensor.to_packing(resolve_packing(packing_format, codes.device))
 
     def to_packing(self, packing_format: str) -> IntScaleTensor:
         """The same weight in ``"plain"`` or ``"tiled"`` packing; lossless, and a no-op where it is so packed already."""
@@ -252,15 +247,15 @@ class IntScaleTensor(TorchAOBaseTensor):
         return type(self)(*(parts[name] if name in parts else getattr(self, name) for name in ALL_NAMES))
 
     def with_activation_scale(self, scale: Union[Tensor, float, None]) -> IntScaleTensor:
-        """This weight with a static activation scale: :func:`~intscale_compile.tensors.activation_parts.with_activation_scale`."""
+        """This weight with a static activation scale: :func:`~.activation_parts.with_activation_scale`."""
         return activation_parts.with_activation_scale(self, scale)
 
     def with_rotation(self, size: int) -> IntScaleTensor:
-        """This weight, marked as rotated: :func:`~intscale_compile.tensors.activation_parts.with_rotation`."""
+        """This weight, marked as rotated: :func:`~.activation_parts.with_rotation`."""
         return activation_parts.with_rotation(self, size)
 
     def with_input_order(self, order: Optional[Tensor]) -> IntScaleTensor:
-        """This weight, its columns marked as ordered: :func:`~intscale_compile.tensors.activation_parts.with_input_order`."""
+        """This weight, its columns marked as ordered: :func:`~.activation_parts.with_input_order`."""
         return activation_parts.with_input_order(self, order)
 
     def dequantize(self, output_dtype: Optional[torch.dtype] = None) -> Tensor:
@@ -281,8 +276,6 @@ class IntScaleTensor(TorchAOBaseTensor):
             self.zero_point,
         )
         if self.rotation:
-            from ..kernels.hadamard import hadamard_transform
-
             dense = hadamard_transform(dense, self.rotation).to(dtype)
         if self.input_order is not None:
             dense = dense.index_select(-1, self.input_order.view(-1).argsort())
@@ -309,8 +302,6 @@ class IntScaleTensor(TorchAOBaseTensor):
         Raises:
             CheckpointError: naming what is wrong.
         """
-        from .validate import validate_tensor
-
         validate_tensor(self, name)
         return self
 
@@ -380,18 +371,6 @@ class IntScaleTensor(TorchAOBaseTensor):
             )
         self.validate()
 
-
-DATA_NAMES = (*IntScaleTensor.tensor_data_names, *IntScaleTensor.optional_tensor_data_names)
-ATTRIBUTE_NAMES = (*IntScaleTensor.tensor_attribute_names, *IntScaleTensor.optional_tensor_attribute_names)
-ALL_NAMES = (  # in the order of the constructor
-    *IntScaleTensor.tensor_data_names,
-    *IntScaleTensor.tensor_attribute_names,
-    *IntScaleTensor.optional_tensor_data_names,
-    *IntScaleTensor.optional_tensor_attribute_names,
-)
-ABSENT = {  # what absent parts mean
-    "zero_point": None, "act_pre_scale": None, "input_order": None, "rotation": 0, "communication": None,
-}  # fmt: skip
 
 # torchao's base class installs its own, unchecked one on every subclass, over what the class body says.
 IntScaleTensor.__setstate__ = IntScaleTensor._set_checked_state  # type: ignore[method-assign]

@@ -13,7 +13,8 @@ from .. import format as fmt
 from ..errors import UnsupportedOpError
 from ..kernels.cpu_gemm import forget
 from .activation_parts import PER_WEIGHT, same_part
-from .intscale_tensor import DATA_NAMES, IntScaleTensor
+from .fields import DATA_NAMES
+from .intscale_tensor import IntScaleTensor
 from .linear import linear
 
 aten = torch.ops.aten

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import format as fmt
 from ..config import GROUP_SIZES, is_wire_format
 from ..errors import CheckpointError
-from .intscale_tensor import ABSENT, DATA_NAMES, QDATA_DTYPES, SCALE_DTYPES, IntScaleTensor
+from .fields import ABSENT, DATA_NAMES, QDATA_DTYPES, SCALE_DTYPES
+
+if TYPE_CHECKING:
+    from .intscale_tensor import IntScaleTensor
 
 MEND = "the checkpoint is damaged or was written by another version: save it again from the original model."
 

@@ -20,8 +20,8 @@ from torch import nn
 from ..config import IntScaleConfig
 from ..errors import ConfigError, IntScaleError
 from ..kernels import tile_tables
+from ..kernels.tile import Tile
 from ..kernels.tile_timing import GpuBench, Job, Shape
-from ..kernels.tiles import Tile
 from ..tensors.intscale_tensor import IntScaleTensor
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -216,7 +216,7 @@ def test_other_families(family):
 
 def test_the_backend_leaves_out_what_calibrate_left_out(model, data):
     calibrate(model, data, Recipe(**SHORT), progress=False)
-    from intscale_compile.quantization import LEFT_OUT
+    from intscale_compile.tensors.selection import LEFT_OUT
 
     assert getattr(model.lm_head.weight, LEFT_OUT) is True
 

@@ -25,8 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from intscale_compile import format as fmt  # noqa: E402
 from intscale_compile import ops  # noqa: E402
 from intscale_compile.compile import compile_ahead  # noqa: E402
-from intscale_compile.compile.compile_times import CompileTime, timed  # noqa: E402
 from intscale_compile.compile.launchers_ahead import LaunchersAhead  # noqa: E402
+from intscale_compile.compile.times import CompileTime, timed  # noqa: E402
 from intscale_compile.kernels import gluon_launch, triton_attention, triton_gemm  # noqa: E402
 from intscale_compile.kernels.launching import GPU_IMPLEMENTATIONS, collected, launch  # noqa: E402
 from tests.support.fake_cuda import fake_cuda  # noqa: E402
@@ -344,7 +344,7 @@ def test_launches_start_again_after_collecting():
 
 
 def test_the_report_says_what_it_took():
-    from intscale_compile.compile import compile_times
+    from intscale_compile import compile_times
 
     ahead = compile_ahead.Ahead()
     ahead.kernels, ahead.ready, ahead.seconds = ("gemm_decode",) * 5, ("gemm_decode",) * 4, 3.21

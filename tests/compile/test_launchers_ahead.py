@@ -14,7 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 from torch._inductor.async_compile import AsyncCompile  # noqa: E402
 
-from intscale_compile.compile import (
+from intscale_compile.compile import (  # noqa: E402
     inductor_settings,  # noqa: E402
     launchers_ahead,  # noqa: E402
 )

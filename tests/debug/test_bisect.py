@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 
-from intscale_compile import ConfigError, InputError, IntScaleConfig, backend, bisect
+from intscale_compile import ConfigError, InputError, IntScaleConfig, bisect
+from intscale_compile.compile import binding
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP
 from intscale_compile.passes import PASSES, Pass
 from tests.debug.test_trace import Model
@@ -46,7 +47,7 @@ def test_nothing_is_found_where_nothing_is_wrong():
 
 
 def test_a_wrong_pass_of_the_backend_is_found_with_its_layer(monkeypatch):
-    monkeypatch.setattr(backend, "PASSES", with_pass("fuse", wrong_fuse))
+    monkeypatch.setattr(binding, "PASSES", with_pass("fuse", wrong_fuse))
     result = bisect(Model(), torch.randn(4, 64))
     assert result.responsible_pass == "fuse"
     assert [culprit.name for culprit in result.layers] == ["layers.1.o_proj.weight"]

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from intscale_compile import ConfigError
-from intscale_compile.compile import compile_times
+from intscale_compile import ConfigError, compile_times
 from intscale_compile.debug import knobs, svg
 from tests.debug.test_stages import Block, recorded
 

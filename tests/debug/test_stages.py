@@ -11,7 +11,7 @@ from torchao.quantization import quantize_
 
 import intscale_compile
 from intscale_compile import CompileError, IntScaleConfig, last_compilation
-from intscale_compile.backend import bind, rewrite_graph
+from intscale_compile.compile.binding import bind, rewrite_graph
 from intscale_compile.compile.options import parse_options
 from intscale_compile.debug import FINAL, StageRecorder, remember
 from intscale_compile.passes import PASSES

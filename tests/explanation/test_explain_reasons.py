@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig, IntScaleTensor, explain
-from intscale_compile.backend import rewrite_graph
+from intscale_compile.compile.binding import rewrite_graph
 from intscale_compile.compile.options import parse_options
 from intscale_compile.reasons import Reason, log_once
 

@@ -18,7 +18,7 @@ EVERY_TILE = [(16, 64, 4, 5), (16, 128), (32, 128), (64, 128), (128, 128), (128,
 
 
 def tiles():
-    from intscale_compile.kernels.tiles import Tile
+    from intscale_compile.kernels.tile import Tile
 
     return [Tile(*shape) for shape in EVERY_TILE]
 

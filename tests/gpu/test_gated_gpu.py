@@ -21,7 +21,7 @@ FORMATS = {"fold": (128, 4), "fold-256": (256, 4), "accumulate": (128, 8), "per-
 
 
 def tile(block_m: int, block_n: int, warps: int = 4, stages: int = 4, **fields):
-    from intscale_compile.kernels.tiles import Tile
+    from intscale_compile.kernels.tile import Tile
 
     return Tile(block_m, block_n, warps, stages, **fields)
 

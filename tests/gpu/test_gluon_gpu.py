@@ -27,7 +27,7 @@ def hopper():
 
 
 def tile(block_m: int, block_n: int, warps: int = 4, stages: int = 4, **fields):
-    from intscale_compile.kernels.tiles import Tile
+    from intscale_compile.kernels.tile import Tile
 
     return Tile(block_m, block_n, warps, stages, **fields)
 

@@ -24,7 +24,7 @@ quantize = torch.ops.intscale.quantize_per_token
 
 def tiles():
     """Tiles of every kind that ``choose_tile`` returns, made here so that collection needs no triton."""
-    from intscale_compile.kernels.tiles import Tile
+    from intscale_compile.kernels.tile import Tile
 
     small = [(16, 64, 4, 5), (16, 128, 4, 4), (32, 128), (16, 32)]
     large = [(64, 64), (64, 128), (128, 128), (128, 128, 8)]

@@ -22,7 +22,7 @@ from intscale_compile import (
     rebuild_tensor,
     save_safetensors,
 )
-from tests.test_tensor import PACKINGS, PLAIN_2D, ROWS_2D, STACK, assert_same, make
+from tests.tensors.test_tensor import PACKINGS, PLAIN_2D, ROWS_2D, STACK, assert_same, make
 
 QUICK = IntScaleConfig(scale_search="absmax")
 KINDS = ("zero", "static", "rotation", "all")

@@ -15,7 +15,7 @@ interpret()
 
 import torch  # noqa: E402
 
-from intscale_compile.kernels.tiles import Tile  # noqa: E402
+from intscale_compile.kernels.tile import Tile  # noqa: E402
 from intscale_compile.kernels.triton_gated import gated_linear_cuda  # noqa: E402
 from intscale_compile.kernels.w4a8_gated import ACTIVATIONS, gate  # noqa: E402
 from tests.support.weights import Problem, make_problem  # noqa: E402

@@ -14,7 +14,7 @@ interpret()
 
 import torch  # noqa: E402
 
-from intscale_compile.kernels.tiles import Tile  # noqa: E402
+from intscale_compile.kernels.tile import Tile  # noqa: E402
 from intscale_compile.kernels.triton_grouped import grouped_accumulate_cuda, grouped_linear_cuda  # noqa: E402
 from tests.support.experts import ROUTINGS, make_grouped  # noqa: E402
 

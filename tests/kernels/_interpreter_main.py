@@ -15,7 +15,7 @@ interpret()
 import torch  # noqa: E402
 
 from intscale_compile.kernels.quantize_per_token import SMALLEST_AMAX, quantize_per_token_aten  # noqa: E402
-from intscale_compile.kernels.tiles import Tile  # noqa: E402
+from intscale_compile.kernels.tile import Tile  # noqa: E402
 from intscale_compile.kernels.triton_gemm import accumulate_cuda, linear_cuda  # noqa: E402
 from intscale_compile.kernels.triton_quantize import quantize_per_token_cuda  # noqa: E402
 from tests.support.weights import make_problem  # noqa: E402

@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
 from intscale_compile.format import schedule_bits
-from intscale_compile.kernels.tiles import Tile, choose_tile
+from intscale_compile.kernels.tile import Tile
+from intscale_compile.kernels.tiles import choose_tile
 from intscale_compile.kernels.triton_gemm import schedule_flags, w4a8_kernel
 from tests.support.sass import Sass, assemble, disassemble
 

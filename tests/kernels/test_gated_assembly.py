@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
-from intscale_compile.kernels.tiles import Tile, choose_tile
+from intscale_compile.kernels.tile import Tile
+from intscale_compile.kernels.tiles import choose_tile
 from intscale_compile.kernels.triton_gated import w4a8_gated_kernel
 from intscale_compile.kernels.triton_gemm import schedule_flags
 from tests.kernels.test_assembly import ACCUMULATE, FOLD, PER_CHANNEL, SIGNATURE, W8A8, check_loop

@@ -13,8 +13,8 @@ from intscale_compile import ops
 from intscale_compile.compile.inductor_settings import inductor_defaults
 from intscale_compile.kernels import triton_gated
 from intscale_compile.kernels.gluon_tiles import choose_gluon_tile, gated_tile, illegal
+from intscale_compile.kernels.tile import Tile
 from intscale_compile.kernels.tile_tables import active_tiles
-from intscale_compile.kernels.tiles import Tile
 from intscale_compile.kernels.triton_gated import gated_obstacle, pick_gated_tile
 from tests.support import fake_cuda
 

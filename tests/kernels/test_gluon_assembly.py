@@ -18,8 +18,8 @@ from intscale_compile.kernels.gluon_tiles import (  # noqa: E402
     gated_tile,
     illegal,
 )
+from intscale_compile.kernels.tile import Tile  # noqa: E402
 from intscale_compile.kernels.tile_tables import SHIPPED, active_tiles  # noqa: E402
-from intscale_compile.kernels.tiles import Tile  # noqa: E402
 from tests.support.sass import disassemble  # noqa: E402
 
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])

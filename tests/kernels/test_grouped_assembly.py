@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
 from intscale_compile.kernels.grouped_tiles import choose_grouped_tile
-from intscale_compile.kernels.tiles import Tile
+from intscale_compile.kernels.tile import Tile
 from intscale_compile.kernels.triton_gemm import schedule_flags
 from intscale_compile.kernels.triton_grouped import row_tiles, w4a8_grouped_kernel
 from tests.kernels.test_assembly import ACCUMULATE, FOLD, PER_CHANNEL, W8A8, check_loop

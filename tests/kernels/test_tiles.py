@@ -18,7 +18,8 @@ from intscale_compile.kernels.gluon_tiles import (
     shared_bytes,
     shared_limit,
 )
-from intscale_compile.kernels.tiles import Tile, choose, choose_tile, table_schedule
+from intscale_compile.kernels.tile import Tile, table_schedule
+from intscale_compile.kernels.tiles import choose, choose_tile
 
 H100 = "NVIDIA H100 80GB HBM3"
 SHAPES = [(n, k) for n in (64, 80, 1024, 4096, 6144, 14336, 28672, 131072) for k in (128, 512, 1024, 4096, 5120, 14336)]

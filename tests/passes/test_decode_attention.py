@@ -7,10 +7,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from intscale_compile import backend
-from intscale_compile.compile.options import Settings
 from intscale_compile.kernels.decode_attention import OP
 from intscale_compile.passes import GraphRewrite, apply_passes
 from intscale_compile.passes.model.decode_attention import ATTENTION, DECODE_ATTENTION
+from intscale_compile.passes.settings import Settings
 from tests.support.graphs import arguments, assert_true_metadata, capture, count, run
 
 B, H, KH, L, D = 3, 8, 2, 40, 64

@@ -186,7 +186,7 @@ def test_experts_left_alone(reason):
     found = []
 
     def backend(gm, example_inputs):
-        from intscale_compile.backend import rewrite_graph
+        from intscale_compile.compile.binding import rewrite_graph
         from intscale_compile.compile.options import parse_options
 
         found.append(rewrite_graph(gm, example_inputs, parse_options(None, options)[0]))

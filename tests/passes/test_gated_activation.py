@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from intscale_compile import ConfigError, explain
-from intscale_compile.backend import intscale, rewrite_graph
+from intscale_compile.backend import intscale
+from intscale_compile.compile.binding import rewrite_graph
 from intscale_compile.compile.options import parse_options
 from intscale_compile.kernels.w4a8_gated import GATED_OP
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP

@@ -2,7 +2,7 @@
 
 import torch
 
-from intscale_compile.backend import copied
+from intscale_compile.compile.binding import copied
 from intscale_compile.compile.options import parse_options
 from intscale_compile.passes import GraphRewrite
 

@@ -9,7 +9,7 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig, IntScaleTensor
-from intscale_compile.backend import bind, rewrite_graph
+from intscale_compile.compile.binding import bind, rewrite_graph
 from intscale_compile.compile.options import parse_options
 from intscale_compile.kernels.cpu_gemm import _unpacked
 

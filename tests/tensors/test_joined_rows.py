@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from intscale_compile import IntScaleConfig, IntScaleTensor
-from intscale_compile.passes.packed_weights import BoundGraph
+from intscale_compile.compile.binding import BoundGraph
 from intscale_compile.tensors import joined_rows
 from intscale_compile.tensors.joined_rows import joined_in_place
 from intscale_compile.tensors.linear import linear

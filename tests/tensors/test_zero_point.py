@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from intscale_compile import IntScaleConfig, IntScaleTensor, explain
-from intscale_compile.backend import bind, rewrite_graph
+from intscale_compile.compile.binding import bind, rewrite_graph
 from intscale_compile.compile.options import parse_options
 from intscale_compile.errors import InputError
 from intscale_compile.kernels.dequantize import WEIGHT_OP

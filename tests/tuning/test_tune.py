@@ -12,8 +12,8 @@ from torchao.quantization import quantize_
 import intscale_compile
 from intscale_compile import ConfigError, IntScaleConfig
 from intscale_compile.kernels import tile_tables
+from intscale_compile.kernels.tile import Tile
 from intscale_compile.kernels.tile_timing import Job, Shape
-from intscale_compile.kernels.tiles import Tile
 from intscale_compile.tuning import main, model_shapes, run, tune
 
 RULE, FAST, WRONG, BROKEN = Tile(16, 64), Tile(32, 64), Tile(64, 64), Tile(128, 64)

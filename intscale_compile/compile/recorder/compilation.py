@@ -16,7 +16,7 @@ import torch
 from ...errors import CompileError
 from ...passes.base import GraphRewrite
 from ...passes.collective_report import CollectiveReport
-from ..options import Settings
+from ...passes.settings import Settings
 from . import python_code
 from .stages import InputRecord, Product, RecordedStage, StageRecorder, changed, differences
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor, fx
 
-from ...passes.base import Candidate, GraphRewrite, example
+from ...passes.base import Candidate, GraphRewrite, example, module_path
 from ...passes.match import dotted_name
 from ...tensors.intscale_tensor import IntScaleTensor
 
@@ -175,18 +175,6 @@ def describe(value: Any) -> str:
 
 def _sizes(value: Tensor) -> str:
     return "[" + ", ".join(map(str, value.shape)) + "]"
-
-
-def module_path(node: fx.Node) -> str:
-    """``model.layers.0.mlp`` from the stack of modules that Dynamo noted, or an empty text."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path: str = next(reversed(stack.values()))[0]
-    path = path.partition("]")[2] if path.startswith("L[") else path
-    return (
-        path.replace("_modules.", "").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").strip(".")
-    )
 
 
 def _input(node: fx.Node, rewrite: GraphRewrite) -> InputRecord:

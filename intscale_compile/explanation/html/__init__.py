@@ -5,9 +5,10 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from ..difference import Difference, show
+from ...versions import __version__
+from ..changes import Changes, show
 from ..folding import fold_collectives
-from ..report import Explanation
+from ..records import Records
 from ..text import COLLECTIVES, collective_row, collective_totals, totals
 from .graphs import graph_parts
 from .tables import Cell, Row, badge, gemms_table, html_table, layers_table
@@ -17,7 +18,7 @@ FOLDER = Path(__file__).parent
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
-def page(report: Explanation) -> str:
+def page(report: Records) -> str:
     """The page of one explanation."""
     model = report.modules.get("", "") or "model"
     body = [
@@ -35,7 +36,7 @@ def page(report: Explanation) -> str:
     return document(f"{model}: intscale explain", "\n".join(body))
 
 
-def difference_page(difference: Difference) -> str:
+def difference_page(difference: Changes) -> str:
     """The page of a difference between two explanations."""
     body = ["<header><h1>What differs</h1></header><main>"]
     if not difference:
@@ -55,8 +56,6 @@ def difference_page(difference: Difference) -> str:
 def document(title: str, body: str) -> str:
     """A whole HTML file. Its policy forbids every request to another file or host."""
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    from ... import __version__
-
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -66,12 +65,12 @@ def document(title: str, body: str) -> str:
     )
 
 
-def _circumstances(report: Explanation) -> str:
+def _circumstances(report: Records) -> str:
     said = ", ".join(f"{key}={value}" for key, value in report.settings.items())
     return f'<p class="dim">on {escape(report.device)}{"; " + escape(said) if said else ""}</p>'
 
 
-def _tiles(report: Explanation) -> str:
+def _tiles(report: Records) -> str:
     done = len(report.layers) - len(report.fallbacks)
     tiles = (
         (f"{done} of {len(report.layers)}", "linear layers quantized", "layers-quantized"),
@@ -86,12 +85,12 @@ def _tiles(report: Explanation) -> str:
     return f'<div class="tiles">{html}</div>'
 
 
-def _breaks(report: Explanation) -> str:
+def _breaks(report: Records) -> str:
     count = len(report.graph_breaks)
     return "no break" if not count else f"{count} break{'s' * (count != 1)}"
 
 
-def _byte_bars(report: Explanation) -> str:
+def _byte_bars(report: Records) -> str:
     most = max(report.bytes_before, report.bytes_after, 1)
     bars = "".join(
         f"<span>{name}</span><i class={kind} style='width:{100 * size / most:.1f}%'></i><span>{size / 1e6:,.1f} MB</span>"
@@ -100,7 +99,7 @@ def _byte_bars(report: Explanation) -> str:
     return f"<h2>Bytes of all parameters</h2><div class=bytes>{bars}</div>"
 
 
-def _remarks(report: Explanation) -> str:
+def _remarks(report: Records) -> str:
     reasons: dict[tuple[str, str], int] = {}
     for layer in report.fallbacks:
         key = str(layer.reason), layer.explanation
@@ -121,7 +120,7 @@ def _remarks(report: Explanation) -> str:
     return f"<h2>Left alone, and remarks</h2>{warning}<ul class=plain>{''.join(items)}</ul>" if items else warning
 
 
-def _roofline(report: Explanation) -> str:
+def _roofline(report: Records) -> str:
     gpu = report.gpu
     if gpu is None:
         words = f'No roofline is known for {report.device}: explain(..., gpu="H100") predicts for another GPU.'
@@ -133,7 +132,7 @@ def _roofline(report: Explanation) -> str:
     return f'<p class="dim">{escape(words)}</p>'
 
 
-def _collectives(report: Explanation) -> str:
+def _collectives(report: Records) -> str:
     rows: list[Row] = []
     for fold in fold_collectives(report.collectives, report.blocks):
         one = fold.first
@@ -145,7 +144,7 @@ def _collectives(report: Explanation) -> str:
     return words + html_table(COLLECTIVES, rows, "collectives")
 
 
-def _passes(report: Explanation) -> str:
+def _passes(report: Records) -> str:
     rows: list[Row] = []
     for name, count in report.pass_counts.items():
         changed = sum(name in part.changed_by() for part in report.parts)

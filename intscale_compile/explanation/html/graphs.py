@@ -8,7 +8,7 @@ from html import escape
 from typing import Optional
 
 from ..folding import joined
-from ..report import Explanation, GraphPart
+from ..records import GraphPart, Records
 
 CONTEXT = 3  # unchanged nodes that are shown around changed ones, where a pass is shown
 MOST_ROWS = 15_000  # of all parts together, which keeps the page below 5 MB
@@ -16,7 +16,7 @@ MOST_ROWS = 15_000  # of all parts together, which keeps the page below 5 MB
 Row = tuple[Optional[str], Optional[str], bool]  # left and right line, and whether they differ
 
 
-def graph_parts(report: Explanation) -> str:
+def graph_parts(report: Records) -> str:
     """One box for each part of the graphs."""
     left, html = MOST_ROWS, []
     parts = sorted(report.parts, key=lambda part: (part.graph, not part.name))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional, Union
 from ..blocks import block_of
 from ..folding import Fold, fold, joined
 from ..graphs import together
-from ..report import Explanation, GemmReport
+from ..records import GemmReport, Records
 from ..text import size_of
 
 MOST_ROWS = 1500  # of single layers; above, those that repeat take the row of one
@@ -60,7 +60,7 @@ def badge(quantized: bool, text: str, title: str = "") -> str:
     return f'<span class="badge {"yes" if quantized else "no"}"{shown}>{escape(text)}</span>'
 
 
-def layers_table(report: Explanation) -> str:
+def layers_table(report: Records) -> str:
     """All layers; those that repeat have one row until the reader asks for each. Of very many there is nothing else."""
     folds = fold(report.layers, report.blocks)
     rows = [(_layer_row(one), "fold" if len(one.layers) > 1 else "") for one in folds]
@@ -122,7 +122,7 @@ def histogram(counts: dict[int, int]) -> str:
     )
 
 
-def gemms_table(report: Explanation) -> str:
+def gemms_table(report: Records) -> str:
     """Predicted and measured times of the fused products, those that are alike in one row."""
     groups: dict[tuple, list[GemmReport]] = {}
     known = frozenset(report.blocks)

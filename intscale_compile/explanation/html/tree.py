@@ -7,7 +7,7 @@ from html import escape
 
 from ..blocks import block_of
 from ..folding import Fold, fold
-from ..report import Explanation
+from ..records import Records
 from ..text import size_of
 from .tables import badge
 
@@ -26,7 +26,7 @@ class Branch:
         return self.weights + [one for branch in self.inside.values() for one in branch.all()]
 
 
-def model_tree(report: Explanation) -> str:
+def model_tree(report: Records) -> str:
     """Nested ``<details>``; all of them open where they are few."""
     folds = fold(report.layers, report.blocks, least=2)
     known = frozenset(report.blocks)
@@ -43,7 +43,7 @@ def model_tree(report: Explanation) -> str:
     return f'<div class="tree">{_branch(report, labels, "", root, len(folds) <= MOST_OPEN)}</div>'
 
 
-def _branch(report: Explanation, labels: dict[str, str], path: str, branch: Branch, opened: bool) -> str:
+def _branch(report: Records, labels: dict[str, str], path: str, branch: Branch, opened: bool) -> str:
     if not branch.inside and len(branch.weights) == 1:
         return _line(path.rpartition(".")[2] or branch.weights[0].name, report.modules.get(path, ""), branch.weights[0])
     folds = branch.all()

@@ -10,11 +10,12 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from ..compile import binding
 from ..compile.options import parse_options
 from ..errors import InputError
 from ..passes.base import Pass
 from .captured import CapturedModel, split_inputs, weights_by_name
-from .compare import evaluating
+from .comparison import evaluating
 from .sqnr import sqnr
 
 ROUNDING = ("insert_qdq", "experts")  # passes that change results on purpose
@@ -138,10 +139,8 @@ def bisect(
         ConfigError: an option is unknown.
         InputError: nothing of the model is compiled, or its outputs hold no floating-point tensors.
     """
-    from .. import backend
-
     settings, _ = parse_options(None, options)
-    passes = tuple(backend.PASSES if passes is None else passes)
+    passes = tuple(binding.PASSES if passes is None else passes)
     module = getattr(model, "_orig_mod", model)
     with evaluating(module):
         captured = CapturedModel(module, inputs, settings, weights_by_name(reference))

@@ -1,0 +1,42 @@
+"""The parts of an ``IntScaleTensor``, declared once: names, order of the constructor, and what absent ones mean."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+SCALE_DTYPES = (torch.uint8, torch.int16)
+QDATA_DTYPES = (torch.uint8, torch.int8)
+
+
+class TensorParts(NamedTuple):
+    """Everything that an ``IntScaleTensor`` is made of; :class:`~intscale_compile.IntScaleTensor` says what each part is."""
+
+    qdata: Tensor
+    scale: Tensor
+    per_tensor_scale: Tensor
+    block_size: list
+    in_features: int
+    out_features: int
+    scale_bits: int
+    packing_format: str
+    transposed: bool
+    dtype: torch.dtype
+    zero_point: Optional[Tensor] = None
+    act_pre_scale: Optional[Tensor] = None
+    input_order: Optional[Tensor] = None
+    rotation: int = 0
+    communication: Optional[str] = None
+
+
+_DATA = ("Tensor", "Optional[Tensor]")  # annotations are text here
+_is_data = {
+    name: str(getattr(kind, "__forward_arg__", kind)) in _DATA for name, kind in TensorParts.__annotations__.items()
+}
+
+ABSENT = TensorParts._field_defaults  # what absent parts mean
+ALL_NAMES = TensorParts._fields  # in the order of the constructor
+DATA_NAMES = tuple(name for name in ALL_NAMES if _is_data[name])
+ATTRIBUTE_NAMES = tuple(name for name in ALL_NAMES if not _is_data[name])
