@@ -5,8 +5,8 @@
     python benchmarks/compile_time.py --model tiny --device cpu    # does everything run
 
 Every figure is from a process of its own with empty caches, alone on the machine; variants take turns. Beside the seconds
-stand those of Dynamo, of our passes, of AOTAutograd with Inductor (waiting: for its Triton kernels and their launchers when all
-else was done), of the run after it and of the kernels compiled ahead, and the Triton kernels that the main thread had to
+stand those of Dynamo, of our passes, of AOTAutograd with Inductor (waiting: for its Triton kernels when all else was
+done), of the run after it and of the kernels compiled ahead, and the Triton kernels that the main thread had to
 compile at their first launch: with compilation ahead there should be none of ours.
 """
 
@@ -79,10 +79,7 @@ def first_call(model_name: str, layers: int | None, point: str, variant: str, de
         inductor=phases.get("create_aot_dispatcher_function", 0.0),
         waiting=phases.get("async_compile.wait", 0.0),
         run=seconds - phases.get("_compile.compile_inner", seconds),
-        ahead=[
-            dict(kernels=entry.kernels, ready=entry.ready, seconds=entry.ahead, launchers=entry.launchers)
-            for entry in ours
-        ],
+        ahead=[dict(kernels=entry.kernels, ready=entry.ready, seconds=entry.ahead) for entry in ours],
         late=late,
         phases={name: round(value, 3) for name, value in sorted(phases.items(), key=lambda x: -x[1])[:40]},
     )

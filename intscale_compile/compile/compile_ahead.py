@@ -6,8 +6,6 @@ Inductor will call, their launchers are run over fake tensors to learn which ker
 (:mod:`~intscale_compile.kernels.launching`), and a process (:mod:`~intscale_compile.compile.compile_worker`) compiles those into
 Triton's cache on disk. Threads would not do: most of a compilation by Triton is Python, and so is Inductor.
 
-Inductor's own kernels leave the main thread something to compile as well, see :mod:`~intscale_compile.compile.launchers_ahead`.
-
 Nothing depends on what is done here. A kernel that was not foreseen, not ready when Inductor is done, or whose compilation
 failed, is compiled at its first launch as ever. Off without a GPU, where Inductor's ``compile_threads`` is 1, and with
 ``INTSCALE_COMPILE_AHEAD=0``.
@@ -34,7 +32,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..kernels.launching import GPU_IMPLEMENTATIONS, Launch, collected
 from ..passes.base import GraphRewrite, example
-from .launchers_ahead import LaunchersAhead, launchers_ahead
 
 log = logging.getLogger("intscale_compile")
 VARIABLE = "INTSCALE_COMPILE_AHEAD"
@@ -59,14 +56,12 @@ class Ahead:
         kernels: names of the kernels that the process was given.
         ready: of those, the ones that it has compiled; known after :meth:`finish`.
         seconds: from the start of the process to the end of the last of them.
-        launchers: those of Inductor's kernels; None where nothing is compiled ahead.
     """
 
     def __init__(self) -> None:
         self.kernels: tuple[str, ...] = ()
         self.ready: tuple[str, ...] = ()
         self.seconds = 0.0
-        self.launchers: Optional[LaunchersAhead] = None
         self._process: Optional[subprocess.Popen] = None
         self._output: Optional[IO[str]] = None
 
@@ -115,7 +110,6 @@ def compiling_ahead(rewrite: GraphRewrite, patches: dict[str, Any]) -> Iterator[
             device = gpu_of(rewrite)
             if device is not None and allowed(patches):
                 _use_inductors_folder(device)
-                ahead.launchers = stack.enter_context(launchers_ahead())
                 request = request_of(launches_of(rewrite, bool(_setting("triton.cudagraphs", patches))), device)
                 if request["kernels"]:
                     ahead.begin(request)

@@ -31,7 +31,6 @@ class CompileTime:
         kernels: kernels of ours that another process began to compile meanwhile, see ``compile_ahead``.
         ready: of those, the ones that were ready in time.
         ahead: seconds until the last of them was.
-        launchers: C functions that launch Inductor's kernels, compiled meanwhile too, see ``launchers_ahead``.
     """
 
     graph: int
@@ -42,7 +41,6 @@ class CompileTime:
     kernels: int = 0
     ready: int = 0
     ahead: float = 0.0
-    launchers: int = 0
 
     @property
     def rewriting(self) -> float:
@@ -52,7 +50,6 @@ class CompileTime:
     def __str__(self) -> str:
         cache = " (from its cache)" if self.cached else ""
         ahead = f", {self.ready} of {self.kernels} kernels ahead in {self.ahead:.1f} s" if self.kernels else ""
-        ahead += f", {self.launchers} launchers ahead" if self.launchers else ""
         return (
             f"graph {self.graph}: {self.linears} linear products, passes {self.rewriting:.1f} s, "
             f"Inductor {self.inductor:.1f} s{cache}{ahead}"
@@ -74,11 +71,10 @@ def timed(linears: int, passes: Mapping[str, float], ahead: Optional[Ahead] = No
     hits, start = _cache_hits(), time.perf_counter()
     yield
     seconds = time.perf_counter() - start
-    background = (0, 0, 0.0, 0)
+    background = (0, 0, 0.0)
     if ahead is not None:
         ahead.finish()
-        launchers = len(ahead.launchers.compiled) if ahead.launchers is not None else 0
-        background = (len(ahead.kernels), len(ahead.ready), ahead.seconds, launchers)
+        background = (len(ahead.kernels), len(ahead.ready), ahead.seconds)
     entry = CompileTime(next(_numbers), linears, dict(passes), seconds, _cache_hits() > hits, *background)
     _times.append(entry)
     log.info("%s", entry)

@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from intscale_compile import format as fmt  # noqa: E402
 from intscale_compile import ops  # noqa: E402
 from intscale_compile.compile import compile_ahead  # noqa: E402
-from intscale_compile.compile.launchers_ahead import LaunchersAhead  # noqa: E402
 from intscale_compile.compile.times import CompileTime, timed  # noqa: E402
 from intscale_compile.kernels import gluon_launch, triton_attention, triton_gemm  # noqa: E402
 from intscale_compile.kernels.launching import GPU_IMPLEMENTATIONS, collected, launch  # noqa: E402
@@ -328,7 +327,7 @@ def test_off(monkeypatch, reason):
             if node.op == "placeholder":
                 node.meta["example_value"] = torch.empty(1)
     with compile_ahead.compiling_ahead(rewrite, patches) as ahead:
-        assert ahead.kernels == () and ahead._process is None and ahead.launchers is None
+        assert ahead.kernels == () and ahead._process is None
     assert ahead.seconds == 0.0
 
 
@@ -351,11 +350,6 @@ def test_the_report_says_what_it_took():
     with timed(4, {}, ahead):
         pass
     entry = compile_times()[-1]
-    assert (entry.kernels, entry.ready, entry.ahead, entry.launchers) == (5, 4, 3.21, 0)
+    assert (entry.kernels, entry.ready, entry.ahead) == (5, 4, 3.21)
     assert str(entry).endswith(", 4 of 5 kernels ahead in 3.2 s")
-    ahead.launchers = LaunchersAhead()
-    ahead.launchers.compiled += [("*bf16",), ("*fp32",)]
-    with timed(4, {}, ahead):
-        pass
-    assert str(compile_times()[-1]).endswith(" kernels ahead in 3.2 s, 2 launchers ahead")
     assert "ahead" not in str(CompileTime(1, 2, {}, 1.0, False))
