@@ -36,13 +36,13 @@ from pathlib import Path
 import paired
 import torch
 import transformers
+from outliers import inject_outliers
 from perplexity import MODULE_LIST, default_model, held_out_sequences
 from timing import environment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intscale_compile.calibration import PRESETS, calibrate, recipe
-from intscale_compile.calibration.outliers import inject_outliers
 from intscale_compile.calibration.pipeline import make_integer
 from intscale_compile.calibration.solve import FloatScaleWeight, frozen
 from intscale_compile.errors import OverflowProofError

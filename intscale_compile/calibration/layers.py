@@ -318,3 +318,10 @@ def float_copy(block: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
         return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return copy.deepcopy(block).float(), tree_map(widened, inputs)
+
+
+def example_batch(model: nn.Module) -> Tensor:
+    """A few token ids ``[1, 16]`` on the model's device, for finding a language model's structure."""
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids = torch.arange(1, 17).mul(977).remainder(vocabulary).unsqueeze(0)
+    return ids.to(next(model.parameters()).device)

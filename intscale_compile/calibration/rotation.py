@@ -28,6 +28,7 @@ from .layers import (
     Inputs,
     LinearWeight,
     blocks,
+    example_batch,
     float_copy,
     may_be_norm,
     record_inputs,
@@ -37,7 +38,6 @@ from .layers import (
     weights_of,
     without_cache,
 )
-from .outliers import example_batch
 
 log = logging.getLogger("intscale_compile")
 

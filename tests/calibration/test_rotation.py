@@ -13,9 +13,9 @@ from intscale_compile import IntScaleConfig, IntScaleTensor, linears_and_experts
 from intscale_compile.calibration import rotation  # noqa: E402
 from intscale_compile.calibration.groups import difference  # noqa: E402
 from intscale_compile.calibration.layers import blocks  # noqa: E402
-from intscale_compile.calibration.outliers import inject_outliers  # noqa: E402
 from intscale_compile.errors import CalibrationError  # noqa: E402
 from intscale_compile.kernels.hadamard import hadamard_transform  # noqa: E402
+from tests.support.benchmarks import inject_outliers  # noqa: E402
 from tests.support.calibration import logits_of, small_model  # noqa: E402
 
 # Size of the online transform of each block's linear layers; the output projection has one where heads are too narrow.

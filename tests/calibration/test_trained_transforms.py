@@ -13,11 +13,10 @@ from torchao.quantization import quantize_  # noqa: E402
 
 from intscale_compile import IntScaleConfig, IntScaleTensor  # noqa: E402
 from intscale_compile.calibration.layers import blocks, record_inputs  # noqa: E402
-from intscale_compile.calibration.outliers import inject_outliers  # noqa: E402
 from intscale_compile.calibration.rotation import rotate  # noqa: E402
 from intscale_compile.calibration.sensitivity import auto_overrides, quantizable, sensitivity  # noqa: E402
 from intscale_compile.calibration.smoothing import EQUALIZATIONS, smooth_fptq  # noqa: E402
-from tests.support.benchmarks import load  # noqa: E402
+from tests.support.benchmarks import inject_outliers, load  # noqa: E402
 
 SEQUENCES, TOKENS = 4, 384
 CONFIG = IntScaleConfig(scale_search="absmax")  # much faster here than the searched scales, and shows the same

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 from intscale_compile.calibration.groups import difference  # noqa: E402
-from intscale_compile.calibration.outliers import inject_outliers  # noqa: E402
+from tests.support.benchmarks import inject_outliers  # noqa: E402
 from tests.support.calibration import logits_of, small_model  # noqa: E402
 
 

@@ -7,8 +7,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from .groups import Norm, fold_scale, scaling_groups
-from .layers import blocks, record_inputs
+from intscale_compile.calibration.groups import Norm, fold_scale, scaling_groups
+from intscale_compile.calibration.layers import blocks, example_batch, record_inputs
 
 
 def inject_outliers(
@@ -47,10 +47,3 @@ def inject_outliers(
                 fold_scale(group, (1 / factor).to(group.consumers[0].weight.device))
                 factors[f"{name}.{group.previous.name}"] = factor
     return factors
-
-
-def example_batch(model: nn.Module) -> Tensor:
-    """A few token ids ``[1, 16]`` on the model's device, for finding a language model's structure."""
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    ids = torch.arange(1, 17).mul(977).remainder(vocabulary).unsqueeze(0)
-    return ids.to(next(model.parameters()).device)
