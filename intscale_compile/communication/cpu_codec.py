@@ -9,77 +9,44 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from ..integrations.c_library import built_library, failure_of
 from ..reasons import log_once
 from . import reference
 from .message import MessageLayout
 from .pieces import Piece
 
 SOURCE = Path(__file__).with_name("codec.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-march=native")
 STRICT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")  # the bits of the reference
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ENCODE, _REDUCE, _DECODE = range(3)
-_COMPILER_SECONDS = 300
 
 
 @functools.cache
 def library(group_size: int, spikes: bool) -> Optional[Any]:
     """The compiled function for a group size, or None, with the reason logged once, where it cannot be compiled."""
     try:
-        function = ctypes.CDLL(str(_built(group_size, spikes))).intscale_codec
+        defines = (f"-DGROUP_SIZE={group_size}", f"-DSPIKE_RESERVING={str(spikes).lower()}")
+        path = built_library(SOURCE, os.environ.get("CXX", "g++"), (*FLAGS, *STRICT, *defines))
+        function = ctypes.CDLL(str(path)).intscale_codec
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
         log_once(
             logging.WARNING,
             "quantized collectives on this CPU run as PyTorch operators, many times slower: no C++ compiler worked "
-            f"(set CXX to one): {str(detail).strip()[:300]}",
+            f"(set CXX to one): {failure_of(error)}",
         )
         return None
     function.argtypes = [ctypes.c_int] * 4 + [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_int] * 2
     return function
-
-
-def _built(group_size: int, spikes: bool) -> Path:
-    """The shared library, compiled unless this source was compiled here before."""
-    from torch._inductor.runtime.runtime_utils import cache_dir
-
-    compiler = os.environ.get("CXX", "g++")
-    defines = (f"-DGROUP_SIZE={group_size}", f"-DSPIKE_RESERVING={str(spikes).lower()}")
-    command = [compiler, *FLAGS, *STRICT, *defines, str(SOURCE), "-o"]
-    key = "\0".join([SOURCE.read_text(), *command, _processor()])
-    folder = Path(cache_dir()) / "intscale"
-    path = folder / f"codec_{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(handle)
-        try:
-            subprocess.run([*command, scratch], check=True, capture_output=True, text=True, timeout=_COMPILER_SECONDS)
-            os.replace(scratch, path)  # other ranks compile at the same time
-        finally:
-            Path(scratch).unlink(missing_ok=True)
-    return path
-
-
-def _processor() -> str:
-    """What ``-march=native`` means here: a cache may be shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
 def encode(x: Tensor, piece: Piece, layout: MessageLayout, messages: Tensor, skip: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .launching import on_gpu
+from .prepared import on_gpu
 
 torch.library.define(
     "intscale::decode_attention",

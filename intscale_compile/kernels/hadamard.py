@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .launching import on_gpu
+from .prepared import on_gpu
 from .quantize_per_token import OP as QUANTIZE_OP
 from .quantize_per_token import check_activation, quantize_per_token_aten
 from .quantize_static import STATIC_OP, check_activation_scale, quantize_static_aten
@@ -134,7 +134,8 @@ def _hadamard_quantize(x: Tensor, size: int, activation_scale: Optional[Tensor])
 
 
 @on_gpu("intscale::hadamard_quantize")
-def _hadamard_quantize_cuda(x: Tensor, size: int, activation_scale: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+def hadamard_quantize_on_gpu(x: Tensor, size: int, activation_scale: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    """``intscale::hadamard_quantize`` on a GPU, without the dispatcher."""
     from .triton_hadamard import LONGEST_ROW, hadamard_quantize_cuda
 
     _check_quantize(x, size, activation_scale)

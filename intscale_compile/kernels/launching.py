@@ -2,7 +2,8 @@
 
 Every launcher goes through :func:`launch`. In the context :func:`collected` nothing is started: each call is put down with
 arguments that have the types of the real ones, so that a kernel compiled from it is the kernel that the real call looks for.
-A launcher may then be called with fake tensors.
+A launcher may then be called with fake tensors. In the context :func:`recorded` nothing is started either, and arguments are
+put down as they are: ``prepared`` makes a sequence of launches of them that is started without the launcher from then on.
 """
 
 from __future__ import annotations
@@ -19,21 +20,11 @@ from torch import Tensor
 
 class _State(threading.local):
     found: list[Launch] | None = None
+    recording: Recording | None = None
 
 
 _state = _State()
 GPU_IMPLEMENTATIONS: dict[str, Callable] = {}  # by name of the op, such as intscale::w4a8_linear
-
-
-def on_gpu(op: str) -> Callable[[Callable], Callable]:
-    """Decorator: the function is the op's implementation on a GPU."""
-
-    def register(function: Callable) -> Callable:
-        torch.library.impl(op, "CUDA", function)
-        GPU_IMPLEMENTATIONS[op] = function
-        return function
-
-    return register
 
 
 @dataclass(frozen=True)
@@ -45,12 +36,47 @@ class Launch:
     kwargs: dict[str, Any]
 
 
+class Recording:
+    """Launches put down with their real arguments.
+
+    Attributes:
+        launches: ``(kernel, grid, positional arguments, keyword arguments)``.
+        counters: split-K counters that the launches share, at least ``count``; the launch that is made of them takes others.
+    """
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, tuple[int, ...], tuple, dict[str, Any]]] = []
+        self.counters: list[Tensor] = []
+
+    def take_counters(self, device: torch.device, count: int) -> Tensor:
+        """A stand-in for the counters of one launch."""
+        self.counters.append(torch.empty(-(-count // 4) * 4, dtype=torch.int32, device=device))
+        return self.counters[-1]
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """Start ``kernel`` on ``grid``; under :func:`collected` only put the launch down."""
-    if _state.found is None:
-        kernel[grid](*args, **kwargs)
-    else:
+    """Start ``kernel`` on ``grid``; under :func:`collected` and :func:`recorded` only put the launch down."""
+    if _state.found is not None:
         _state.found.append(Launch(kernel, tuple(_without_memory(a) for a in args), kwargs))
+    elif _state.recording is not None:
+        _state.recording.launches.append((kernel, grid, args, kwargs))
+    else:
+        kernel[grid](*args, **kwargs)
+
+
+def recording() -> Recording | None:
+    """What this thread records, in the context :func:`recorded`."""
+    return _state.recording
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Recording]:
+    """In this context, and in this thread, launches are put into the recording that it yields and not started."""
+    before, _state.recording = _state.recording, Recording()
+    try:
+        yield _state.recording
+    finally:
+        _state.recording = before
 
 
 def collecting() -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .prepared import prepared
 
 # Rows below this magnitude become zeros; it keeps 127 / amax finite and costs an error below 1e-30.
 SMALLEST_AMAX = 2.0**-100
@@ -52,14 +53,18 @@ def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_per_token_aten(x)
 
 
-@torch.library.impl("intscale::quantize_per_token", "CUDA")
-def _quantize_per_token_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_per_token_on_gpu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`quantize_per_token_aten`, in one kernel."""
     from .triton_quantize import LONGEST_ROW, quantize_per_token_cuda
 
     check_activation(x)
     if 0 < x.shape[-1] <= LONGEST_ROW:
         return quantize_per_token_cuda(x, SMALLEST_AMAX)
     return quantize_per_token_aten(x)
+
+
+# Not with on_gpu: no compiled graph calls it, so that nothing of it is to be compiled ahead.
+torch.library.impl("intscale::quantize_per_token", "CUDA", prepared(quantize_per_token_on_gpu))
 
 
 @torch.library.register_fake("intscale::quantize_per_token")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .prepared import prepared
 from .quantize_per_token import SMALLEST_AMAX, check_activation
 
 torch.library.define("intscale::quantize_static", "(Tensor x, Tensor activation_scale) -> (Tensor, Tensor)")
@@ -61,8 +62,8 @@ def _quantize_static(x: Tensor, activation_scale: Tensor) -> tuple[Tensor, Tenso
     return quantize_static_aten(x, activation_scale)
 
 
-@torch.library.impl("intscale::quantize_static", "CUDA")
-def _quantize_static_cuda(x: Tensor, activation_scale: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_static_on_gpu(x: Tensor, activation_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`quantize_static_aten`, in one kernel."""
     from .triton_hadamard import LONGEST_ROW, hadamard_quantize_cuda
 
     check_activation(x)
@@ -70,6 +71,9 @@ def _quantize_static_cuda(x: Tensor, activation_scale: Tensor) -> tuple[Tensor, 
     if 0 < x.shape[-1] <= LONGEST_ROW:
         return hadamard_quantize_cuda(x, 1, activation_scale)
     return quantize_static_aten(x, activation_scale)
+
+
+torch.library.impl("intscale::quantize_static", "CUDA", prepared(quantize_static_on_gpu))
 
 
 @torch.library.register_fake("intscale::quantize_static")

@@ -11,7 +11,8 @@ import threading
 import torch
 from torch import Tensor
 
-from .launching import collecting
+from ..integrations.torch_state import raw_stream
+from .launching import collecting, recording
 
 CHUNK = 1 << 20  # counters allocated at a time, 4 MiB: thousands of captured launches
 STREAM_RANGE = 4096  # counters of a stream; larger grids need no split
@@ -38,8 +39,8 @@ def _zeros_outside_pools(device: torch.device) -> Tensor:
 class Counters:
     """Counters of one device."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, index: int):
+        self.device, self.index = device, index
         self.streams: dict[int, Tensor] = {}
         self.chunks = [_zeros_outside_pools(device)]  # none is ever freed: captured launches hold bare addresses
         self.used = 0
@@ -58,10 +59,11 @@ class Counters:
         if self.used + max(count, STREAM_RANGE) > CHUNK:
             self.chunks.append(_zeros_outside_pools(self.device))
             self.used = 0
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        if stream not in self.streams or len(self.streams[stream]) < count:
-            self.streams[stream] = self._fresh(max(count, STREAM_RANGE))
-        return self.streams[stream][:count]
+        stream = raw_stream(self.index)
+        found = self.streams.get(stream)
+        if found is None or len(found) < count:
+            found = self.streams[stream] = self._fresh(max(count, STREAM_RANGE))
+        return found
 
 
 _counters: dict[int, Counters] = {}
@@ -71,9 +73,11 @@ def take_counters(device: torch.device, count: int) -> Tensor:
     """At least ``count`` zeros, int32, that no other launch in flight uses; the kernel leaves them zero."""
     if collecting():
         return torch.empty(count, dtype=torch.int32, device=device)
+    if (record := recording()) is not None:
+        return record.take_counters(device, count)
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _counters:
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(count, dtype=torch.int32, device=device)
-        _counters[index] = Counters(device)
+        _counters[index] = Counters(device, index)
     return _counters[index].take(count)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Optional
 
 from ..errors import ConfigError
 from .gluon_tiles import SCHEDULES, illegal
+from .prepared import forget_all
 from .tile import Tile
 
 VERSION = 1
@@ -180,8 +181,9 @@ _table = functools.lru_cache(maxsize=None)(_Table)
 
 
 def reload() -> None:
-    """Read the tables again at the next use."""
+    """Read the tables again at the next use, and forget launches that were prepared with other tiles."""
     _table.cache_clear()
+    forget_all()
 
 
 def lookup(device_name: str, schedule: str, n: int, k: int, m: int) -> Optional[Tile]:

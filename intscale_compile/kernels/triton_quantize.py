@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import launch
+
 LONGEST_ROW = 65536  # elements of a row that one program holds in registers
 
 
@@ -41,7 +43,8 @@ def quantize_per_token_cuda(x: Tensor, smallest_amax: float) -> tuple[Tensor, Te
     if rows.shape[0]:
         block = max(16, triton.next_power_of_2(columns))
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            quantize_kernel[(rows.shape[0],)](
+            launch(
+                quantize_kernel, (rows.shape[0],),
                 rows, xq, scale, columns, rows.stride(0), SMALLEST=smallest_amax, BLOCK=block,
                 num_warps=min(16, max(1, block // 512)), enable_fp_fusion=False,
             )  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import InputError
 from .cpu_gemm import accumulate_expert_cpu
 from .dequantize import WEIGHT_OP
-from .launching import on_gpu
+from .prepared import on_gpu
 from .w4a8_linear import WEIGHT_ARGS, apply_scales, check_operands, reference_accumulate
 
 INDEX_ARGS = "Tensor? row_index=None, Tensor? out_index=None"
@@ -132,10 +132,11 @@ def _grouped_cpu(
 
 
 @on_gpu("intscale::w4a8_grouped_linear")
-def _grouped_cuda(
+def grouped_on_gpu(
     xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, scale_bits, packing, dtype, abi,
     row_index=None, out_index=None, ste_input=None, zero_point=None,
 ):  # fmt: skip
+    """``intscale::w4a8_grouped_linear`` on a GPU, without the dispatcher."""
     from .triton_grouped import GroupedForm, grouped_linear_cuda
 
     check_grouped_operands(

@@ -23,7 +23,7 @@ from .. import format as fmt
 from ..errors import InputError
 from .cpu_gemm import accumulate_cpu
 from .dequantize import WEIGHT_OP, unpack_weight
-from .launching import on_gpu
+from .prepared import on_gpu
 
 WEIGHT_ARGS = "int out_features, int group_size, int scale_bits, str packing"
 torch.library.define(
@@ -125,10 +125,11 @@ def _linear_cpu(
 
 
 @on_gpu("intscale::w4a8_linear")
-def _linear_cuda(
+def linear_on_gpu(
     xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None,
     overlap=False, zero_point=None,
 ):  # fmt: skip
+    """``intscale::w4a8_linear`` on a GPU, without the dispatcher."""
     from .triton_gemm import linear_cuda
 
     check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)

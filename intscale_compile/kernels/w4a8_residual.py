@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .cpu_gemm import accumulate_cpu
-from .launching import on_gpu
+from .prepared import on_gpu
 from .w4a8_linear import WEIGHT_ARGS, apply_scales, check_operands
 
 torch.library.define(

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..kernels.quantize_per_token import check_activation
 from ..kernels.w4a8_grouped import GROUPED_OP
 from ..ops import KERNEL_ABI
+from .eager import eager_grouped
 from .intscale_tensor import IntScaleTensor
 from .linear import quantize_activation
 
@@ -61,6 +62,10 @@ def grouped_linear(
     if static is not None:
         x, row_index = (x, None) if row_index is None else (x[row_index], None)
         static = scale_of_positions(static, offsets, x.shape[0])
+    if not torch.compiler.is_compiling():
+        y = eager_grouped(x, weight, static, offsets, bias, row_index, out_index)
+        if y is not None:
+            return y
     xq, token_scale, watched = quantize_activation(x, weight.rotation, static)
     return GROUPED_OP(
         xq,

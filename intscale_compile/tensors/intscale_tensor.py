@@ -21,6 +21,8 @@ from .scale_search import quantize_weight
 from .validate import validate_tensor
 from .weight_checks import check_weight
 
+KEPT = ("_flat", "_eager")  # of ``__tensor_flatten__`` and of ``eager.form_of``
+
 
 class IntScaleTensor(TorchAOBaseTensor):
     """A 2-D weight ``[N, K]`` or a stack ``[E, N, K]`` (experts), quantized with integer group scales.
@@ -337,8 +339,8 @@ class IntScaleTensor(TorchAOBaseTensor):
         return flat
 
     def __getstate__(self) -> dict:
-        """What is stored: without what ``__tensor_flatten__`` keeps, which follows from the rest."""
-        return {name: value for name, value in self.__dict__.items() if name != "_flat"}
+        """What is stored: without what is kept beside the parts and follows from them."""
+        return {name: value for name, value in self.__dict__.items() if name not in KEPT}
 
     def _stable_hash_for_caching(self) -> str:
         parts = [(n, tuple(getattr(self, n).shape), str(getattr(self, n).dtype)) for n in self.data_names]
@@ -361,7 +363,8 @@ class IntScaleTensor(TorchAOBaseTensor):
     def _set_checked_state(self, state) -> None:
         """Unpickling, also by ``torch.load``: the stored parts are checked."""
         torch._utils._set_obj_state(self, state)
-        self.__dict__.pop("_flat", None)  # never from a file: nothing would check it
+        for name in KEPT:  # never from a file: nothing would check it
+            self.__dict__.pop(name, None)
         for name, absent in ABSENT.items():  # files from before these parts existed
             self.__dict__.setdefault(name, absent)
         missing = [n for n in (*self.tensor_data_names, *self.tensor_attribute_names) if not hasattr(self, n)]

@@ -1,0 +1,38 @@
+"""What PyTorch's eager mode is doing at the moment, asked where a microsecond counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_functorch = torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._is_tracing
+
+
+def nobody_watches() -> bool:
+    """Whether no mode (fake tensors, counting, tracing) and no transform (vmap, grad) wants to see each operator."""
+    return not _modes() and _functorch() is None and not _tracing()
+
+
+def is_plain(x: Any) -> bool:
+    """Whether ``x`` is a tensor and of no subclass."""
+    return type(x) in _PLAIN_TYPES
+
+
+def raw_stream(index: int) -> int:
+    """Handle of the current stream of CUDA device ``index``."""
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
+def current_device() -> int:
+    """Index of the current CUDA device."""
+    return torch._C._cuda_getDevice()
+
+
+def gpu_index(x: Tensor) -> int:
+    """Index of the CUDA device that ``x`` is on, -1 on any other."""
+    return x.get_device() if x.is_cuda else -1
