@@ -6,7 +6,7 @@ compiled. Everything else, and every error, is left to the ordinary path, which 
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
