@@ -133,7 +133,8 @@ def table(rows: list[dict[str, Any]], figure: str) -> str:
     lines = [f"| {' | '.join([*names, 'ours / bf16'])} |", "|---" * (len(names) + 1) + "|"]
     for row in rows:
         cells = [f"{row[n]:.1f}" if isinstance(row[n], float) else str(row[n]) for n in names]
-        lines.append(f"| {' | '.join([*cells, f'{row[f'ours {figure}'] / row[f'bf16 {figure}']:.2f}'])} |")
+        ratio = row[f"ours {figure}"] / row[f"bf16 {figure}"]
+        lines.append(f"| {' | '.join([*cells, f'{ratio:.2f}'])} |")
     return "\n".join(lines)
 
 

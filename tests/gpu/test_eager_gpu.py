@@ -46,7 +46,8 @@ def is_prepared(x, w, bias=None) -> bool:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_the_bits_of_the_ordinary_path(name):
-    for w in (w := make(**FORMS[name]), w.with_activation_scale(0.03), w.with_rotation(64)):
+    plain = make(**FORMS[name])
+    for w in (plain, plain.with_activation_scale(0.03), plain.with_rotation(64)):
         for tokens, dtype in itertools.product(TOKENS, (torch.bfloat16, torch.float32)):
             x = torch.randn(tokens, 2048, device="cuda", dtype=dtype)
             for bias in (None, torch.randn(1024, device="cuda", dtype=dtype)):
