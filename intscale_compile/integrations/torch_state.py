@@ -11,6 +11,9 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _functorch = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
+# A build of PyTorch without CUDA has neither, and no tensor that they are asked for.
+raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # of a device by its index: the handle of its stream
+current_device = getattr(torch._C, "_cuda_getDevice", None)  # its index
 
 
 def nobody_watches() -> bool:
@@ -21,16 +24,6 @@ def nobody_watches() -> bool:
 def is_plain(x: Any) -> bool:
     """Whether ``x`` is a tensor and of no subclass."""
     return type(x) in _PLAIN_TYPES
-
-
-def raw_stream(index: int) -> int:
-    """Handle of the current stream of CUDA device ``index``."""
-    return torch._C._cuda_getCurrentRawStream(index)
-
-
-def current_device() -> int:
-    """Index of the current CUDA device."""
-    return torch._C._cuda_getDevice()
 
 
 def gpu_index(x: Tensor) -> int:

@@ -42,6 +42,7 @@ ALLOCATIONS = (
 )
 _stores: dict[Any, dict[Any, Optional[LaunchSequence]]] = {}
 _MISSING: Any = object()
+_empty = torch.empty
 
 
 class Extent(NamedTuple):
@@ -76,7 +77,7 @@ class Output(NamedTuple):
     dtype: torch.dtype
 
 
-@dataclass
+@dataclass(slots=True)
 class LaunchSequence:
     """Launches without addresses. Slots: operands, then results, the workspace, the counters.
 
@@ -98,32 +99,29 @@ class LaunchSequence:
     counters: int
 
     def __call__(self, addresses: Sequence[int]) -> Union[Tensor, tuple[Tensor, ...]]:
-        """Start the launches on the current stream of the device; ``addresses`` of the operands, 0 for None."""
+        """Start the launches on the current stream of the device; ``addresses`` of the operands, without those that are None."""
         if current_device() != self.index:
             with torch.cuda.device(self.index):
                 return self(addresses)
-        device = self.device
-        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.outputs]
-        self.fill(addresses, [y.data_ptr() for y in outputs])
-        return outputs[0] if self.single else tuple(outputs)
-
-    def fill(self, addresses: Sequence[int], results: Sequence[int]) -> None:
-        """As a call, on the current device, into results that are there."""
-        space = counters = None
+        device, launches = self.device, self.launches
+        if self.single:
+            outputs: Any = _empty(self.outputs[0].shape, dtype=self.outputs[0].dtype, device=device)
+            results: tuple[int, ...] = (outputs.data_ptr(),)
+        else:
+            outputs = tuple(_empty(shape, dtype=dtype, device=device) for shape, dtype in self.outputs)
+            results = tuple(y.data_ptr() for y in outputs)
+        space = counters = 0
         if self.workspace:
-            space = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
+            between = _empty(self.workspace, dtype=torch.uint8, device=device)
+            space = between.data_ptr()
         if self.counters:
-            counters = take_counters(self.device, self.counters)
-        launches = self.launches
-        slots = launches.pack(
-            *addresses,
-            *results,
-            0 if space is None else space.data_ptr(),
-            0 if counters is None else counters.data_ptr(),
-        )
+            taken = take_counters(device, self.counters)
+            counters = taken.data_ptr()
+        slots = launches.pack(*addresses, *results, space, counters)
         code = launches.run(launches.handle, self.index, raw_stream(self.index), slots)
         if code:
             raise RuntimeError(f"intscale: the CUDA driver refused a launch with error {code}.")
+        return outputs
 
 
 def extent(x: Tensor) -> Extent:

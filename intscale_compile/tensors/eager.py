@@ -6,7 +6,7 @@ compiled. Everything else, and every error, is left to the ordinary path, which 
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from ..integrations.torch_state import gpu_index, is_plain, nobody_watches
 from ..kernels.from_activation import grouped_from_activation, linear_from_activation
 from ..kernels.prepared import MOST_SEQUENCES, prepare_or_none, prepared, store
 from ..kernels.quantize_per_token import FLOAT_DTYPES
-from .intscale_tensor import IntScaleTensor
+
+if TYPE_CHECKING:  # it imports this module
+    from .intscale_tensor import IntScaleTensor
 
 _grouped = prepared(grouped_from_activation)
 _SLOT = "_eager"  # in the __dict__ of a weight; not stored, not copied
-_MISSING = object()
 
 
 class WeightForm:
@@ -29,28 +30,28 @@ class WeightForm:
         parts: ``qdata, scale, per_tensor_scale, zero_point, act_pre_scale``, as looked at.
         layout: shape and strides of each.
         kept: the sequences of launches of all weights of this form.
-        device: index of the GPU, -1 without one.
-        usable: whether the lean path can take it.
+        device: index of the GPU; -2 where the lean path cannot take the weight.
     """
 
-    __slots__ = ("parts", "layout", "present", "device", "usable", "in_features", "out_features", "numbers", "kept")
+    __slots__ = ("parts", "layout", "present", "device", "in_features", "out_features", "numbers", "kept")
 
     def __init__(self, weight: IntScaleTensor):
         self.parts = _parts(weight)
         self.present = tuple(part for part in self.parts if part is not None)
         self.layout = _layout(self.present)
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.device = gpu_index(weight.qdata)
+        device = gpu_index(weight.qdata)
         self.numbers = (
             weight.rotation, self.out_features, weight.group_size, weight.scale_bits, weight.packing_format,
         )  # fmt: skip
-        self.usable = (
-            self.device >= 0
+        usable = (
+            device >= 0
             and not weight.transposed
             and weight.qdata.dim() == 2
             and weight.input_order is None
-            and all(is_plain(part) and gpu_index(part) == self.device for part in self.present)
+            and all(is_plain(part) and gpu_index(part) == device for part in self.present)
         )
+        self.device = device if usable else -2
         forms = tuple(None if p is None else (p.shape, p.stride(), p.dtype) for p in self.parts)
         self.kept = store((linear_from_activation, self.device, forms, self.numbers, self.in_features))
 
@@ -92,46 +93,50 @@ def _wants_gradient(x: Tensor, bias: Optional[Tensor]) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
-def eager_linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor]) -> Optional[Tensor]:
+def eager_linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> Optional[Tensor]:
     """``F.linear(x, weight, bias)``, or None where the ordinary path has to run it."""
     device = gpu_index(x)
     if device < 0 or not is_plain(x) or not nobody_watches() or _wants_gradient(x, bias):
         return None
     form = form_of(weight)
     shape, dtype = x.shape, x.dtype
-    if not form.usable or device != form.device or dtype not in FLOAT_DTYPES or not shape:
-        return None
-    if shape[-1] != form.in_features:
+    if device != form.device or dtype not in FLOAT_DTYPES or not shape or shape[-1] != form.in_features:
         return None
     result = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
-    addresses = [part.data_ptr() for part in form.present]
+    if not x.is_contiguous():
+        x = x.contiguous()
+    addresses = [x.data_ptr(), *[part.data_ptr() for part in form.present]]
     bias_dtype = None
     if bias is not None:
-        if not is_plain(bias) or bias.shape != (form.out_features,) or gpu_index(bias) != device:
-            return None
-        if not bias.is_contiguous():
+        if not _is_bias(bias, form):
             return None
         bias_dtype = bias.dtype
         addresses.append(bias.data_ptr())
-    if not x.is_contiguous():
-        x = x.contiguous()
-    start = x.data_ptr()
-    everything = start
+    everything = 0
     for address in addresses:
         everything |= address
     if everything & 15:
         return None
     key = (shape, dtype, result, bias_dtype)
-    found = form.kept.get(key, _MISSING)
-    if found is _MISSING or found is None:
-        arguments = (x, *form.parts, bias, *form.numbers, result)
-        if found is _MISSING:
-            if len(form.kept) >= MOST_SEQUENCES:
-                form.kept.clear()
-            found = form.kept[key] = prepare_or_none(linear_from_activation, arguments)
-        if found is None:
-            return linear_from_activation(*arguments)
-    return found((start, *addresses))
+    found = form.kept.get(key)
+    if found is None:
+        return _first_call(form, key, (x, *form.parts, bias, *form.numbers, result), addresses)
+    return found(addresses)
+
+
+def _is_bias(bias: Tensor, form: WeightForm) -> bool:
+    vector = is_plain(bias) and bias.shape == (form.out_features,) and bias.is_contiguous()
+    return vector and gpu_index(bias) == form.device
+
+
+def _first_call(form: WeightForm, key: Any, arguments: tuple, addresses: list[int]) -> Tensor:
+    """The call, and for the next ones a sequence; where there can be none, the launches through Triton."""
+    if key not in form.kept:
+        if len(form.kept) >= MOST_SEQUENCES:
+            form.kept.clear()
+        form.kept[key] = prepare_or_none(linear_from_activation, arguments)
+    found = form.kept[key]
+    return linear_from_activation(*arguments) if found is None else found(addresses)  # type: ignore[return-value]
 
 
 def eager_grouped(

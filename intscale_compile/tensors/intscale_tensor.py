@@ -15,12 +15,14 @@ from ..errors import CheckpointError, ConfigError, UnsupportedOpError
 from ..kernels.dequantize import WEIGHT_OP
 from ..kernels.hadamard import hadamard_transform
 from . import activation_parts
+from .eager import eager_linear
 from .fields import ABSENT, ALL_NAMES, ATTRIBUTE_NAMES, DATA_NAMES, TensorParts
 from .from_codes import check_from_codes, check_stack, integer_weight
 from .scale_search import quantize_weight
 from .validate import validate_tensor
 from .weight_checks import check_weight
 
+LINEAR = torch.nn.functional.linear
 KEPT = ("_flat", "_eager")  # of ``__tensor_flatten__`` and of ``eager.form_of``
 
 
@@ -306,6 +308,15 @@ class IntScaleTensor(TorchAOBaseTensor):
         """
         validate_tensor(self, name)
         return self
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """``F.linear`` of an eager call on a GPU goes the short way; everything else is looked up."""
+        if func is LINEAR and not kwargs and type(args[1]) is cls and not torch.compiler.is_compiling():
+            y = eager_linear(*args)
+            if y is not None:
+                return y
+        return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
