@@ -169,7 +169,7 @@ def gpu(index: int) -> Check:
     if number < 80:
         return Check(f"GPU {index}", NOTE, f"{where}: kernels are tested from 80 on", "use --device cpu if they fail")
     if obstacle := missing_feature(number):
-        mend = "triton 3.6 or 3.7, which torch 2.11 brings" if number == 90 else ""
+        mend = "a Triton release from 3.6 to 3.9, as torch 2.11 to 2.15 bring" if number == 90 else ""
         return Check(f"GPU {index}", OK if number != 90 else NOTE, f"{where}: plain Triton, since {obstacle}", mend)
     return Check(
         f"GPU {index}", OK, f"{where}: Gluon kernels for groups of 128, 256 and per channel, else plain Triton"

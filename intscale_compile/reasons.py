@@ -28,6 +28,10 @@ class Reason(enum.Enum):
         "weight requires grad in grad mode: wrap the call in torch.no_grad() or call model.requires_grad_(False)"
     )
     NOT_CONSTANT = "weight is computed in the graph, not a parameter or buffer"
+    UNKNOWN_VIEW = (
+        "weight reaches the product through a view that is neither the weight nor its transpose: write x @ weight.t(), or "
+        "keep the weight in the shape in which it is used"
+    )
     FOREIGN_SUBCLASS = "weight is another library's tensor subclass"
     SHARDED_FORM = (
         "sharded weight (DTensor) in a form that the pass local_shards does not know, on a mesh of several dimensions, or with "

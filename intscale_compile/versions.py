@@ -7,7 +7,7 @@ import importlib.metadata
 from .errors import VersionError
 
 __version__ = "0.1.0"
-SUPPORTED = {"torch": ((2, 11), (2, 14)), "torchao": ((0, 18), None)}
+SUPPORTED = {"torch": ((2, 11), (2, 16)), "torchao": ((0, 18), None)}
 
 
 def _parse(text: str) -> tuple[int, ...]:

@@ -9,9 +9,27 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 # Waits for all warps of a program or partition; renamed in Triton 3.7.
 block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+# Starts a copy of a tensor descriptor's block to shared memory; renamed in Triton 3.8, the old name fails from 3.9 on.
+copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # from Triton 3.9 on
+
+    @gluon.jit
+    def reinterpret_shared(memory, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+        """The same bytes of shared memory under another shape or layout; from Triton 3.8 on of equal size."""
+        return memory.reinterpret(DTYPE, SHAPE, LAYOUT)
+
+else:
+
+    @gluon.jit
+    def reinterpret_shared(memory, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+        """The same bytes of shared memory under another shape or layout; from Triton 3.8 on of equal size."""
+        return memory._reinterpret(DTYPE, SHAPE, LAYOUT)
 
 
 @gluon.jit

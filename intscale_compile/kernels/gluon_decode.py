@@ -18,9 +18,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .gluon_common import allow_next_kernel, store_tile, unpack_times16, wait_for_previous_kernel
+from .gluon_common import allow_next_kernel, copy_to_shared, store_tile, unpack_times16, wait_for_previous_kernel
 
 SPLIT = gl.constexpr(4)  # warps that share K
 
@@ -44,9 +44,9 @@ def load_weight_stage(
     more = item < items
     ACTIVATION_BYTES: gl.constexpr = 0 if RESIDENT else BLOCK_M * 128
     mbarrier.expect(bar, DEPTH * (BLOCK_N * (64 + SCALE_BYTES) + ACTIVATION_BYTES), pred=more)
-    tma.async_copy_global_to_shared(w_desc, [first, n0 % 64, 0], bar, ws.index(slot), pred=more)
+    copy_to_shared(w_desc, [first, n0 % 64, 0], bar, ws.index(slot), pred=more)
     if SCALES != "none":
-        tma.async_copy_global_to_shared(s_desc, [first, n0 % 64], bar, ss.index(slot), pred=more)
+        copy_to_shared(s_desc, [first, n0 % 64], bar, ss.index(slot), pred=more)
 
 
 @gluon.jit
@@ -54,7 +54,7 @@ def load_activation_stage(x_desc, xs, bar, slot, round, m0, pred, STEPS: gl.cons
     """Start the copies of both halves of one round's activations."""
     for half in gl.static_range(2):
         where = [round * (STEPS * SPLIT), m0, half * 64]
-        tma.async_copy_global_to_shared(x_desc, where, bar, xs.index(slot * 2 + half), pred=pred)
+        copy_to_shared(x_desc, where, bar, xs.index(slot * 2 + half), pred=pred)
 
 
 @gluon.jit

@@ -27,12 +27,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .gluon_common import (
     allow_next_kernel,
     block_barrier,
+    copy_to_shared,
     fold_codes,
+    reinterpret_shared,
     store_tile,
     tile_position,
     unpack_times16,
@@ -62,14 +64,14 @@ def load_weight_stage(
     for r in gl.static_range(TILES):
         rows = ws.index(slot).slice(r * 64, 64, 0)
         row = ((tile_n * SPAN + r % SPAN + r // SPAN * (N // 128)) * BLOCKS + block) * 64
-        tma.async_copy_global_to_shared(w_desc, [row, 0], bar, rows, pred=pred)
+        copy_to_shared(w_desc, [row, 0], bar, rows, pred=pred)
     if SCALES != "none":
         group = block // BLOCKS_PER_GROUP
         if GATED == "none":
             scales = ss.index(slot).slice(0, TILES, 0)
-            tma.async_copy_global_to_shared(s_desc, [tile_n * TILES, group, 0], bar, scales, pred=pred)
+            copy_to_shared(s_desc, [tile_n * TILES, group, 0], bar, scales, pred=pred)
         else:  # both halves in one copy: alone, one of 64 bytes would make the next begin off a multiple of 128
-            tma.async_copy_global_to_shared(s_desc, [0, tile_n * SPAN, group, 0], bar, ss.index(slot), pred=pred)
+            copy_to_shared(s_desc, [0, tile_n * SPAN, group, 0], bar, ss.index(slot), pred=pred)
 
 
 @gluon.jit
@@ -83,14 +85,18 @@ def allocate_scales(s_desc, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, GATED: 
 @gluon.jit
 def load_activation_stage(x_desc, xs, bar, slot, m0, block, pred):
     """Start the copy of a stage's activations, whose bytes :func:`load_weight_stage` announced."""
-    tma.async_copy_global_to_shared(x_desc, [m0, block * 128], bar, xs.index(slot), pred=pred)
+    copy_to_shared(x_desc, [m0, block * 128], bar, xs.index(slot), pred=pred)
 
 
 @gluon.jit
 def stage_scales(ss, slot, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
     """Group scales of a stage, ``[BLOCK_N]``, as int32 (or fp32)."""
     LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    scales = ss.index(slot)._reinterpret(ss.dtype, [BLOCK_N], LINEAR).load(LAYOUT)
+    ROWS: gl.constexpr = 128 if BLOCK_N == 64 else BLOCK_N  # as in allocate_scales
+    rows = reinterpret_shared(ss.index(slot), ss.dtype, [ROWS], LINEAR)
+    if ROWS != BLOCK_N:
+        rows = rows.slice(0, BLOCK_N, 0)
+    scales = rows.load(LAYOUT)
     return scales if ss.dtype == gl.float32 else scales.to(gl.int32)
 
 

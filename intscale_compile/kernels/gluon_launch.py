@@ -8,6 +8,7 @@ that give the same accumulator.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, Optional
 
 import torch
@@ -15,12 +16,13 @@ import triton
 from torch import Tensor
 
 from ..format import pack_block
+from ..reasons import log_once
 from .gluon_tiles import fits_resident
 from .launching import collecting, described, launch
 from .split_k import take_counters
 from .tile import Tile, schedule_name
 
-TRITON_RELEASES = ((3, 6), (3, 7))  # later ones moved shared-memory allocation and the mbarrier calls
+TRITON_RELEASES = ((3, 6), (3, 7), (3, 8), (3, 9))  # each assembled in tests/kernels/test_gluon_assembly.py
 MAX_PER_CHANNEL_K = 1 << 17  # codes are 16 times too large until the epilogue: 16 * 8 * 127 * K < 2**31
 REGISTERS = {
     (4, 1): 168,
@@ -36,10 +38,20 @@ def missing_feature(capability: int) -> Optional[str]:
     """Why this machine cannot run the Gluon kernels, or None."""
     if capability != 90:
         return f"the GPU has capability {capability}, the Gluon kernels are for 90 (Hopper)"
+    reason = _missing_in_triton()
+    if reason is not None:
+        log_once(logging.WARNING, f"plain Triton instead of Gluon: {reason}")
+    return reason
+
+
+def _missing_in_triton() -> Optional[str]:
+    """What keeps the installed Triton from running the Gluon kernels, or None."""
     release = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if release not in TRITON_RELEASES:
-        return f"Triton {triton.__version__} has another Gluon interface than 3.6 and 3.7"
+        known = ", ".join(".".join(map(str, numbers)) for numbers in TRITON_RELEASES)
+        return f"the Gluon kernels were checked with Triton {known}, not with {triton.__version__}"
     try:
+        # Gluon's interface moves: what an unforeseen release lacks shows when its kernels are imported.
         from . import gluon_decode, gluon_gemm  # noqa: F401
     except (ImportError, AttributeError) as error:
         return f"Triton {triton.__version__} lacks parts of Gluon: {error}"

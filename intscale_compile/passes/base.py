@@ -290,14 +290,46 @@ def is_ours(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == QUANTIZATION_NAMESPACE
 
 
+REARRANGES = {
+    *(
+        "t",
+        "T",
+        "numpy_T",
+        "mT",
+        "H",
+        "mH",
+        "matrix_H",
+        "adjoint",
+        "transpose",
+        "permute",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+    ),
+    *(
+        "moveaxis",
+        "contiguous",
+        "to",
+        "detach",
+        "view",
+        "view_as",
+        "reshape",
+        "squeeze",
+        "unsqueeze",
+        "getattr",
+        "getitem",
+    ),
+    *("repeat_interleave", "_get_data_attr"),
+}
+
+
 def remove_dead(rewrite: GraphRewrite) -> None:
     """Erase unused nodes that are ours or only rearranged a weight, and unused packed inputs."""
-    harmless = {"t", "transpose", "permute", "contiguous", "to", "detach", "getattr", "unsqueeze", "repeat_interleave"}
     for node in reversed(list(rewrite.graph.nodes)):
         if node.users or node.op in ("output", "placeholder"):
             continue
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if is_ours(node) or name in harmless or name == "getitem" or node.op == "get_attr":
+        if is_ours(node) or name.split(".")[0] in REARRANGES or node.op == "get_attr":
             rewrite.graph.erase_node(node)
     rewrite.drop_unused_packed_inputs()
 

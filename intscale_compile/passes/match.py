@@ -26,6 +26,7 @@ from .base import Candidate, GraphRewrite, Pass, example, writes_in_place
 from .other_products import other_products
 from .packed_weights import WeightSource
 from .skipped import Skipped
+from .weight_views import is_unknown_view, root_of_view, transposes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}
@@ -33,7 +34,7 @@ MATMUL = {torch.matmul, torch.mm, operator.matmul}
 MATMUL_METHODS = {"matmul", "mm", "__matmul__"}
 OTHER_PRODUCTS = {torch.bmm, torch.baddbmm, torch.einsum, torch.tensordot, torch.inner, torch.nn.functional.bilinear}
 OTHER_NAMES = {"bmm", "baddbmm", "einsum", "inner", "tensordot"}
-TRANSPOSES = {"t", "T", "mT", "transpose", "permute", "swapaxes", "swapdims"}
+TRANSPOSES = {"t", "T", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims"}
 SELECTIONS = {"getitem", "__getitem__", "select", "index_select", "unbind"}
 PASS_THROUGH = {"to", "contiguous", "detach", "float", "half", "bfloat16", "type_as", "clone"}
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
@@ -110,9 +111,21 @@ class WeightFinder:
             if name in TRANSPOSES and swaps_last_two(node, name):
                 transposed = not transposed
             elif name not in PASS_THROUGH and not (through_selection and name in SELECTIONS):
-                return None, False
+                source, swapped = self.by_memory(node)
+                return source, transposed != swapped if source is not None else False
             node = node.args[0]
         return None, False
+
+    def by_memory(self, node: fx.Node) -> tuple[Optional[WeightSource], bool]:
+        """As :meth:`resolve`, for a view that is not known by name but reads the weight, or its transpose, as a whole."""
+        root = root_of_view(node)
+        source, swapped = self.source(root), None if root is None else transposes(node, root)
+        return (None, False) if source is None or swapped is None else (source, swapped)
+
+    def viewed(self, node: Any) -> Optional[WeightSource]:
+        """The weight of which ``node`` is a view that :meth:`resolve` does not know, or None."""
+        root = root_of_view(node) if isinstance(node, fx.Node) else None
+        return self.source(root) if root is not None and is_unknown_view(node, root) else None
 
     def source(self, node: Any) -> Optional[WeightSource]:
         """The weight that the caller passes at ``node``, or that is an attribute of the graph; None for anything else."""
@@ -155,7 +168,7 @@ def swaps_last_two(node: fx.Node, name: str) -> bool:
     """Whether a node that calls one of ``TRANSPOSES`` exchanges the last two dimensions and nothing else."""
     value = example(node.args[0])
     rank = value.dim() if isinstance(value, Tensor) else 2
-    if name in ("t", "T"):
+    if name in ("t", "T", "numpy_T"):
         return rank == 2
     if name == "mT":
         return True
@@ -215,9 +228,10 @@ def _make(node: fx.Node, weights: WeightFinder, x: Any, weight: Any, bias: Any, 
     source, transposed = weights.resolve(weight)
     if source is None:
         expert = _left_alone(node, weights, weight, Reason.NOT_CONSTANT)
-        return expert or Candidate(
-            node, node.name, x, weight, bias, None, False, None, Reason.NOT_CONSTANT, tokens=tokens_of(x)
-        )
+        viewed = weights.viewed(weight)
+        reason = Reason.NOT_CONSTANT if viewed is None else Reason.UNKNOWN_VIEW
+        name = node.name if viewed is None else viewed.name
+        return expert or Candidate(node, name, x, weight, bias, None, False, None, reason, tokens=tokens_of(x))
     tensor = weights.tensor(source)
     kept_kn = transposed if weight_is_nk else not transposed
     if tensor.dim() != 2:

@@ -39,7 +39,7 @@ def other_products(rewrite: GraphRewrite, weights: WeightFinder) -> Iterator[Can
             continue
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "").split(".")[0]
         if name in PRODUCTS:
-            yield from _computed_product(node, computed)
+            yield from _computed_product(node, computed, weights)
         elif name in CONVOLUTIONS:
             yield from _weights_of(node, weights, Reason.CONVOLUTION)
         elif node.target in SEVERAL_LINEARS:
@@ -88,12 +88,15 @@ def _computed_weights(rewrite: GraphRewrite, weights: WeightFinder) -> dict[fx.N
     return found
 
 
-def _computed_product(node: fx.Node, computed: dict[fx.Node, Optional[WeightSource]]) -> Iterator[Candidate]:
-    """A product of an activation with a matrix that is computed from a parameter."""
+def _computed_product(
+    node: fx.Node, computed: dict[fx.Node, Optional[WeightSource]], weights: WeightFinder
+) -> Iterator[Candidate]:
+    """A product of an activation with a matrix that is computed from a parameter, or is an unknown view of one."""
     if node in computed:  # of two weights: no activation
         return
     for used in node.all_input_nodes:
         source, value = computed.get(used), example(used)
         if source is not None and isinstance(value, Tensor) and value.dim() > 1:
-            yield Candidate(node, source.name, None, used, None, None, False, None, Reason.NOT_CONSTANT)
+            reason = Reason.NOT_CONSTANT if weights.viewed(used) is None else Reason.UNKNOWN_VIEW
+            yield Candidate(node, source.name, None, used, None, None, False, None, reason)
             return

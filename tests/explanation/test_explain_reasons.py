@@ -108,6 +108,7 @@ MODELS = {
     Reason.EXPERTS: lambda: Holder(lambda x, w: torch.bmm(w, x.t().expand(4, -1, -1)), torch.randn(4, 32, 64)),
     Reason.REQUIRES_GRAD: WithGradients,
     Reason.NOT_CONSTANT: lambda: Holder(lambda x, w: F.linear(x, w * 2), torch.randn(32, 64)),
+    Reason.UNKNOWN_VIEW: lambda: Holder(lambda x, w: x @ w.view(64, 32), torch.randn(32, 64)),
     Reason.FOREIGN_SUBCLASS: foreign,
     Reason.NON_FINITE: lambda: Holder(lambda x, w: F.linear(x, w), torch.full((32, 64), float("inf"))),
     Reason.WEIGHT_DTYPE: lambda: Holder(lambda x, w: F.linear(x, w.float()), torch.randn(32, 64, dtype=torch.float64)),

@@ -1,17 +1,21 @@
 """The Gluon kernels assembled for sm_90 without a GPU, for every shipped tile: tensor cores, no spills, no serialization.
 
-Needs a Triton whose Gluon they are written for (3.6 or 3.7); skipped under others.
+Under whichever Triton is installed, if it is one that the kernels were checked with. One tile for each path through the
+code runs always, the others with the slow tests. ``.ci/run`` repeats this file under the oldest and the newest Triton.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 
 triton = pytest.importorskip("triton")
 from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES  # noqa: E402
 from intscale_compile.kernels.gluon_tiles import (  # noqa: E402
+    SCHEDULES,
     choose_gluon_tile,
     deepest,
     fits_resident,
@@ -25,6 +29,8 @@ from tests.support.sass import disassemble  # noqa: E402
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 pytestmark = pytest.mark.skipif(RELEASE not in TRITON_RELEASES, reason=f"Gluon of Triton {triton.__version__}")
 H100 = "NVIDIA H100 80GB HBM3"
+# ptxas 13.4, which Triton 3.9 brings, keeps a few bytes of some gated tiles in local memory, once a tile behind the K loop.
+SPILLS_BEHIND_LOOP = 64 if RELEASE >= (3, 9) else 0
 POINTERS = {"out_ptr": "*bf16", "row_scale_ptr": "*fp32", "token_scale_ptr": "*fp32"}
 
 
@@ -35,6 +41,24 @@ def distinct_tiles() -> list[tuple[str, Tile, int]]:
         if tile.kernel != "triton":
             found.setdefault((key.schedule, tile), key.k)
     return [(schedule, tile, k) for (schedule, tile), k in found.items()]
+
+
+def quick_first(
+    cases: Iterable[tuple], path: Callable[..., Any], quick: Callable[..., bool] = lambda *case: True
+) -> list:
+    """``cases`` as parameters of a test: the first of each ``path`` through the code, if ``quick``, the others slow."""
+    seen: set = set()
+    parameters = []
+    for case in cases if RELEASE in TRITON_RELEASES else ():
+        marks = () if path(*case) not in seen and quick(*case) else pytest.mark.slow
+        seen.add(path(*case))
+        parameters.append(pytest.param(*case, marks=marks))
+    return parameters
+
+
+def path_of(schedule: str, tile: Tile, *_: Any) -> tuple:
+    """What decides which code of the kernels a tile takes."""
+    return schedule, tile.kernel, tile.block_n == 64, tile.split_k > 1
 
 
 def descriptor(shape: list[int], dtype: str, swizzled: bool = True) -> str:
@@ -56,7 +80,8 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
 
     from intscale_compile.kernels import gluon_decode, gluon_gemm
 
-    blocks, scale = k // 128, "fp32" if schedule == "float" else "u8"
+    blocks, scale, int8 = k // 128, "fp32" if schedule == "float" else "u8", schedule == "int8"
+    schedule = "none" if int8 else schedule
     constants = dict(
         BLOCKS=blocks, SCALES=schedule, DEQUANTIZE=True, HAS_BIAS=False, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STAGES=tile.num_stages, OVERLAP=True, bias_ptr=None,
@@ -71,13 +96,13 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
     else:
         fn = gluon_gemm.gemm_pipelined if tile.kernel == "pipelined" else gluon_gemm.gemm_specialized
         scales = [tile.block_n // 64, 1, 64] if gated == "none" else [2, tile.block_n // 128, 1, 64]
-        shapes = ([tile.block_m, 128], [64, 64], scales)
+        shapes = ([tile.block_m, 128], [64, 128 if int8 else 64], scales)
         constants.update(
             BLOCKS_PER_GROUP=1,
             GROUP_N=tile.group_n,
             SPLIT_K=tile.split_k,
             UNROLL=4 if schedule in ("fold", "none") else 1,
-            INT8=False,
+            INT8=int8,
             GATED=gated,
             HAS_RESIDUAL=residual,
         )
@@ -86,7 +111,7 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
         else:
             constants["residual_ptr"] = None
         if tile.split_k > 1:
-            signature.update(partial_ptr="*i32", counter_ptr="*i32")
+            signature.update(partial_ptr="*fp32" if schedule == "float" else "*i32", counter_ptr="*i32")
         else:
             constants.update(partial_ptr=None, counter_ptr=None)
     if tile.kernel != "pipelined":
@@ -111,9 +136,28 @@ def test_there_are_tables():
     assert list(SHIPPED.glob("*.json")) and distinct_tiles()
 
 
-@pytest.mark.parametrize("schedule,tile,k", distinct_tiles() if RELEASE in TRITON_RELEASES else [], ids=str)
+@pytest.mark.parametrize("schedule,tile,k", quick_first(distinct_tiles(), path_of), ids=str)
 def test_shipped_tiles_assemble_without_spills(schedule, tile, k, tmp_path):
     check(disassemble(compile_tile(schedule, tile, k), tmp_path), tile)
+
+
+def tiles_by_rule() -> list[tuple[str, Tile, int]]:
+    """What the rules take where no table holds a tile, from one token to prefill, once; 4096 features."""
+    tokens = (1, 16, 17, 64, 300, 4096)
+    found = {(s, choose_gluon_tile(m, n, 4096, s)) for s, m, n in itertools.product(SCHEDULES, tokens, (4096, 28672))}
+    shipped = {(schedule, tile) for schedule, tile, _ in distinct_tiles()}
+    return [(*case, 4096) for case in sorted(found - shipped, key=str)]
+
+
+@pytest.mark.parametrize(
+    "schedule,tile,k",
+    quick_first(
+        tiles_by_rule(), lambda schedule, *_: schedule, lambda schedule, *_: schedule in ("accumulate", "int8")
+    ),
+    ids=str,
+)
+def test_tiles_by_rule_assemble_without_spills(schedule, tile, k, tmp_path):
+    check(disassemble(compile_tile(schedule, tile, k), tmp_path), tile, float_sums=schedule == "float")
 
 
 def gated_tiles() -> list[tuple[str, Tile, int, str]]:
@@ -127,7 +171,17 @@ def gated_tiles() -> list[tuple[str, Tile, int, str]]:
     return cases + [(*case[:3], activation) for case in wide for activation in ("gelu", "gelu_tanh")]
 
 
-@pytest.mark.parametrize("schedule,tile,k,activation", gated_tiles() if RELEASE in TRITON_RELEASES else [], ids=str)
+@pytest.mark.parametrize(
+    "schedule,tile,k,activation",
+    quick_first(
+        gated_tiles(),
+        lambda schedule, tile, k, activation: (tile.kernel, tile.num_warps, activation),
+        lambda schedule, tile, k, activation: (
+            activation != "gelu" and (activation, tile.kernel) != ("silu", "pipelined")
+        ),
+    ),
+    ids=str,
+)
 def test_gated_tiles_assemble_without_spills(schedule, tile, k, activation, tmp_path):
     assert illegal(tile, schedule, k) is None
     compiled = compile_tile(schedule, tile, k, activation)
@@ -136,10 +190,10 @@ def test_gated_tiles_assemble_without_spills(schedule, tile, k, activation, tmp_
     local = [i.address for i in code.instructions if i.base in ("LDL", "STL")]
     assert not any(products[0] <= address <= products[-1] for address in local), "spills in the loop"
     # Once a tile, GELU may spill in its 168 registers: 60 registers at most.
-    check(code, tile, spill_bytes=0 if activation == "silu" else 256)
+    check(code, tile, spill_bytes=SPILLS_BEHIND_LOOP if activation == "silu" else 256)
 
 
-def check(code, tile: Tile, spill_bytes: int = 0) -> None:
+def check(code, tile: Tile, spill_bytes: int = 0, float_sums: bool = False) -> None:
     """Tensor cores at work without waits between them, no spills, no conversions to float but those of the epilogue."""
     assert code.spill_bytes <= spill_bytes
     dot = "IMMA" if tile.kernel == "decode" else "IGMMA"
@@ -148,7 +202,9 @@ def check(code, tile: Tile, spill_bytes: int = 0) -> None:
         # ptxas waits after every wgmma (C7510, C7512) where it cannot keep their operands apart.
         waits = sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in code.instructions)
         assert waits < code.count(dot) / 2
-    assert code.count("I2F") <= tile.block_m * tile.block_n // (32 * tile.num_warps) + 8  # the epilogue alone
+    assert (
+        float_sums or code.count("I2F") <= tile.block_m * tile.block_n // (32 * tile.num_warps) + 8
+    )  # the epilogue alone
 
 
 def residual_tiles() -> list[tuple[str, Tile, int]]:
@@ -159,7 +215,11 @@ def residual_tiles() -> list[tuple[str, Tile, int]]:
     ]
 
 
-@pytest.mark.parametrize("schedule,tile,k", residual_tiles() if RELEASE in TRITON_RELEASES else [], ids=str)
+@pytest.mark.parametrize(
+    "schedule,tile,k",
+    quick_first(residual_tiles(), lambda schedule, *_: schedule, lambda schedule, *_: schedule == "fold"),
+    ids=str,
+)
 def test_residuals_assemble_without_spills(schedule, tile, k, tmp_path):
     """Read as wide as the output is written."""
     code = disassemble(compile_tile(schedule, tile, k, residual=True), tmp_path)

@@ -8,11 +8,28 @@ import torch
 pytest.importorskip("triton")
 from intscale_compile.kernels import gluon_launch  # noqa: E402
 from intscale_compile.kernels.triton_gemm import gluon_obstacle, pick_tile  # noqa: E402
+from intscale_compile.reasons import log_once  # noqa: E402
 
 
 @pytest.mark.parametrize("capability", [0, 80, 89, 100, 120])
 def test_only_hopper(capability):
     assert str(capability) in gluon_launch.missing_feature(capability)
+
+
+def test_an_unknown_triton_runs_plain_kernels_and_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(gluon_launch.triton, "__version__", "3.99.1")
+    gluon_launch.missing_feature.cache_clear()
+    log_once.cache_clear()
+    try:
+        with caplog.at_level("WARNING", logger="intscale_compile"):
+            reason = gluon_launch.missing_feature(90)
+            assert gluon_launch.missing_feature(90) == reason
+            gluon_launch.missing_feature.cache_clear()
+            gluon_launch.missing_feature(90)
+    finally:
+        gluon_launch.missing_feature.cache_clear()
+    assert reason == "the Gluon kernels were checked with Triton 3.6, 3.7, 3.8, 3.9, not with 3.99.1"
+    assert [r.getMessage() for r in caplog.records] == [f"plain Triton instead of Gluon: {reason}"]
 
 
 @pytest.mark.parametrize(
