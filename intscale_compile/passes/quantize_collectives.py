@@ -41,6 +41,8 @@ from .collective_report import CollectiveReport
 NAME = "quantize_collectives"
 C10D = torch.ops._c10d_functional
 WAIT = C10D.wait_tensor.default
+# From torch 2.15 on, coalesced collectives are waited for together: wait_tensors([a, b]) and its items.
+WAIT_ALL = C10D.wait_tensors.default if hasattr(C10D, "wait_tensors") else None
 KINDS: dict[Any, str] = {
     C10D.all_reduce.default: "all_reduce",
     C10D.all_reduce_coalesced.default: "all_reduce",
@@ -134,6 +136,8 @@ class QuantizeCollectives(CustomGraphPass):
                 for r in reports
             ]
             return reports
+        if _split_waits(graph, members):
+            members = list(_members(node))
         for member, report in zip(members, reports):
             self._replace(graph, node, member, report)
         graph.erase_node(node)
@@ -237,9 +241,34 @@ def _members(node: fx.Node) -> Iterator[Member]:
 
 
 def _member(x: fx.Node, results: Sequence[fx.Node], handles: tuple[fx.Node, ...]) -> Member:
-    users = [user for result in results for user in result.users]
-    waits = tuple(user for user in users if user.target is WAIT)
-    return Member(x, handles, waits, bool(waits) and len(waits) == len(users))
+    waits: list[fx.Node] = []
+    is_waited = True
+    for result in results:
+        for user in result.users:
+            if user.target is WAIT:
+                waits.append(user)
+            elif WAIT_ALL is not None and user.target is WAIT_ALL:
+                items = [item for item in user.users if item.target is operator.getitem]
+                waits += [item for item in items if user.args[0][item.args[1]] is result]  # type: ignore[index]
+                is_waited = is_waited and len(items) == len(user.users)
+            else:
+                is_waited = False
+    return Member(x, handles, tuple(waits), is_waited and bool(waits))
+
+
+def _split_waits(graph: fx.Graph, members: Sequence[Member]) -> bool:
+    """Wait for each tensor alone where ``members`` are waited for together; returns whether there was such a wait."""
+    waits = [wait for member in members for wait in member.waits]
+    together = dict.fromkeys(wait.args[0] for wait in waits if wait.target is operator.getitem)
+    for node in together:
+        for item in list(node.users):  # type: ignore[union-attr]
+            with graph.inserting_before(item):
+                alone = graph.call_function(WAIT, (node.args[0][item.args[1]],))  # type: ignore[index, union-attr, arg-type]
+            alone.meta.update(item.meta)
+            item.replace_all_uses_with(alone)
+            graph.erase_node(item)
+        graph.erase_node(node)  # type: ignore[arg-type]
+    return bool(together)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
