@@ -42,7 +42,8 @@ from timing import environment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from intscale_compile.calibration import PRESETS, calibrate, recipe
+from intscale_compile import CalibrationConfig, calibrate
+from intscale_compile.calibration import PRESETS
 from intscale_compile.calibration.pipeline import make_integer
 from intscale_compile.calibration.solve import FloatScaleWeight, frozen
 from intscale_compile.errors import OverflowProofError
@@ -189,14 +190,19 @@ def results(model: nn.Module, data: Tensor, reference: Reference, presets, rows,
         if chosen := [row for row in rows if row != "4"]:
             calibrated = copy.deepcopy(model)
             start = time.perf_counter()
-            calibrate(calibrated, data, recipe(preset, **changes, scales="float"), progress=sys.stderr.isatty())
+            calibrate(
+                calibrated,
+                data,
+                CalibrationConfig.from_preset(preset, **changes, scales="float"),
+                progress=sys.stderr.isatty(),
+            )
             seconds = time.perf_counter() - start
             for row in chosen:
                 yield from _converted(calibrated, preset, row, reference, seconds)
         if "4" in rows:
             calibrated = copy.deepcopy(model)
             start = time.perf_counter()
-            calibrate(calibrated, data, recipe(preset, **changes), progress=sys.stderr.isatty())
+            calibrate(calibrated, data, CalibrationConfig.from_preset(preset, **changes), progress=sys.stderr.isatty())
             seconds = time.perf_counter() - start
             result = reference.measure(calibrated, preset, ROWS["4"][0])
             result.seconds = seconds
@@ -238,7 +244,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration text, and of outliers")
     parser.add_argument("--seeds", type=int, default=1, help="how many samples of calibration text, from --seed on")
     parser.add_argument("--jitter", type=int, default=0, help="further readings of a row, row scales changed by 1e-6")
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of every recipe")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of every configuration")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--module-list", type=Path, default=default_model().parent / MODULE_LIST)
     parser.add_argument("--json", type=Path, help="file for the results")

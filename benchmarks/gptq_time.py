@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from intscale_compile.calibration import Recipe
+from intscale_compile import CalibrationConfig
 from intscale_compile.calibration.capture import second_moments
 from intscale_compile.calibration.clipping import choose_steps
 from intscale_compile.calibration.gptq import feedback, gptq_codes
@@ -45,7 +45,7 @@ def timed(part: Callable):
     return result, time.perf_counter() - start
 
 
-def layer_seconds(shape: tuple[int, int], tokens: int, recipe: Recipe) -> dict[str, float]:
+def layer_seconds(shape: tuple[int, int], tokens: int, chosen: CalibrationConfig) -> dict[str, float]:
     """Seconds of each part for one weight. The factorization is timed alone and taken off the rounding, which has it."""
     generator = torch.Generator(device="cuda").manual_seed(0)
     rows, columns = shape
@@ -60,10 +60,10 @@ def layer_seconds(shape: tuple[int, int], tokens: int, recipe: Recipe) -> dict[s
         return total
 
     hessian, seconds["statistics"] = timed(statistics)
-    wide, config = weight.float(), recipe.config
+    wide, config = weight.float(), chosen.base_config
     steps, seconds["scales"] = timed(lambda: choose_steps(wide, config, importance_of(hessian), integer=True))
-    _, seconds["factorization"] = timed(lambda: feedback(hessian, recipe.damping))
-    options = dict(act_order=recipe.act_order, damping=recipe.damping, sweeps=recipe.sweeps)
+    _, seconds["factorization"] = timed(lambda: feedback(hessian, chosen.damping))
+    options = dict(act_order=chosen.act_order, damping=chosen.damping, sweeps=chosen.sweeps)
     codes, both = timed(lambda: gptq_codes(wide, steps, hessian, **options))
     seconds["rounding"] = both - seconds["factorization"]
     _, seconds["packing"] = timed(lambda: Codes(codes, steps, config, weight.dtype).tensor("weight"))
@@ -79,10 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("gptq_time: no CUDA device")
-    recipe = Recipe(sweeps=args.sweeps)
-    layer_seconds((256, 256), 1024, recipe)  # compiles the kernels
-    layer_seconds((256, 512), 1024, recipe)
-    found = {name: layer_seconds(shape, args.tokens, recipe) for name, shape in LAYERS.items()}
+    chosen = CalibrationConfig(sweeps=args.sweeps)
+    layer_seconds((256, 256), 1024, chosen)  # compiles the kernels
+    layer_seconds((256, 512), 1024, chosen)
+    found = {name: layer_seconds(shape, args.tokens, chosen) for name, shape in LAYERS.items()}
     total = {part: sum(row[part] for row in found.values()) for part in PARTS}
     if args.json:
         device = torch.cuda.get_device_name()

@@ -44,7 +44,7 @@ def _dtype(name: str, device: Any, stored: bool = False) -> Any:
     """A torch dtype; ``auto`` is the checkpoint's, and where a model is to run on a CPU float32, which is faster there."""
     import torch
 
-    from intscale_compile import ConfigError
+    from intscale_compile.errors import ConfigError
 
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name == "auto":
@@ -58,7 +58,7 @@ def _dtype(name: str, device: Any, stored: bool = False) -> Any:
     epilog=_examples(
         "intscale quantize meta-llama/Llama-3.1-8B llama-w4a8",
         "intscale quantize ./model ./out -c group_size=64 -c scale_bits=8",
-        "intscale quantize ./model ./out --recipe gptq --data corpus.txt --device cuda",
+        "intscale quantize ./model ./out --preset gptq --data corpus.txt --device cuda",
         "intscale quantize TheBloke/Llama-2-7B-GPTQ ./out --export compressed-tensors",
     )
 )
@@ -66,9 +66,9 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder for the quantized model.", show_default=False)],
     config: Config = None,
-    recipe: Annotated[Optional[str], typer.Option(help="Calibrate: rtn, gptq, best, llama3, mixtral, odyssey, fptq.")] = None,
-    data: Annotated[Optional[list[Path]], typer.Option(help="Text file for the recipe; may be given again.")] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences of text for the recipe.")] = 64,
+    preset: Annotated[Optional[str], typer.Option(help="Calibrate: rtn, gptq, best, llama3, mixtral, odyssey, fptq.")] = None,
+    data: Annotated[Optional[list[Path]], typer.Option(help="Text file to calibrate with; may be given again.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of text to calibrate with.")] = 64,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens in each.")] = 512,
     checkpoint_dir: Annotated[Optional[Path], typer.Option(help="Keep finished blocks here, to go on later.")] = None,
     export: Annotated[Optional[str], typer.Option(help="compressed-tensors: write what vLLM reads.")] = None,
@@ -80,7 +80,7 @@ def quantize(
     commands = _library()
     where = commands.loading.usable_device(device)
     summary = commands.quantize_folder(
-        model, out, commands.parse_fields(config or ()), recipe=recipe, data=data or (), sequences=sequences,
+        model, out, commands.parse_fields(config or ()), preset=preset, data=data or (), sequences=sequences,
         tokens=tokens, checkpoint_dir=checkpoint_dir, device=where, dtype=_dtype(dtype, where, stored=True), export=export,
     )  # fmt: skip
     output.print_json(summary.to_dict()) if json else views.quantized(summary)
@@ -106,7 +106,7 @@ def inspect(
 ) -> None:  # fmt: skip
     """Say what the compiler does with each layer of a model, and why where it does nothing. Needs no GPU."""
     commands = _library()
-    from intscale_compile import ConfigError
+    from intscale_compile.errors import ConfigError
     from intscale_compile.explanation.blocks import repeated_blocks
 
     fields = commands.parse_fields(config or ())
@@ -158,7 +158,7 @@ def evaluate(
 ) -> None:
     """Perplexity on a text, distance from the original's logits, or tasks of lm-eval."""
     commands = _library()
-    from intscale_compile import ConfigError
+    from intscale_compile.errors import ConfigError
 
     if (bool(text) + stdlib + bool(task)) != 1:
         raise ConfigError("give one of --text FILE, --stdlib or --task NAME.")
@@ -235,7 +235,7 @@ def tune(
     or is one of those that torchrun starts: torchrun --nproc-per-node 8 --nnodes 2 ... -m intscale_cli tune --link
     """
     commands = _library()
-    from intscale_compile import ConfigError
+    from intscale_compile.errors import ConfigError
 
     if link:
         if model is not None or shape or tokens or config:
@@ -266,8 +266,8 @@ def _tune_link(
     device: str, ranks: Optional[int], lists: dict[str, Any], path: Optional[Path], seconds: Optional[float], json: bool
 ) -> None:
     """``intscale tune --link``, as one of the ranks or as what starts them."""
-    from intscale_compile import ConfigError
     from intscale_compile.commands import link
+    from intscale_compile.errors import ConfigError
 
     given = {name: values for name, values in lists.items() if values}
     if not link.is_rank():

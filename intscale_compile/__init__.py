@@ -3,6 +3,8 @@
 quantize_(model, IntScaleConfig())                      # torchao's own quantize_
 model = torch.compile(model, backend="intscale")
 print(intscale_compile.explain(model, *inputs))
+
+Errors are in ``intscale_compile.errors``, results in the module of what returns them; docs/api.md lists every public name.
 """
 
 from .versions import __version__ as __version__
@@ -10,30 +12,25 @@ from .versions import check_versions
 
 check_versions()
 
-from . import quantization  # noqa: F401  (registration)
-from .calibration import CalibrationReport, Recipe, calibrate, recipe
-from .compile.times import CompileTime, compile_times
-from .config import IntScaleConfig
-from .debug import Compilation, bisect, compare, last_compilation, trace_node
-from .errors import (
-    CalibrationError,
-    CheckpointError,
-    CommunicationError,
-    CompileError,
-    ConfigError,
-    InputError,
-    IntScaleError,
-    OverflowProofError,
-    ShardingError,
-    UnsupportedOpError,
-    VersionError,
-    WeightError,
+from . import (  # noqa: F401  (tensor_parallel is public; quantization registers itself)
+    communication,
+    errors,
+    quantization,
+    tensor_parallel,
 )
-from .explanation import Explanation, explain
-from .importing import ImportReport, export_compressed_tensors, import_quantized, import_tensors
+from .calibration.config import CalibrationConfig
+from .calibration.pipeline import calibrate
+from .config import IntScaleConfig
+from .debug.bisection import bisect
+from .debug.comparison import compare
+from .debug.trace import trace_node
+from .explanation import explain
+from .importing.export import save_compressed_tensors
+from .importing.model import from_quantized
+from .importing.torchao_tensors import convert_from_torchao
 from .integrations.transformers import register_experts_implementation
 from .parallel import dtensor_ops  # noqa: F401  (registration)
-from .saving.checkpoint import load_safetensors, make_savable, rebuild_tensor, register, save_safetensors  # noqa: F401
+from .saving.checkpoint import load_safetensors, register, save_pretrained, save_safetensors
 from .saving.shard_reading import register_sharded_loading
 from .tensors import expert_operators, operators  # noqa: F401  (registration)
 from .tensors.intscale_tensor import IntScaleTensor
@@ -41,39 +38,19 @@ from .tensors.selection import linears_and_experts
 from .tuning import tune
 
 __all__ = [
-    "CalibrationError",
-    "CalibrationReport",
-    "CheckpointError",
-    "CommunicationError",
-    "Compilation",
-    "CompileError",
-    "CompileTime",
-    "ConfigError",
-    "Explanation",
-    "ImportReport",
-    "InputError",
+    "CalibrationConfig",
     "IntScaleConfig",
-    "IntScaleError",
     "IntScaleTensor",
-    "OverflowProofError",
-    "Recipe",
-    "ShardingError",
-    "UnsupportedOpError",
-    "VersionError",
-    "WeightError",
     "bisect",
     "calibrate",
     "compare",
-    "compile_times",
+    "convert_from_torchao",
     "explain",
-    "export_compressed_tensors",
-    "import_quantized",
-    "import_tensors",
-    "last_compilation",
+    "from_quantized",
     "linears_and_experts",
     "load_safetensors",
-    "make_savable",
-    "recipe",
+    "save_compressed_tensors",
+    "save_pretrained",
     "save_safetensors",
     "trace_node",
     "tune",

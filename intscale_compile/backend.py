@@ -16,8 +16,11 @@ from .compile import options as _options
 from .compile.binding import bind, rewrite_graph
 from .compile.compile_ahead import compiling_ahead
 from .compile.inductor_settings import code_generation, inductor_defaults
+from .compile.recorder.compilation import FINAL, generated_files, remember
+from .compile.recorder.stages import StageRecorder
 from .compile.times import timed
-from .debug import FINAL, StageRecorder, debug_patches, generated_files, remember, report
+from .debug import report
+from .debug.knobs import debug_patches
 from .errors import ConfigError
 from .integrations.dtensors import local_tensor
 from .ops import register_inductor

@@ -37,7 +37,7 @@ def is_wire_format(value: object) -> bool:
 
 @dataclass
 class IntScaleConfig(AOBaseConfig):
-    """Weights in 4 bits with integer group scales, activations in 8 bits per token (DESIGN section 3).
+    """Weights in 4 bits with integer group scales, activations in 8 bits per token.
 
     Args:
         group_size: weights along the input dimension that share one group scale: 32, 64, 128, 256, or -1 for one

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "CommunicationError",
+    "CompileError",
+    "ConfigError",
+    "InputError",
+    "IntScaleError",
+    "OverflowProofError",
+    "ShardingError",
+    "UnsupportedOpError",
+    "VersionError",
+    "WeightError",
+]
+
 
 class IntScaleError(Exception):
     """Base class of every error that this package raises on purpose."""

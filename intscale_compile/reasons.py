@@ -6,6 +6,8 @@ import enum
 import functools
 import logging
 
+__all__ = ["Reason"]
+
 OUTPUT_NAMES = ("lm_head",)  # last part of the name of an output embedding
 SMALLEST_FEATURES = 16  # below, padding to a tile costs more than four bits save
 log = logging.getLogger("intscale_compile")

@@ -32,7 +32,15 @@ from .saving.shard_reading import read_shards
 from .saving.shard_writing import RECORD, Cut, Divided, gather_shards, load_shards, save_shards
 from .tensors.intscale_tensor import IntScaleTensor
 
-__all__ = ["STYLES", "Style", "gather_shards", "load_sharded", "load_shards", "parallelize", "resolve", "save_shards"]
+__all__ = [
+    "STYLES",
+    "Style",
+    "from_safetensors",
+    "gather_shards",
+    "load_shards",
+    "parallelize",
+    "save_shards",
+]
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")  # their rows are heads
 HEADS_PER_KEY = "num_key_value_groups"  # attribute of transformers' attention: query heads that share a key
@@ -144,7 +152,7 @@ def parallelize(model: nn.Module, mesh: Any = None, plan: Union[str, Mapping[str
     return model
 
 
-def load_sharded(
+def from_safetensors(
     model: nn.Module, path: PathLike, mesh: Any = None, plan: Union[str, Mapping[str, str]] = "auto"
 ) -> nn.Module:
     """Fill a model from a file of ``save_safetensors`` and divide it: each rank reads the rows and features that it keeps.

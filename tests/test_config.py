@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 from torchao.core.config import config_from_dict, config_to_dict
 
-from intscale_compile import ConfigError, IntScaleConfig
+from intscale_compile import IntScaleConfig
 from intscale_compile.compile.options import parse_options
 from intscale_compile.config import GROUP_SIZES
+from intscale_compile.errors import ConfigError
 from intscale_compile.passes.settings import Settings
 
 # --- IntScaleConfig -------------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from intscale_compile import InputError, IntScaleConfig, IntScaleTensor
+from intscale_compile import IntScaleConfig, IntScaleTensor
 from intscale_compile import format as fmt
 from intscale_compile.config import GROUP_SIZES
+from intscale_compile.errors import InputError
 from intscale_compile.kernels import cpu_gemm
 from intscale_compile.kernels.dequantize import TOKEN_OP, WEIGHT_OP
 from intscale_compile.kernels.quantize_per_token import OP as QUANTIZE_OP

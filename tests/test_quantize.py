@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 
-from intscale_compile import IntScaleConfig, IntScaleTensor, OverflowProofError, WeightError
+from intscale_compile import IntScaleConfig, IntScaleTensor
+from intscale_compile.errors import OverflowProofError, WeightError
 
 QUICK = IntScaleConfig(scale_search="absmax")
 

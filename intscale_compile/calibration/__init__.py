@@ -1,6 +1,14 @@
 """Calibration: quantizing a model layer by layer with regard to what its layers see."""
 
-from .pipeline import CalibrationReport, calibrate
-from .recipes import PRESETS, Recipe, recipe
+from .config import PRESETS
+from .pipeline import CalibrationReport
+from .sensitivity import LayerSensitivity, SensitivityReport, auto_overrides, measure_sensitivity
 
-__all__ = ["PRESETS", "CalibrationReport", "Recipe", "calibrate", "recipe"]
+__all__ = [
+    "PRESETS",
+    "CalibrationReport",
+    "LayerSensitivity",
+    "SensitivityReport",
+    "auto_overrides",
+    "measure_sensitivity",
+]

@@ -19,15 +19,14 @@ from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import LEFT_OUT
 from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, statistics
 from .clipping import on_integer_grid
+from .config import CalibrationConfig, as_calibration_config
 from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stages, weights_of
-from .recipes import Recipe
-from .recipes import recipe as named_recipe
 from .resume import Checkpoint
 from .rotation import NotRotatableError, rotate
 from .smoothing import EQUALIZATIONS, ActivationPolicy, smooth_awq, smooth_fptq
 from .solve import Codes, FloatScaleWeight, frozen, set_integer, solve
 
-RECIPE_ATTRIBUTE = "intscale_recipe"
+CONFIG_ATTRIBUTE = "intscale_calibration_config"
 
 
 @dataclass
@@ -35,25 +34,25 @@ class CalibrationReport:
     """What ``calibrate`` did.
 
     Attributes:
-        recipe: the recipe.
+        config: the configuration.
         losses: squared error of each block's output relative to the original block's, by name; the errors of all blocks
             before it are in it.
         weights: names of the quantized parameters.
     """
 
-    recipe: Recipe
+    config: CalibrationConfig
     losses: dict[str, float] = field(default_factory=dict)
     weights: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [f"  {name}: {loss:.3e}" for name, loss in self.losses.items()]
-        return "\n".join([str(self.recipe), f"{len(self.weights)} weights; relative error of each block:", *rows])
+        return "\n".join([str(self.config), f"{len(self.weights)} weights; relative error of each block:", *rows])
 
 
 def calibrate(
     model: nn.Module,
     data: Data,
-    recipe: Union[str, Recipe] = "best",
+    config: Union[str, CalibrationConfig] = "best",
     *,
     checkpoint_dir: Union[str, Path, None] = None,
     progress: bool = True,
@@ -67,7 +66,8 @@ def calibrate(
     Args:
         model: any transformers model whose layers are in an ``nn.ModuleList``, in eval mode, not quantized.
         data: token ids ``[S, T]``, a list of token ids, or a list of dictionaries of model inputs.
-        recipe: the name of a preset or a ``Recipe``; it is kept in ``model.config.intscale_recipe``.
+        config: the name of a preset or a ``CalibrationConfig``; it is kept in
+            ``model.config.intscale_calibration_config``.
         checkpoint_dir: finished blocks are stored there; the same call goes on where an interrupted one stopped.
         progress: show a bar, with the loss of each block.
 
@@ -76,11 +76,11 @@ def calibrate(
 
     Raises:
         CalibrationError: no data, data or activations that are not finite, an unknown kind of model, or a
-            ``checkpoint_dir`` of another recipe, model or data.
-        ConfigError: an unknown recipe.
+            ``checkpoint_dir`` of another configuration, model or data.
+        ConfigError: an unknown preset, or something else than a configuration.
         WeightError: a weight that cannot be quantized, such as one with NaN entries.
     """
-    chosen = named_recipe(recipe)
+    chosen = as_calibration_config(config)
     batches = batches_of(data)
     _check_model(model)
     report = CalibrationReport(chosen)
@@ -102,8 +102,8 @@ def calibrate(
     return report
 
 
-def _rotated(model: nn.Module, chosen: Recipe) -> dict[str, int]:
-    """Rotate the model if the recipe wants it; sizes of the online transforms by layer."""
+def _rotated(model: nn.Module, chosen: CalibrationConfig) -> dict[str, int]:
+    """Rotate the model if the configuration wants it; sizes of the online transforms by layer."""
     if chosen.rotation == "none":
         return {}
     try:
@@ -136,7 +136,7 @@ class _Block:
     block: nn.Module
     place: int
     streams: _Streams
-    recipe: Recipe
+    options: CalibrationConfig
     report: CalibrationReport
     store: Optional[Checkpoint]
     rotations: dict[str, int]
@@ -153,7 +153,7 @@ class _Block:
             names = list(stored.weights)
         else:
             names = self._quantize()
-            if self.recipe.tuning_steps:
+            if self.options.tuning_steps:
                 self._tune(target)
             if self.store is not None:
                 self.store.save(self.name, self.block)
@@ -167,10 +167,10 @@ class _Block:
 
     def _smooth(self) -> None:
         batches = _Lazy(self._runs(self.streams.quantized))
-        if self.recipe.smoothing in EQUALIZATIONS:
-            self.policies = smooth_fptq(self.block, batches, EQUALIZATIONS[self.recipe.smoothing])
-        elif self.recipe.smoothing == "awq":
-            smooth_awq(self.block, batches, self.recipe.config)
+        if self.options.smoothing in EQUALIZATIONS:
+            self.policies = smooth_fptq(self.block, batches, EQUALIZATIONS[self.options.smoothing])
+        elif self.options.smoothing == "awq":
+            smooth_awq(self.block, batches, self.options.base_config)
 
     def _outputs(self, hidden: list[Tensor]) -> list[Tensor]:
         return [run_block(self.block, inputs()).cpu() for inputs in self._runs(hidden)]
@@ -179,14 +179,14 @@ class _Block:
         self._smooth()
         names = []
         first = self._runs(self.streams.quantized)[0]()
-        self.original = copy.deepcopy(self.block) if self.recipe.match_original else None
+        self.original = copy.deepcopy(self.block) if self.options.match_original else None
         for stage in stages(self.block, first):
             known: dict[int, Statistics] = {}  # weights with the same number of dimensions share what they read
             for weight in stage:
                 if weight.router or min(weight.weight.shape[-2:]) < SMALLEST_FEATURES:
                     continue
                 dims = weight.weight.dim()
-                if dims not in known and self.recipe.needs_statistics:
+                if dims not in known and self.options.needs_statistics:
                     known[dims] = self._statistics(weight)
                 self._quantize_weight(weight, known.get(dims))
                 names.append(weight.qualified)
@@ -200,19 +200,19 @@ class _Block:
 
     def _quantize_weight(self, weight: LinearWeight, seen: Optional[Statistics]) -> None:
         name = f"{self.name}.{weight.qualified}"
-        config = self.recipe.config_of(f"{self.name}.{weight.name}")
+        config = self.options.config_of(f"{self.name}.{weight.name}")
         hessian, lost = (None, None) if seen is None else (seen.hessian, seen.lost)
-        solved = solve(weight.weight, config, self.recipe, hessian, name, lost)
+        solved = solve(weight.weight, config, self.options, hessian, name, lost)
         policy = self.policies.get(weight.name)
-        if self.recipe.activation == "fptq" and policy is not None and policy.static:
+        if self.options.activation == "fptq" and policy is not None and policy.static:
             solved.activation_scale = max(policy.limit, 1e-12) / 127
         solved.rotation = self.rotations.get(f"{self.name}.{weight.name}", 0)
-        put(weight, solved, name, float_scales=self.recipe.scales == "float" or not on_integer_grid(config))
+        put(weight, solved, name, float_scales=self.options.scales == "float" or not on_integer_grid(config))
 
     def _tune(self, target: list[Tensor]) -> None:
         from .tuning import tune_block
 
-        tune_block(self.block, self._runs(self.streams.quantized), target, self.recipe)
+        tune_block(self.block, self._runs(self.streams.quantized), target, self.options)
 
 
 class _Lazy(Sequence):
@@ -275,11 +275,11 @@ def _relative_error(output: list[Tensor], target: list[Tensor], name: str) -> fl
     return error / max(power, 1e-300)
 
 
-def _finish(model: nn.Module, recipe: Recipe) -> None:
-    """Keep the recipe with the model, and mark the weights that were left out, so that the backend leaves them too."""
+def _finish(model: nn.Module, chosen: CalibrationConfig) -> None:
+    """Keep the configuration with the model, and mark the weights that were left out, so that the backend leaves them too."""
     config = getattr(model, "config", None)
     if config is not None:
-        setattr(config, RECIPE_ATTRIBUTE, recipe.to_dict())
+        setattr(config, CONFIG_ATTRIBUTE, chosen.to_dict())
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) and isinstance(weight, Tensor) and not isinstance(weight, IntScaleTensor):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import IntScaleConfig
 from ..errors import CalibrationError
 from ..tensors.intscale_tensor import IntScaleTensor
-from .recipes import Recipe
+from .config import CalibrationConfig
 from .solve import Codes, FloatScaleWeight, frozen, set_integer
 
 STATE = "calibration.json"
@@ -52,14 +52,14 @@ class Checkpoint:
         self.folder = folder
 
     @classmethod
-    def open(cls, folder: Union[str, Path], recipe: Recipe, data: str, model: nn.Module) -> Checkpoint:
+    def open(cls, folder: Union[str, Path], config: CalibrationConfig, data: str, model: nn.Module) -> Checkpoint:
         """Open or create ``folder``.
 
         Raises:
-            CalibrationError: it holds blocks that were made with another recipe, other data or another model.
+            CalibrationError: it holds blocks that were made with another configuration, other data or another model.
         """
         folder = Path(folder)
-        now = {"recipe": recipe.to_dict(), "data": data, "model": _fingerprint(model)}
+        now = {"configuration": config.to_dict(), "data": data, "model": _fingerprint(model)}
         path = folder / STATE
         if path.is_file():
             before = json.loads(path.read_text())

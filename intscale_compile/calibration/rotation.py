@@ -175,7 +175,7 @@ def _checked_plan(name: str, block: nn.Module, inputs: Inputs, q: Tensor, online
         met = f"; norms that no linear layer reads directly: {', '.join(others)}" if others else ""
         raise CalibrationError(
             f"{name} ({type(block).__name__}) cannot be rotated: its output does not follow a rotation of its input{met}. "
-            "Leave rotation out of the recipe; fptq and awq smooth such models."
+            "Use rotation='none'; fptq and awq smooth such models."
         )
     return plan
 

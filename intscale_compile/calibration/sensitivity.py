@@ -89,7 +89,7 @@ class SensitivityReport:
         return draw("KL divergence with only this layer quantized, in nats", bars)
 
 
-def sensitivity(
+def measure_sensitivity(
     model: nn.Module, data: Tensor, config: Optional[IntScaleConfig] = None, names: Optional[Sequence[str]] = None
 ) -> SensitivityReport:
     """Quantize each weight alone and measure; the model is left as it was.
@@ -135,7 +135,7 @@ def auto_overrides(
         data: token ids ``[sequences, tokens]``.
         memory_budget: bytes of the quantized weights relative to all of them in ``config``; 1.1 allows a tenth more.
         config: of the other layers.
-        report: from ``sensitivity``, measured already.
+        report: from ``measure_sensitivity``, measured already.
 
     Returns:
         ``{layer name: IntScaleConfig(weight_bits=8)}``, the worst layer first.
@@ -147,7 +147,7 @@ def auto_overrides(
         raise CalibrationError(
             f"memory_budget={memory_budget} is below 1: even with no layer in 8 bits it is exceeded."
         )
-    report = sensitivity(model, data, config) if report is None else report
+    report = measure_sensitivity(model, data, config) if report is None else report
     if report.config.weight_bits == 8:
         raise CalibrationError("every layer has 8 bits already: measure with IntScaleConfig(weight_bits=4).")
     room = (memory_budget - 1) * sum(layer.nbytes for layer in report.layers)

@@ -1,4 +1,4 @@
-"""Quantizing one weight as a recipe says: scales, codes, and the tensor that holds them."""
+"""Quantizing one weight as a calibration's options say: scales, codes, and the tensor that holds them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import linear_extra_repr
 from ..tensors.weight_checks import check_weight
 from .clipping import choose_steps, code_range, into_groups, learn_steps, nearest_integer_steps, on_integer_grid
+from .config import CalibrationConfig
 from .gptq import compensated, gptq_codes
-from .recipes import Recipe
 
 IMPORTANCE_FLOOR = 0.01  # of the mean: columns that were never active still count a little
 
@@ -156,7 +156,7 @@ def fake_quantize(x: Tensor, static: Optional[float] = None) -> Tensor:
 def solve(
     weight: Tensor,
     config: IntScaleConfig,
-    recipe: Recipe,
+    options: CalibrationConfig,
     hessian: Optional[Tensor],
     name: str,
     lost: Optional[Tensor] = None,
@@ -166,8 +166,8 @@ def solve(
     Args:
         weight: floating point ``[N, K]`` or ``[E, N, K]``.
         config: format.
-        recipe: algorithm.
-        hessian: fp32 ``[K, K]`` or ``[E, K, K]``, sums of ``x x^T``; None where the recipe needs none.
+        options: algorithm.
+        hessian: fp32 ``[K, K]`` or ``[E, K, K]``, sums of ``x x^T``; None where the options need none.
         name: named in errors.
         lost: fp32 ``[K, K]``, sums of ``(original x - x) x^T``; codes are then chosen for the weight that comes closest
             to the original output on the inputs as they are now, ``W + W lost H^-1``.
@@ -179,7 +179,7 @@ def solve(
     check_weight(weight, name)
     if weight.dim() == 3:
         parts = [
-            solve(expert, config, recipe, None if hessian is None else hessian[e], f"{name}[{e}]")
+            solve(expert, config, options, None if hessian is None else hessian[e], f"{name}[{e}]")
             for e, expert in enumerate(weight)
         ]
         codes, steps = torch.stack([p.codes for p in parts]), torch.stack([p.steps for p in parts])
@@ -190,15 +190,15 @@ def solve(
     if hessian is not None:
         hessian = F.pad(hessian, (0, extra, 0, extra))
     if hessian is not None and lost is not None:
-        wide = compensated(wide, hessian, F.pad(lost, (0, extra, 0, extra)), recipe.damping)
-    integer = recipe.scales == "integer" and on_integer_grid(config)
-    importance = None if hessian is None or recipe.clipping == "none" else importance_of(hessian)
+        wide = compensated(wide, hessian, F.pad(lost, (0, extra, 0, extra)), options.damping)
+    integer = options.scales == "integer" and on_integer_grid(config)
+    importance = None if hessian is None or options.clipping == "none" else importance_of(hessian)
     steps = choose_steps(wide, config, importance, integer=integer)
-    if recipe.clipping == "learned" and config.weight_bits == 4 and hessian is not None:
+    if options.clipping == "learned" and config.weight_bits == 4 and hessian is not None:
         steps = learn_steps(wide, steps, hessian, config)
         if integer:
             steps = nearest_integer_steps(wide, steps, config, importance_of(hessian))
-    return Codes(_round(wide, steps, config, recipe, hessian)[:, :columns], steps, config, weight.dtype)
+    return Codes(_round(wide, steps, config, options, hessian)[:, :columns], steps, config, weight.dtype)
 
 
 def importance_of(hessian: Tensor) -> Tensor:
@@ -208,13 +208,15 @@ def importance_of(hessian: Tensor) -> Tensor:
     return diagonal / mean + IMPORTANCE_FLOOR
 
 
-def _round(weight: Tensor, steps: Tensor, config: IntScaleConfig, recipe: Recipe, hessian: Optional[Tensor]) -> Tensor:
+def _round(
+    weight: Tensor, steps: Tensor, config: IntScaleConfig, options: CalibrationConfig, hessian: Optional[Tensor]
+) -> Tensor:
     low, high = code_range(config)
-    if recipe.rounding == "nearest" or hessian is None:
+    if options.rounding == "nearest" or hessian is None:
         groups = into_groups(weight, config)
         return (groups / steps.unsqueeze(-1)).round_().clamp_(low, high).flatten(-2).to(torch.int8)
     return gptq_codes(
-        weight, steps, hessian, act_order=recipe.act_order, damping=recipe.damping, sweeps=recipe.sweeps,
+        weight, steps, hessian, act_order=options.act_order, damping=options.damping, sweeps=options.sweeps,
         code_range=(low, high),
     )  # fmt: skip
 

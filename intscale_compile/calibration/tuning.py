@@ -16,20 +16,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..tensors.intscale_tensor import IntScaleTensor
-from .recipes import Recipe
+from .config import CalibrationConfig
 from .solve import FloatScaleWeight, frozen
 
 LEARNING_RATE = 2e-3  # of logarithms of row scales, and of vectors relative to their mean magnitude
 
 
-def tune_block(block: nn.Module, runs: list[Callable], target: list[Tensor], recipe: Recipe) -> tuple[float, float]:
+def tune_block(
+    block: nn.Module, runs: list[Callable], target: list[Tensor], options: CalibrationConfig
+) -> tuple[float, float]:
     """Tune a block in place; it is left as it was where that does not lower the error.
 
     Args:
         block: quantized.
         runs: callables that give the block's inputs, batch by batch.
         target: what the original block returned for each batch.
-        recipe: ``tuning_steps`` and ``seed``.
+        options: ``tuning_steps`` and ``seed``.
 
     Returns:
         Mean relative squared error of a token before and after.
@@ -37,7 +39,7 @@ def tune_block(block: nn.Module, runs: list[Callable], target: list[Tensor], rec
     parts = _Parts(block)
     before = _mean_error(block, runs, target)
     with torch.enable_grad():
-        _descend(block, parts, runs, target, recipe)
+        _descend(block, parts, runs, target, options)
     kept = parts.apply(block)
     after = _mean_error(block, runs, target)
     if not after < before:
@@ -105,12 +107,14 @@ def _set(block: nn.Module, name: str, value: Any) -> None:
     setattr(block.get_submodule(owner), leaf, value)
 
 
-def _descend(block: nn.Module, parts: _Parts, runs: list[Callable], target: list[Tensor], recipe: Recipe) -> None:
+def _descend(
+    block: nn.Module, parts: _Parts, runs: list[Callable], target: list[Tensor], options: CalibrationConfig
+) -> None:
     optimizer = torch.optim.Adam(parts.free.values(), lr=LEARNING_RATE, betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(recipe.seed)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.tuning_steps)
+    generator = torch.Generator().manual_seed(options.seed)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.tuning_steps)
     order: list[int] = []
-    for _ in range(recipe.tuning_steps):
+    for _ in range(options.tuning_steps):
         order = order or torch.randperm(len(runs), generator=generator).tolist()
         batch = order.pop()
         args, kwargs = runs[batch]()

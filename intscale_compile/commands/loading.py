@@ -8,9 +8,10 @@ from typing import Any, Optional, Union
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..importing import ImportReport, import_quantized, import_tensors
+from ..importing import ImportReport
 from ..importing.checkpoint_files import FORMATS, quantization_config, read_json
-from ..importing.model import _model_class
+from ..importing.model import _model_class, from_quantized
+from ..importing.torchao_tensors import convert_from_torchao
 from ..tensors.intscale_tensor import IntScaleTensor
 
 PathLike = Union[str, Path]
@@ -78,7 +79,7 @@ def load_model(
         name: folder or hub name.
         dtype: of the activations and of weights that are not quantized; the default is the checkpoint's.
         device: where the model ends up.
-        importing: ``scale_bits`` and ``amplifier`` for a checkpoint of another tool, as for ``import_quantized``.
+        importing: ``scale_bits`` and ``amplifier`` for a checkpoint of another tool, as for ``from_quantized``.
 
     Returns:
         The model, and the report of the import where another tool quantized it.
@@ -90,11 +91,11 @@ def load_model(
     folder = source_folder(name)
     method, report = stored_method(folder), None
     if method in FORMATS:
-        model, report = import_quantized(folder, dtype=dtype, device=device, **importing)
+        model, report = from_quantized(folder, dtype=dtype, device=device, **importing)
     else:
         model = _from_pretrained(folder, dtype).to(device)
         if method is not None and not is_quantized(model):
-            report = import_tensors(model, **importing)
+            report = convert_from_torchao(model, **importing)
     return model.eval().requires_grad_(False), report
 
 

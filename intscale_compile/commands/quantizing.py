@@ -13,14 +13,14 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Recipe, calibrate
-from ..calibration import recipe as named_recipe
+from ..calibration.config import CalibrationConfig
+from ..calibration.pipeline import calibrate
 from ..config import IntScaleConfig
 from ..errors import ConfigError
 from ..explanation import LayerReport
 from ..explanation.blocks import repeated_blocks
-from ..importing import export_compressed_tensors
-from ..saving.checkpoint import make_savable
+from ..importing.export import save_compressed_tensors
+from ..saving.checkpoint import save_pretrained
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import linears_and_experts
 from .evaluation import read_texts, token_sequences
@@ -36,14 +36,14 @@ class QuantizeSummary:
 
     Attributes:
         source, out: where the model came from and went.
-        method: ``"IntScaleConfig"``, the recipe's name, or the tool whose checkpoint was imported.
+        method: ``"IntScaleConfig"``, the preset's name, or the tool whose checkpoint was imported.
         config: of the weights, for JSON; empty for an import.
         weights: quantized weights.
         parameters, quantized_parameters: of the model, tied ones once.
         bytes_before, bytes_after: of the weight files.
         left_alone: products that stayed in high precision, with the reason.
         blocks: dotted names of the repeated layers.
-        losses: relative squared error of each block's output, where a recipe was used.
+        losses: relative squared error of each block's output, where the model was calibrated.
         notes: what else happened.
         seconds: without loading and saving.
     """
@@ -79,7 +79,7 @@ def quantize_folder(
     out: PathLike,
     fields: Optional[dict[str, Any]] = None,
     *,
-    recipe: Optional[str] = None,
+    preset: Optional[str] = None,
     data: Sequence[PathLike] = (),
     sequences: int = 64,
     tokens: int = 512,
@@ -91,15 +91,16 @@ def quantize_folder(
 ) -> QuantizeSummary:
     """Quantize the model of a folder or hub name and save it, tokenizer included, as a folder.
 
-    A plain model is quantized, or calibrated where a recipe is given; a checkpoint of GPTQ, AWQ, compressed-tensors or
+    A plain model is quantized, or calibrated where a preset is given; a checkpoint of GPTQ, AWQ, compressed-tensors or
     torchao is imported with its codes.
 
     Args:
         source: folder or hub name.
         out: folder that does not exist yet, or is empty.
-        fields: of ``IntScaleConfig``; with a recipe also those of ``Recipe``; of an import ``scale_bits`` and ``amplifier``.
-        recipe: name of a preset of ``calibration``.
-        data: text files for the recipe.
+        fields: of ``IntScaleConfig``; with a preset also those of ``CalibrationConfig``;
+            of an import ``scale_bits`` and ``amplifier``.
+        preset: name of one of ``calibration.PRESETS``.
+        data: text files for the calibration.
         sequences, tokens: how much of the text is used.
         checkpoint_dir: where ``calibrate`` keeps finished blocks.
         device: where weights are quantized.
@@ -112,28 +113,28 @@ def quantize_folder(
         CheckpointError, CalibrationError, WeightError: as ``load_model``, ``calibrate`` and ``quantize_`` do.
     """
     fields, target = dict(fields or {}), Path(out).expanduser()
-    _check(recipe, data, export, target)
+    _check(preset, data, export, target)
     folder = source_folder(source)
     method, config, calibration = stored_method(folder), None, None
     if method is not None:
-        _check_import(source, recipe, fields)
-    elif recipe is not None:
-        calibration = _Calibration.of(recipe, fields, folder, data, sequences, tokens)
-        config = calibration.recipe.config
+        _check_import(source, preset, fields)
+    elif preset is not None:
+        calibration = _Calibration.of(preset, fields, folder, data, sequences, tokens)
+        config = calibration.options.base_config
     else:
         config = make_config(fields)
     model, _ = load_model(folder, dtype=dtype, **({"device": device, **fields} if method is not None else {}))
     start = time.perf_counter()
-    summary = QuantizeSummary(str(source), str(target), recipe or method or "IntScaleConfig", {})
+    summary = QuantizeSummary(str(source), str(target), preset or method or "IntScaleConfig", {})
     if calibration is not None:
         report = calibrate(
             model.to(device),
             calibration.ids.to(device),
-            calibration.recipe,
+            calibration.options,
             checkpoint_dir=checkpoint_dir,
             progress=progress,
         )
-        summary.losses, summary.config = report.losses, calibration.recipe.to_dict()
+        summary.losses, summary.config = report.losses, calibration.options.to_dict()
     elif config is not None:
         from torchao.quantization import quantize_
 
@@ -149,16 +150,16 @@ def quantize_folder(
 
 
 class _Calibration(NamedTuple):
-    """A recipe and its token ids ``[S, T]``, read before the model is."""
+    """How to calibrate and the token ids ``[S, T]``, read before the model is."""
 
-    recipe: Recipe
+    options: CalibrationConfig
     ids: Tensor
 
     @classmethod
     def of(
         cls, name: str, fields: dict[str, Any], folder: Path, data: Sequence[PathLike], sequences: int, tokens: int
     ) -> _Calibration:
-        chosen, texts = named_recipe(name, **fields), read_texts(data)
+        chosen, texts = CalibrationConfig.from_preset(name, **fields), read_texts(data)
         return cls(chosen, token_sequences(load_tokenizer(folder), texts, sequences, tokens))
 
 
@@ -205,12 +206,12 @@ def _value(text: str) -> Any:
     return text
 
 
-def _check(recipe: Optional[str], data: Sequence, export: Optional[str], target: Path) -> None:
+def _check(preset: Optional[str], data: Sequence, export: Optional[str], target: Path) -> None:
     """What can be known to be wrong before anything is loaded."""
-    if recipe is not None and not data:
-        raise ConfigError(f"the recipe {recipe!r} looks at activations: give text files with --data FILE.")
-    if data and recipe is None:
-        raise ConfigError("--data is text for a recipe: name one with --recipe, such as --recipe gptq.")
+    if preset is not None and not data:
+        raise ConfigError(f"the preset {preset!r} looks at activations: give text files with --data FILE.")
+    if data and preset is None:
+        raise ConfigError("--data is text for calibration: name a preset with --preset, such as --preset gptq.")
     if export is not None and export not in EXPORTS:
         raise ConfigError(
             f"export={export!r} is not supported: use {EXPORTS[0]!r}, or leave it out for our own format."
@@ -219,9 +220,9 @@ def _check(recipe: Optional[str], data: Sequence, export: Optional[str], target:
         raise ConfigError(f"{target} exists and is not an empty folder: name another one, or remove it first.")
 
 
-def _check_import(source: PathLike, recipe: Optional[str], fields: dict[str, Any]) -> None:
-    if recipe is not None:
-        raise ConfigError(f"{source} is quantized already: leave --recipe out, or start from the original model.")
+def _check_import(source: PathLike, preset: Optional[str], fields: dict[str, Any]) -> None:
+    if preset is not None:
+        raise ConfigError(f"{source} is quantized already: leave --preset out, or start from the original model.")
     if unused := set(fields) - {"scale_bits", "amplifier"}:
         raise ConfigError(
             f"{source} is quantized already and its codes are taken over: {sorted(unused)} cannot be changed, only "
@@ -244,10 +245,9 @@ def _save(
 ) -> None:  # fmt: skip
     target.mkdir(parents=True, exist_ok=True)
     if export is None:
-        make_savable(model, config)
-        model.save_pretrained(target)
+        save_pretrained(model, target, config)
     else:
-        report = export_compressed_tensors(model, target)
+        report = save_compressed_tensors(model, target)
         worst = min(report.layers, key=lambda layer: layer.snr_db)
         summary.notes.append(f"compressed-tensors: float scales rounded, least {worst.snr_db:.1f} dB in {worst.name}")
     try:

@@ -1,7 +1,21 @@
 """Collectives with quantized messages (Flash Communication, arXiv 2412.04964 and 2508.03760)."""
 
+from .link_cost import Threshold, threshold
+from .link_table import Key, Link
 from .link_tuning import tune_link
 from .message import WireFormat
 from .ops import all_gather, all_reduce, reduce_scatter
+from .reference import simulate_all_reduce
 
-__all__ = ["WireFormat", "all_gather", "all_reduce", "reduce_scatter", "tune_link"]
+__all__ = [
+    "Key",
+    "Link",
+    "Threshold",
+    "WireFormat",
+    "all_gather",
+    "all_reduce",
+    "reduce_scatter",
+    "simulate_all_reduce",
+    "threshold",
+    "tune_link",
+]

@@ -1,28 +1,21 @@
 """What the compiler did, afterwards: stages of a compilation, the way of one weight, logs, and finding what went wrong."""
 
-from ..compile.recorder.compilation import FINAL, Compilation, generated_files, last_compilation, remember
-from ..compile.recorder.stages import StageRecorder
-from .bisection import Bisection, bisect
-from .comparison import Comparison, compare
-from .knobs import debug_patches, write_compilation
+from ..compile.recorder.compilation import Compilation, last_compilation
+from ..compile.times import CompileTime, compile_times
+from .bisection import Bisection
+from .comparison import Comparison
+from .knobs import write_compilation
 from .logs import connect, log_compilation
-from .trace import NodeTrace, trace_node
+from .trace import NodeTrace
 
 __all__ = [
-    "FINAL",
     "Bisection",
     "Comparison",
     "Compilation",
+    "CompileTime",
     "NodeTrace",
-    "StageRecorder",
-    "bisect",
-    "compare",
-    "debug_patches",
-    "generated_files",
+    "compile_times",
     "last_compilation",
-    "remember",
-    "report",
-    "trace_node",
 ]
 
 connect()

@@ -17,7 +17,7 @@ from .records import GemmReport, GraphPart, LayerReport
 from .report import Explanation
 from .roofline import gpu_named
 
-__all__ = ["Difference", "Explanation", "GemmReport", "GraphPart", "LayerReport", "diff", "explain"]
+__all__ = ["Difference", "Explanation", "GemmReport", "GraphPart", "LayerReport"]
 
 
 def explain(

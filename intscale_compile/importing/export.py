@@ -1,4 +1,4 @@
-"""``export_compressed_tensors``: quantized weights in the format of compressed-tensors, which vLLM and transformers read."""
+"""``save_compressed_tensors``: quantized weights in the format of compressed-tensors, which vLLM and transformers read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..tensors.intscale_tensor import IntScaleTensor
 from .compressed import PACKED, PLAIN
 from .layers import headroom_bits
 from .model import unquantized_linears
-from .report import ImportReport, LayerReport
+from .report import ConvertedLayer, ImportReport
 
 SHARD_SIZE = "5GB"
 
@@ -45,7 +45,7 @@ class _Scheme:
         return {"targets": targets, "weights": weights, "input_activations": inputs, "format": self.storage}
 
 
-def export_compressed_tensors(
+def save_compressed_tensors(
     model: nn.Module,
     folder: Union[str, Path],
     *,
@@ -60,7 +60,7 @@ def export_compressed_tensors(
     Activations are declared as int8, dynamic per token, or with their static scale.
 
     Args:
-        model: a transformers model after ``quantize_``, ``calibrate`` or ``import_quantized``.
+        model: a transformers model after ``quantize_``, ``calibrate`` or ``from_quantized``.
         folder: where ``config.json`` and the safetensors files go. Save the tokenizer beside them.
         storage: of 4-bit weights: ``"pack-quantized"`` (8 codes in an int32), or ``"int-quantized"`` (a code per byte),
             the only one that vLLM releases without a kernel choice for packed W4A8 weights read.
@@ -76,10 +76,10 @@ def export_compressed_tensors(
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise ConfigError(f"export_compressed_tensors takes a transformers model, not {type(model).__name__}.")
+        raise ConfigError(f"save_compressed_tensors takes a transformers model, not {type(model).__name__}.")
     if storage not in (PACKED, PLAIN):
         raise ConfigError(
-            f"export_compressed_tensors: storage={storage!r} is not supported: use {PACKED!r} or {PLAIN!r}."
+            f"save_compressed_tensors: storage={storage!r} is not supported: use {PACKED!r} or {PLAIN!r}."
         )
     state, report = dict(model.state_dict()), ImportReport()
     schemes: dict[_Scheme, list[str]] = {}
@@ -91,7 +91,7 @@ def export_compressed_tensors(
         schemes.setdefault(scheme, []).append(name)
         report.layers.append(row)
     if not schemes:
-        raise ConfigError("export_compressed_tensors: no weight of the model is quantized; call quantize_ first.")
+        raise ConfigError("save_compressed_tensors: no weight of the model is quantized; call quantize_ first.")
     report.unquantized = unquantized_linears(model)
     with _as_plain(model):
         model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_SIZE)
@@ -112,7 +112,7 @@ def _check_expressible(model: nn.Module, tensor: IntScaleTensor, key: str) -> No
 
 def _exported(
     tensor: IntScaleTensor, name: str, storage: str, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], _Scheme, LayerReport]:
+) -> tuple[dict[str, Tensor], _Scheme, ConvertedLayer]:
     """Stored tensors of a layer by the last part of their names, its scheme, and its row of the report."""
     out_features, in_features = tensor.shape
     codes, group_size = tensor.codes, tensor.group_size
@@ -120,7 +120,7 @@ def _exported(
     scale = (tensor.group_scale[:, :groups].double() * tensor.row_scale.double()).to(dtype)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ConfigError(f"{name}: a scale does not fit {dtype}: pass scale_dtype=torch.float32.")
-    row = LayerReport(
+    row = ConvertedLayer(
         name,
         PLAIN if tensor.weight_bits == 8 else storage,
         (out_features, in_features),

@@ -21,7 +21,7 @@ from ..config import GROUP_SIZES
 from ..errors import CheckpointError, ConfigError
 from ..tensors.from_codes import _powers as rounding_powers
 from ..tensors.intscale_tensor import IntScaleTensor
-from .report import LayerReport
+from .report import ConvertedLayer
 
 BLOCK_ELEMENTS = 1 << 20
 
@@ -139,7 +139,7 @@ def order_of_groups(name: str, part: str, group: Tensor, group_size: int) -> Opt
 
 def to_intscale(
     layer: QuantizedLayer, name: str, dtype: torch.dtype, options: ScaleOptions
-) -> tuple[IntScaleTensor, LayerReport]:
+) -> tuple[IntScaleTensor, ConvertedLayer]:
     """The layer as an ``IntScaleTensor``, its codes unchanged, and what that cost.
 
     Raises:
@@ -172,7 +172,7 @@ def to_intscale(
         tensor = tensor.with_activation_scale(layer.activation_scale)
     if layer.input_order is not None:
         tensor = tensor.with_input_order(layer.input_order)
-    report = LayerReport(
+    report = ConvertedLayer(
         name,
         layer.format,
         (layer.codes.shape[0], layer.codes.shape[1]),

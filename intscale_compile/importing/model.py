@@ -1,4 +1,4 @@
-"""``import_quantized``: a transformers model with ``IntScaleTensor`` weights from somebody else's quantized checkpoint."""
+"""``from_quantized``: a transformers model with ``IntScaleTensor`` weights from somebody else's quantized checkpoint."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..tensors.intscale_tensor import IntScaleTensor
 from .checkpoint_files import CheckpointFiles, StoredLayers, checkpoint_folder, layer_format, quantization_config
 from .layers import ScaleOptions
 from .report import ImportReport
-from .torchao_tensors import import_tensors
+from .torchao_tensors import convert_from_torchao
 
 log = logging.getLogger("intscale_compile")
 
 
-def import_quantized(
+def from_quantized(
     model_or_path: Union[nn.Module, str, Path],
     *,
     scale_bits: int = 8,
@@ -39,7 +39,7 @@ def import_quantized(
     Args:
         model_or_path: folder or hub name of a transformers checkpoint in safetensors files, with a
             ``quantization_config`` in its ``config.json``; or a loaded model with torchao int4 weights, which is
-            converted in place as by :func:`import_tensors`.
+            converted in place as by :func:`convert_from_torchao`.
         scale_bits: bits of the integer group scales, 1 to 8.
         amplifier: ``"row"``, or the paper's: ``"layer"`` or an integer such as 1024.
         dtype: of the model; by default the checkpoint's.
@@ -47,7 +47,7 @@ def import_quantized(
         revision: branch, tag or commit of a hub name.
 
     Returns:
-        The model in evaluation mode and a report that prints itself. Store the model with ``make_savable``.
+        The model in evaluation mode and a report that prints itself. Store the model with ``save_pretrained``.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -56,14 +56,14 @@ def import_quantized(
         OverflowProofError: a weight's accumulator cannot be proved free of overflow.
     """
     if isinstance(model_or_path, nn.Module):
-        return model_or_path, import_tensors(model_or_path, scale_bits=scale_bits, amplifier=amplifier)
+        return model_or_path, convert_from_torchao(model_or_path, scale_bits=scale_bits, amplifier=amplifier)
     folder = checkpoint_folder(model_or_path, revision)
     stored = quantization_config(folder)
     config = _plain_config(folder)
     model_class = _model_class(config)
     if stored["quant_method"] == "torchao":
         model = model_class.from_pretrained(folder, dtype=dtype or "auto").to(device)
-        report = import_tensors(model, scale_bits=scale_bits, amplifier=amplifier)
+        report = convert_from_torchao(model, scale_bits=scale_bits, amplifier=amplifier)
         _forget_quantization(model)
         return model, report
     reader = layer_format(stored)
@@ -169,7 +169,7 @@ def _check_loading(info: dict[str, Any], layers: StoredLayers) -> None:
             f"the model has no place for {', '.join(unexpected[:3])}: its config.json is another model's."
         )
     if unexpected:
-        log.warning("import_quantized: tensors without a place in the model: %s", ", ".join(unexpected))
+        log.warning("from_quantized: tensors without a place in the model: %s", ", ".join(unexpected))
 
 
 def _forget_quantization(model: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class ConvertedLayer:
     """One imported or exported weight.
 
     Args:
@@ -38,7 +38,7 @@ class ImportReport:
     Printing it gives a table.
     """
 
-    layers: list[LayerReport] = field(default_factory=list)
+    layers: list[ConvertedLayer] = field(default_factory=list)
     unquantized: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class ImportReport:
         return "\n".join(lines)
 
 
-def _row(layer: LayerReport) -> tuple[str, ...]:
+def _row(layer: ConvertedLayer) -> tuple[str, ...]:
     return (
         layer.name,
         layer.format,

@@ -17,7 +17,7 @@ from .report import ImportReport
 ZERO_TOLERANCE = 2.0**-6  # of a code: zero points that are stored in bf16 miss an integer by up to 2**-6
 
 
-def import_tensors(model: nn.Module, *, scale_bits: int = 8, amplifier: Union[str, int] = "row") -> ImportReport:
+def convert_from_torchao(model: nn.Module, *, scale_bits: int = 8, amplifier: Union[str, int] = "row") -> ImportReport:
     """Convert a loaded model's torchao int4 weights in place.
 
     ``Int4Tensor`` and ``IntxUnpackedToInt8Tensor`` of 4 bits (``IntxWeightOnlyConfig``,
@@ -48,7 +48,7 @@ def import_tensors(model: nn.Module, *, scale_bits: int = 8, amplifier: Union[st
         found.append((module, tensor))
         report.layers.append(row)
     if not found:
-        raise ConfigError("import_tensors: no linear layer of the model has a weight that torchao quantized.")
+        raise ConfigError("convert_from_torchao: no linear layer of the model has a weight that torchao quantized.")
     for module, tensor in found:
         module.weight = nn.Parameter(tensor, requires_grad=False)
     return report

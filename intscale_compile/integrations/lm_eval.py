@@ -20,11 +20,12 @@ from typing import Any, Optional, Union
 import torch
 from torchao.quantization import quantize_
 
-from ..calibration import calibrate
+from ..calibration.config import CalibrationConfig
+from ..calibration.pipeline import calibrate
 from ..config import IntScaleConfig
 from ..errors import ConfigError, VersionError
-from ..importing import import_quantized
 from ..importing.checkpoint_files import FORMATS
+from ..importing.model import from_quantized
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import linears_and_experts
 
@@ -52,12 +53,12 @@ class IntScaleLM(HFLM):
     """lm-eval's Hugging Face model with weights and activations quantized by intscale.
 
     A model that holds ``IntScaleTensor`` weights already runs as it is; a GPTQ, AWQ or compressed-tensors checkpoint is
-    taken over with its codes; every other model is quantized: with ``IntScaleConfig``, or calibrated with a recipe.
+    taken over with its codes; every other model is quantized: with ``IntScaleConfig``, or calibrated.
 
     Args:
         pretrained: folder or hub name, or a loaded model.
-        recipe: name of a calibration recipe; None: ``quantize_`` without calibration.
-        calibration_text: file of text for the recipe.
+        preset: name of one of ``calibration.PRESETS``; None: ``quantize_`` without calibration.
+        calibration_text: file of text for the calibration.
         calibration_sequences: sequences that are cut from it.
         calibration_tokens: tokens in each of them.
         compile: run the model through ``torch.compile(backend="intscale")``.
@@ -65,14 +66,14 @@ class IntScaleLM(HFLM):
             Hugging Face model.
 
     Raises:
-        ConfigError: a recipe without text, or with a model that is quantized already; too little text.
+        ConfigError: a preset without text, or with a model that is quantized already; too little text.
     """
 
     def __init__(
         self,
         pretrained: Any,
         *,
-        recipe: Optional[str] = None,
+        preset: Optional[str] = None,
         calibration_text: Union[str, Path, None] = None,
         calibration_sequences: int = 64,
         calibration_tokens: int = 512,
@@ -82,22 +83,17 @@ class IntScaleLM(HFLM):
         self._fields = {name: kwargs.pop(name) for name in CONFIG_FIELDS & set(kwargs)}
         super().__init__(pretrained, **kwargs)
         quantized = any(isinstance(parameter, IntScaleTensor) for parameter in self.model.parameters())
-        if quantized and recipe is not None:
+        if quantized and preset is not None:
             raise ConfigError(
-                f"recipe={recipe!r}: the weights of {pretrained} are quantized already; leave recipe out."
+                f"preset={preset!r}: the weights of {pretrained} are quantized already; leave preset out."
             )
-        if recipe is not None:
+        if preset is not None:
             data = self._calibration_data(calibration_text, calibration_sequences, calibration_tokens)
-            calibrate(self.model, data.to(self.device), self._recipe(recipe))
+            calibrate(self.model, data.to(self.device), CalibrationConfig.from_preset(preset, **self._fields))
         elif not quantized:
             quantize_(self.model, IntScaleConfig(**self._fields), filter_fn=linears_and_experts)
         if compile:
             self.model.compile(backend="intscale")
-
-    def _recipe(self, name: str) -> Any:
-        from ..calibration import recipe
-
-        return recipe(name, **self._fields)
 
     def _create_model(
         self, pretrained: str, revision: Optional[str] = "main", dtype: Any = "auto", **kwargs: Any
@@ -110,14 +106,14 @@ class IntScaleLM(HFLM):
             raise ConfigError(f"{refused} cannot be used with {pretrained}, which is imported: leave them out.")
         options = {name: value for name, value in self._fields.items() if name in ("scale_bits", "amplifier")}
         wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        self._model, report = import_quantized(
+        self._model, report = from_quantized(
             pretrained, dtype=None if wanted == "auto" else wanted, device=self.device, revision=revision, **options
         )
         log.info("%s", report)
 
     def _calibration_data(self, text: Union[str, Path, None], sequences: int, tokens: int) -> torch.Tensor:
         if text is None:
-            raise ConfigError("a recipe needs text: pass calibration_text=FILE.")
+            raise ConfigError("calibration needs text: pass calibration_text=FILE.")
         ids = self.tokenizer(Path(text).read_text(), add_special_tokens=False, verbose=False).input_ids
         whole = min(sequences, len(ids) // tokens)
         if whole == 0:
@@ -144,8 +140,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from intscale_compile import lm_eval_model  # once more under its own name, which is the one that is registered
+    from intscale_compile.integrations import (
+        lm_eval as registered,  # once more, under the name that lm-eval knows it by
+    )
 
-    lm_eval_model.main()
+    registered.main()
 else:
     register_model("intscale")(IntScaleLM)

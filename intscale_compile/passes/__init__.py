@@ -31,6 +31,7 @@ from .model.causal_attention import CAUSAL_ATTENTION
 from .model.decode_attention import DECODE_ATTENTION
 from .residual_add import RESIDUAL_ADD
 from .rotate_quantize import ROTATE_QUANTIZE
+from .settings import Settings
 from .share_quantize import SHARE_QUANTIZE
 
 PASSES: tuple[Pass, ...] = (
@@ -42,4 +43,4 @@ POST_GRAD_PASSES = (
     "quantize_collectives",
 )  # run in Inductor, on the graph of ATen operators; a file imported when needed
 
-__all__ = ["PASSES", "POST_GRAD_PASSES", "Candidate", "GraphRewrite", "Pass", "apply_passes"]
+__all__ = ["Candidate", "GraphRewrite", "Pass", "Settings", "apply_passes"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import torch
 import torchao.core.config as torchao_config
@@ -54,33 +54,45 @@ def register() -> None:
     torch.serialization.add_safe_globals([IntScaleTensor])
 
 
-def make_savable(model: nn.Module, config: IntScaleConfig | None = None) -> nn.Module:
-    """Give a transformers model that went through ``quantize_`` what ``save_pretrained`` needs to store it.
+def save_pretrained(model: nn.Module, folder: PathLike, config: IntScaleConfig | None = None, **kwargs: Any) -> None:
+    """Write a quantized transformers model as a folder that ``from_pretrained`` reads, equal to the bit.
+
+    A model that is divided among ranks is gathered: every rank calls this, and rank 0 writes. From then on the model's own
+    ``save_pretrained`` writes the same, as training loops call it.
 
     Args:
         model: a ``PreTrainedModel`` with at least one ``IntScaleTensor``.
+        folder: where to.
         config: the configuration it was quantized with; it is written into ``config.json``, and by
             default read off the first quantized weight. Loading takes the format of each weight from the weight itself.
-
-    Returns:
-        The same model.
+        kwargs: what the model's own ``save_pretrained`` takes, such as ``max_shard_size``.
 
     Raises:
         ConfigError: the model is not a transformers model, or holds no ``IntScaleTensor``.
+    """
+    attach_quantizer(model, config).save_pretrained(folder, **kwargs)
+
+
+def attach_quantizer(model: nn.Module, config: IntScaleConfig | None = None) -> Any:
+    """Give a quantized transformers model what its own ``save_pretrained`` needs; returns it.
+
+    Raises:
+        ConfigError: as for :func:`save_pretrained`.
     """
     from transformers import PreTrainedModel, TorchAoConfig
     from transformers.quantizers import AutoHfQuantizer
 
     if not isinstance(model, PreTrainedModel):
-        raise ConfigError(f"make_savable takes a transformers model, not {type(model).__name__}: use save_safetensors.")
+        raise ConfigError(
+            f"save_pretrained takes a transformers model, not {type(model).__name__}: use save_safetensors."
+        )
     weight = next((w for p in model.parameters() if isinstance(w := local_tensor(p), IntScaleTensor)), None)
     if weight is None:
-        raise ConfigError("make_savable: no parameter of the model is quantized; call quantize_ first.")
+        raise ConfigError("save_pretrained: no parameter of the model is quantized; call quantize_ first.")
     if config is None:
         config = IntScaleConfig(weight.group_size, weight.weight_bits, min(8, weight.scale_bits))
     model.config.quantization_config = TorchAoConfig(config)
-    quantizer = AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=True)
-    model.hf_quantizer = quantizer
+    model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=True)
     return model
 
 

@@ -1,7 +1,7 @@
 """Stored quantized weights read shard by shard: of a safetensors file, each rank reads the rows and features that it keeps.
 
 ``StoredPart`` stands for one stored part (codes, group scales, ...) and is indexed by rows and features of the *weight*. So
-what divides tensors, transformers or ``tensor_parallel.load_sharded``, need not know how codes
+what divides tensors, transformers or ``tensor_parallel.from_safetensors``, need not know how codes
 are packed. Hooks into transformers (checked with 5.17 and 5.23) are installed when it is imported, and take part only
 where a model is divided; but for one that names the stored parts which transformers does not know.
 """

@@ -10,14 +10,16 @@ import transformers as hf
 import transformers.integrations.moe  # noqa: F401 (defines an op)
 from torch import nn
 
-from intscale_compile import IntScaleConfig, IntScaleTensor
-from intscale_compile.calibration import Recipe, calibrate, pipeline, recipe
+from intscale_compile import CalibrationConfig, IntScaleConfig, IntScaleTensor, calibrate
+from intscale_compile.calibration import pipeline
 from intscale_compile.calibration.capture import StackInputs, batches_of, capture, statistics
 from intscale_compile.calibration.layers import blocks, stacks, weights_of
 from intscale_compile.calibration.pipeline import make_integer
 from intscale_compile.calibration.solve import Codes, FloatScaleWeight, fake_quantize
 from intscale_compile.errors import CalibrationError, WeightError
 from tests.support.calibration import logits_of, small_model
+
+from_preset = CalibrationConfig.from_preset
 
 SHORT = {"clipping": "none", "rounding": "nearest"}
 
@@ -80,7 +82,7 @@ def test_every_linear_of_a_block_is_quantized_and_nothing_else(model, data):
         assert not parameter.requires_grad
     assert list(report.losses) == ["model.layers.0", "model.layers.1"]
     assert 0 < report.losses["model.layers.0"] < report.losses["model.layers.1"] < 0.1
-    assert "Recipe gptq" in str(report) and "model.layers.1: " in str(report)
+    assert "CalibrationConfig gptq" in str(report) and "model.layers.1: " in str(report)
 
 
 def test_without_statistics_the_weights_are_those_of_quantize(model, data):
@@ -88,7 +90,7 @@ def test_without_statistics_the_weights_are_those_of_quantize(model, data):
 
     plain = copy.deepcopy(model)
     quantize_(plain, IntScaleConfig())
-    found = calibrated(model, data, Recipe(**SHORT))
+    found = calibrated(model, data, CalibrationConfig(**SHORT))
     assert torch.equal(found(data).logits, plain(data).logits) or snr(plain, found, data) > 100
     for name, parameter in plain.named_parameters():
         if isinstance(parameter, IntScaleTensor):
@@ -96,11 +98,11 @@ def test_without_statistics_the_weights_are_those_of_quantize(model, data):
 
 
 def test_same_call_same_bits(model, data):
-    assert same_weights(*(calibrated(model, data, recipe("gptq", tuning_steps=2)) for _ in range(2)))
+    assert same_weights(*(calibrated(model, data, from_preset("gptq", tuning_steps=2)) for _ in range(2)))
 
 
 def test_the_kind_of_data_does_not_matter(model, data):
-    chosen = recipe("gptq")
+    chosen = from_preset("gptq")
     whole = calibrated(model, data, chosen)
     kinds = ([data], [{"input_ids": data, "attention_mask": torch.ones_like(data)}])
     for kind in kinds:
@@ -110,16 +112,16 @@ def test_the_kind_of_data_does_not_matter(model, data):
 
 def test_overrides_and_formats(model, data):
     wide = {"down_proj": IntScaleConfig(weight_bits=8, group_size=-1)}
-    found = calibrated(model, data, recipe("gptq", group_size=32, overrides=wide))
+    found = calibrated(model, data, from_preset("gptq", group_size=32, overrides=wide))
     layer = found.model.layers[0]
     assert layer.mlp.down_proj.weight.weight_bits == 8 and layer.mlp.up_proj.weight.group_size == 32
-    assert snr(model, found, data) > snr(model, calibrated(model, data, recipe("gptq", group_size=32)), data)
+    assert snr(model, found, data) > snr(model, calibrated(model, data, from_preset("gptq", group_size=32)), data)
 
 
 @pytest.mark.parametrize("changes", [{"scale_bits": 8}, {"amplifier": 1024}], ids=str)
 def test_wide_scales_keep_the_codes_of_float_scales(model, data, changes):
-    floating = calibrated(model, data, recipe("gptq", group_size=32, scales="float"))
-    found = calibrated(model, data, recipe("gptq", group_size=32, **changes))
+    floating = calibrated(model, data, from_preset("gptq", group_size=32, scales="float"))
+    found = calibrated(model, data, from_preset("gptq", group_size=32, **changes))
     converted = make_integer(copy.deepcopy(floating), **changes)
     assert same_weights(found, converted)
     for name, parameter in floating.named_parameters():
@@ -129,7 +131,7 @@ def test_wide_scales_keep_the_codes_of_float_scales(model, data, changes):
 
 
 def test_float_scales_quantize_activations_too(model, data):
-    found = calibrated(model, data, recipe("rtn", scales="float"))
+    found = calibrated(model, data, from_preset("rtn", scales="float"))
     linear = found.model.layers[0].mlp.up_proj
     x = torch.randn(3, 64)
     wanted = fake_quantize(x) @ linear.weight.source.dequantize().mT
@@ -176,8 +178,8 @@ def test_a_product_that_float_scales_cannot_follow():
 
 def test_tuning_lowers_the_error_and_leaves_codes_alone(model, data):
     plain, tuned = (copy.deepcopy(model) for _ in range(2))
-    before = calibrate(plain, data, recipe("rtn", group_size=-1), progress=False).losses
-    after = calibrate(tuned, data, recipe("rtn", group_size=-1, tuning_steps=60), progress=False).losses
+    before = calibrate(plain, data, from_preset("rtn", group_size=-1), progress=False).losses
+    after = calibrate(tuned, data, from_preset("rtn", group_size=-1, tuning_steps=60), progress=False).losses
     assert after["model.layers.0"] < 0.95 * before["model.layers.0"]
     layers = plain.model.layers[0].self_attn.q_proj, tuned.model.layers[0].self_attn.q_proj
     assert torch.equal(layers[0].weight.codes, layers[1].weight.codes)
@@ -187,7 +189,7 @@ def test_tuning_lowers_the_error_and_leaves_codes_alone(model, data):
 def test_matching_the_original_helps(model, data):
     losses = []
     for match in (False, True):
-        report = calibrate(copy.deepcopy(model), data, recipe("gptq", match_original=match), progress=False)
+        report = calibrate(copy.deepcopy(model), data, from_preset("gptq", match_original=match), progress=False)
         losses.append(report.losses["model.layers.1"])
     assert losses[1] < losses[0]
 
@@ -215,17 +217,17 @@ def test_other_families(family):
 
 
 def test_the_backend_leaves_out_what_calibrate_left_out(model, data):
-    calibrate(model, data, Recipe(**SHORT), progress=False)
+    calibrate(model, data, CalibrationConfig(**SHORT), progress=False)
     from intscale_compile.tensors.selection import LEFT_OUT
 
     assert getattr(model.lm_head.weight, LEFT_OUT) is True
 
 
-def test_the_recipe_is_saved_with_the_model(model, data, tmp_path):
-    chosen = recipe("gptq", damping=0.02)
+def test_the_configuration_is_saved_with_the_model(model, data, tmp_path):
+    chosen = from_preset("gptq", damping=0.02)
     calibrate(model, data, chosen, progress=False)
     model.config.save_pretrained(tmp_path)
-    assert Recipe.from_dict(hf.AutoConfig.from_pretrained(tmp_path).intscale_recipe) == chosen
+    assert CalibrationConfig.from_dict(hf.AutoConfig.from_pretrained(tmp_path).intscale_calibration_config) == chosen
 
 
 # --- what blocks and weights see ----------------------------------------------------------------------------------------
@@ -273,7 +275,7 @@ def test_memory_is_bounded(model, monkeypatch):
     kept: list[StackInputs] = []
     monkeypatch.setattr(pipeline, "capture", lambda *args: kept.append(capture(*args)) or kept[-1])
     deep, data = tiny_llama(6), torch.randint(0, 128, (64, 64))
-    calibrate(deep, data, Recipe(**SHORT), progress=False)
+    calibrate(deep, data, CalibrationConfig(**SHORT), progress=False)
     tensors = {}
     for batch in kept[0].calls:
         for args, kwargs in batch:
@@ -288,7 +290,7 @@ def test_memory_is_bounded(model, monkeypatch):
 
 @pytest.mark.parametrize("scales", ["integer", "float"])
 def test_resuming_gives_the_same_bits(model, data, tmp_path, monkeypatch, scales):
-    chosen = recipe("gptq", scales=scales, tuning_steps=2)
+    chosen = from_preset("gptq", scales=scales, tuning_steps=2)
     whole = calibrated(model, data, chosen)
     process = pipeline._Block.process
 
@@ -311,11 +313,11 @@ def test_resuming_gives_the_same_bits(model, data, tmp_path, monkeypatch, scales
 
 
 def test_resuming_with_something_else_is_refused(model, data, tmp_path):
-    calibrate(copy.deepcopy(model), data, Recipe(**SHORT), checkpoint_dir=tmp_path, progress=False)
+    calibrate(copy.deepcopy(model), data, CalibrationConfig(**SHORT), checkpoint_dir=tmp_path, progress=False)
     others = {
-        "recipe": (model, data, Recipe(seed=1, **SHORT)),
-        "data": (model, data + 0 * data + (data == 0), Recipe(**SHORT)),
-        "model": (tiny_llama(), data, Recipe(**SHORT)),
+        "configuration": (model, data, CalibrationConfig(seed=1, **SHORT)),
+        "data": (model, data + 0 * data + (data == 0), CalibrationConfig(**SHORT)),
+        "model": (tiny_llama(), data, CalibrationConfig(**SHORT)),
     }
     for part, (other, ids, chosen) in others.items():
         with pytest.raises(CalibrationError, match=f"another {part}: delete it"):
@@ -357,20 +359,22 @@ def test_wrong_models(model, data):
         calibrate(nn.Sequential(nn.Linear(32, 32)).eval(), data, progress=False)
     with pytest.raises(CalibrationError, match="training mode"):
         calibrate(copy.deepcopy(model).train(), data, progress=False)
-    calibrate(model, data, Recipe(**SHORT), progress=False)
+    calibrate(model, data, CalibrationConfig(**SHORT), progress=False)
     with pytest.raises(CalibrationError, match="quantized already"):
-        calibrate(model, data, Recipe(**SHORT), progress=False)
+        calibrate(model, data, CalibrationConfig(**SHORT), progress=False)
 
 
 def test_a_rotation_where_possible(model, data, caplog):
     """The model that can be rotated is; an encoder is calibrated without, and the log says why."""
-    chosen = Recipe(rotation="auto", **SHORT)
-    assert same_weights(calibrated(model, data, chosen), calibrated(model, data, Recipe(rotation="hadamard", **SHORT)))
+    chosen = CalibrationConfig(rotation="auto", **SHORT)
+    assert same_weights(
+        calibrated(model, data, chosen), calibrated(model, data, CalibrationConfig(rotation="hadamard", **SHORT))
+    )
     shape = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
     encoder = hf.BertModel(hf.BertConfig(**shape)).eval().requires_grad_(False)
     with caplog.at_level("WARNING", "intscale_compile"):
         found = calibrated(encoder, data, chosen)
     assert "calibrated without a rotation" in caplog.text
-    assert same_weights(found, calibrated(encoder, data, Recipe(**SHORT)))
+    assert same_weights(found, calibrated(encoder, data, CalibrationConfig(**SHORT)))
     with pytest.raises(CalibrationError):
-        calibrated(encoder, data, Recipe(rotation="hadamard", **SHORT))
+        calibrated(encoder, data, CalibrationConfig(rotation="hadamard", **SHORT))

@@ -15,8 +15,8 @@ from intscale_compile.calibration.sensitivity import (  # noqa: E402
     LayerSensitivity,
     SensitivityReport,
     auto_overrides,
+    measure_sensitivity,
     quantizable,
-    sensitivity,
 )
 from intscale_compile.errors import CalibrationError  # noqa: E402
 from tests.support.calibration import small_model  # noqa: E402
@@ -25,7 +25,7 @@ from tests.support.calibration import small_model  # noqa: E402
 def test_each_layer_is_measured_alone_and_the_model_stays():
     model, inputs = small_model("llama")
     kept = {n: p for n, p in model.named_parameters()}
-    report = sensitivity(model, inputs["input_ids"])
+    report = measure_sensitivity(model, inputs["input_ids"])
     assert [layer.name for layer in report.layers] == list(quantizable(model))
     assert "lm_head" not in str(report)
     assert all(p is kept[n] for n, p in model.named_parameters())
@@ -54,7 +54,7 @@ def test_each_layer_is_measured_alone_and_the_model_stays():
 def test_experts_are_measured_and_routers_are_not():
     model, inputs = small_model("mixtral")
     names = ["model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"]
-    report = sensitivity(model, inputs["input_ids"], names=names)
+    report = measure_sensitivity(model, inputs["input_ids"], names=names)
     assert [layer.name for layer in report.layers] == names
     assert all(5 < layer.snr_db < 40 and layer.divergence > 0 for layer in report.layers)
     assert not any(name.endswith("mlp.gate") for name in quantizable(model))
@@ -63,8 +63,8 @@ def test_experts_are_measured_and_routers_are_not():
 def test_eight_bits_are_less_sensitive_than_four():
     model, inputs = small_model("llama")
     names = ["model.layers.0.mlp.down_proj"]
-    four = sensitivity(model, inputs["input_ids"], names=names).layers[0]
-    eight = sensitivity(model, inputs["input_ids"], IntScaleConfig(weight_bits=8), names=names).layers[0]
+    four = measure_sensitivity(model, inputs["input_ids"], names=names).layers[0]
+    eight = measure_sensitivity(model, inputs["input_ids"], IntScaleConfig(weight_bits=8), names=names).layers[0]
     assert eight.snr_db > four.snr_db + 15
     assert eight.divergence < four.divergence / 10
 
@@ -72,7 +72,7 @@ def test_eight_bits_are_less_sensitive_than_four():
 def test_unknown_names_are_refused():
     model, inputs = small_model("llama")
     with pytest.raises(CalibrationError, match="no linear layer is named 'lm_head'"):
-        sensitivity(model, inputs["input_ids"], names=["lm_head"])
+        measure_sensitivity(model, inputs["input_ids"], names=["lm_head"])
 
 
 def made_report(*costs):

@@ -14,7 +14,7 @@ from torchao.quantization import quantize_  # noqa: E402
 from intscale_compile import IntScaleConfig, IntScaleTensor  # noqa: E402
 from intscale_compile.calibration.layers import blocks, record_inputs  # noqa: E402
 from intscale_compile.calibration.rotation import rotate  # noqa: E402
-from intscale_compile.calibration.sensitivity import auto_overrides, quantizable, sensitivity  # noqa: E402
+from intscale_compile.calibration.sensitivity import auto_overrides, measure_sensitivity, quantizable  # noqa: E402
 from intscale_compile.calibration.smoothing import EQUALIZATIONS, smooth_fptq  # noqa: E402
 from tests.support.benchmarks import inject_outliers, load  # noqa: E402
 
@@ -101,7 +101,7 @@ def test_rotation_mends_outliers(trained, with_outliers, plain):
 def test_auto_buys_accuracy_with_a_tenth_more_memory(trained, plain):
     model, calibration, perplexity = trained
     names = [name for name in quantizable(model) if "v_proj" in name or "layers.0" in name]
-    report = sensitivity(model, calibration[:1], CONFIG, names=names)
+    report = measure_sensitivity(model, calibration[:1], CONFIG, names=names)
     overrides = auto_overrides(model, calibration, 1.1, report=report)
     assert 0 < len(overrides) < len(names)
     mixed = copy.deepcopy(model)

@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("typer", reason="typer is not installed: pip install 'intscale-compile[cli]'")
 
-from intscale_compile import CompileError, IntScaleConfig  # noqa: E402
+from intscale_compile import IntScaleConfig  # noqa: E402
 from intscale_compile.commands import bench, bench_gemms  # noqa: E402
+from intscale_compile.errors import CompileError  # noqa: E402
 from tests.support.cli import in_process  # noqa: E402
 
 

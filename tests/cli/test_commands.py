@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchao.quantization import quantize_
 
-from intscale_compile import CheckpointError, ConfigError, IntScaleConfig, IntScaleTensor, linears_and_experts
+from intscale_compile import IntScaleConfig, IntScaleTensor, linears_and_experts
 from intscale_compile.commands import (
     evaluate,
     load_model,
@@ -25,6 +25,7 @@ from intscale_compile.commands import (
 )
 from intscale_compile.commands.evaluation import evaluate_tasks
 from intscale_compile.commands.inspection import packed_bytes
+from intscale_compile.errors import CheckpointError, ConfigError
 from tests.support.cli import CHECKOUT, in_process, save_small_llama
 
 typer = pytest.importorskip("typer", reason="typer is not installed: pip install 'intscale-compile[cli]'")
@@ -235,9 +236,9 @@ def test_export_and_import_again(capsys, llama, quantized, tmp_path):
     assert code == 0 and "imported with its codes" in stdout
 
 
-def test_recipe(capsys, llama, text, tmp_path):
+def test_preset(capsys, llama, text, tmp_path):
     out = tmp_path / "out"
-    options = ["--recipe", "gptq", "--data", text, "--sequences", 2, "--tokens", 32, "-c", "damping=0.05", "--json"]
+    options = ["--preset", "gptq", "--data", text, "--sequences", 2, "--tokens", 32, "-c", "damping=0.05", "--json"]
     code, stdout, _ = in_process(capsys, "quantize", llama, out, *options)
     summary = json.loads(stdout)
     assert code == 0 and summary["method"] == "gptq" and summary["config"]["damping"] == 0.05
@@ -306,16 +307,16 @@ WRONG = {
     "quantize {llama} {out} -c group_size": "write name=value",
     "quantize {llama} {out} -c scale_bits=4 -c scale_bits=5": "given twice",
     "quantize {llama} {llama}": "is not an empty folder",
-    "quantize {llama} {out} --recipe gptq": "give text files with --data",
-    "quantize {llama} {out} --recipe gptk --data {text}": "there is no recipe 'gptk'",
-    "quantize {llama} {out} --recipe gptq --data {out}/no": "there is no such file",
-    "quantize {llama} {out} --recipe gptq --data {text} --tokens 100000": "fewer than --tokens",
-    "quantize {llama} {out} --data {text}": "name one with --recipe",
+    "quantize {llama} {out} --preset gptq": "give text files with --data",
+    "quantize {llama} {out} --preset gptk --data {text}": "there is no preset 'gptk'",
+    "quantize {llama} {out} --preset gptq --data {out}/no": "there is no such file",
+    "quantize {llama} {out} --preset gptq --data {text} --tokens 100000": "fewer than --tokens",
+    "quantize {llama} {out} --data {text}": "name a preset with --preset",
     "quantize {llama} {out} --export gguf": "use 'compressed-tensors'",
     "quantize {llama} {out} --device tpu": "cannot be used here",
     "quantize {llama} {out} --dtype float8": "use float32, bfloat16, float16 or auto",
     "quantize {llama}": "Missing argument",
-    "quantize {quantized} {out} --recipe gptq --data {text}": "is quantized already",
+    "quantize {quantized} {out} --preset gptq --data {text}": "is quantized already",
     "inspect {llama} --tokens 4096": "use 1 to 128",
     "inspect {llama} --tokens 0": "--tokens",
     "inspect {quantized} -c group_size=32": "leave it out",

@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from intscale_compile import CommunicationError, ConfigError, InputError, UnsupportedOpError  # noqa: E402
 from intscale_compile.communication import all_gather, all_reduce, ops, reduce_scatter, transport  # noqa: E402
 from intscale_compile.communication.message import WireFormat  # noqa: E402
 from intscale_compile.communication.reference import (  # noqa: E402
@@ -25,6 +24,7 @@ from intscale_compile.communication.reference import (  # noqa: E402
     simulate_all_reduce,
     simulate_reduce_scatter,
 )
+from intscale_compile.errors import CommunicationError, ConfigError, InputError, UnsupportedOpError  # noqa: E402
 from tests.communication.inputs import contributions, same_bits  # noqa: E402
 from tests.support.ranks import main  # noqa: E402
 

@@ -67,7 +67,7 @@ def _forms(group, wire: str) -> dict:
         plain = [y + 0 for y in model(x, own)]  # waits for what eager collectives left under way
         options = {**OPTIONS, "intscale.communication": wire}
         quantized = torch.compile(model, backend="intscale", fullgraph=True, options=options)(x, own)
-    found = intscale_compile.last_compilation()[-1]
+    found = intscale_compile.debug.last_compilation()[-1]
     return {"plain": plain, "quantized": quantized, "collectives": found.collectives, "counts": dict(found.pass_counts)}
 
 
@@ -80,11 +80,11 @@ def by_size(group) -> list:
     threshold = 16 * FEATURES * 4
     options = {**OPTIONS, "intscale.communication": "int8", "intscale.communication_min_bytes": threshold}
     compiled = torch.compile(f, backend="intscale", fullgraph=True, dynamic=True, options=options)
-    found, before = [], len(intscale_compile.last_compilation())
+    found, before = [], len(intscale_compile.debug.last_compilation())
     for tokens in (15, 16, 33):
         own = torch.randn(tokens, FEATURES, generator=torch.Generator().manual_seed(5 + group.rank()))
         found.append((tokens, compiled(own), f(own) + 0))
-    return [len(intscale_compile.last_compilation()) - before, found]
+    return [len(intscale_compile.debug.last_compilation()) - before, found]
 
 
 def tuned(group) -> dict:

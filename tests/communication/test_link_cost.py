@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from intscale_compile import CommunicationError, ConfigError
 from intscale_compile.communication import tune_link
 from intscale_compile.communication.link_cost import (
     NEVER,
@@ -31,6 +30,7 @@ from intscale_compile.communication.link_table import (
     write_table,
 )
 from intscale_compile.communication.link_tuning import main
+from intscale_compile.errors import CommunicationError, ConfigError
 
 LINK = Link("gloo", "cpu", 2)
 SIZES = [1 << power for power in range(16, 29)]

@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 
-from intscale_compile import ConfigError
 from intscale_compile.communication.message import WireFormat
 from intscale_compile.communication.pieces import pieces
 from intscale_compile.communication.reference import (
@@ -20,6 +19,7 @@ from intscale_compile.communication.reference import (
     round_up,
     unpack_codes,
 )
+from intscale_compile.errors import ConfigError
 
 NAMES = ("int8", "int6", "int6-mixed", "int5", "int4")
 FORMATS = [name + g + s for name, g, s in itertools.product(NAMES, ("", "-g32"), ("", "-spikes"))]

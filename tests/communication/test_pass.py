@@ -15,9 +15,11 @@ from torch._inductor.utils import fresh_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchao.quantization import quantize_
 
-from intscale_compile import ConfigError, IntScaleConfig, explain, last_compilation
+from intscale_compile import IntScaleConfig, explain
 from intscale_compile.communication.link_table import Key, link_of, table_path, times_of, write_table
 from intscale_compile.compile.options import parse_options
+from intscale_compile.debug import last_compilation
+from intscale_compile.errors import ConfigError
 from intscale_compile.passes.quantize_collectives import Chain, QuantizeCollectives
 from intscale_compile.reasons import log_once
 from tests.support.ranks import run_ranks

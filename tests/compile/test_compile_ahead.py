@@ -343,7 +343,7 @@ def test_launches_start_again_after_collecting():
 
 
 def test_the_report_says_what_it_took():
-    from intscale_compile import compile_times
+    from intscale_compile.debug import compile_times
 
     ahead = compile_ahead.Ahead()
     ahead.kernels, ahead.ready, ahead.seconds = ("gemm_decode",) * 5, ("gemm_decode",) * 4, 3.21

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import intscale_compile
-from intscale_compile import compile_times
 from intscale_compile.compile import compile_ahead
 from intscale_compile.compile.times import timed
+from intscale_compile.debug import compile_times
 from intscale_compile.passes import PASSES
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 
-from intscale_compile import ConfigError, InputError, IntScaleConfig, bisect
+from intscale_compile import IntScaleConfig, bisect
 from intscale_compile.compile import binding
+from intscale_compile.errors import ConfigError, InputError
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP
 from intscale_compile.passes import PASSES, Pass
 from tests.debug.test_trace import Model

@@ -10,8 +10,9 @@ from torch import nn
 from torchao.quantization import quantize_
 
 import intscale_compile
-from intscale_compile import InputError, IntScaleConfig, compare
+from intscale_compile import IntScaleConfig, compare
 from intscale_compile.debug.sqnr import group_noise, predicted, rescaled, sqnr
+from intscale_compile.errors import InputError
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from intscale_compile import ConfigError, compile_times
-from intscale_compile.debug import knobs, svg
+from intscale_compile.debug import compile_times, knobs, svg
+from intscale_compile.errors import ConfigError
 from tests.debug.test_stages import Block, recorded
 
 
@@ -119,7 +119,7 @@ TRITON = """
 import os, sys, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from intscale_compile.debug import debug_patches
+from intscale_compile.debug.knobs import debug_patches
 
 @triton.jit
 def double(x, n, BLOCK: tl.constexpr):

@@ -10,10 +10,13 @@ from torch import nn
 from torchao.quantization import quantize_
 
 import intscale_compile
-from intscale_compile import CompileError, IntScaleConfig, last_compilation
+from intscale_compile import IntScaleConfig
 from intscale_compile.compile.binding import bind, rewrite_graph
 from intscale_compile.compile.options import parse_options
-from intscale_compile.debug import FINAL, StageRecorder, remember
+from intscale_compile.compile.recorder.compilation import FINAL, remember
+from intscale_compile.compile.recorder.stages import StageRecorder
+from intscale_compile.debug import last_compilation
+from intscale_compile.errors import CompileError
 from intscale_compile.passes import PASSES
 from tests.support.graphs import arguments, capture
 
@@ -213,5 +216,5 @@ def test_a_disabled_quantization_is_a_reason_and_runs_in_high_precision():
     ],
 )
 def test_wrong_names_of_passes_are_errors(value, message):
-    with pytest.raises(intscale_compile.ConfigError, match=message):
+    with pytest.raises(intscale_compile.errors.ConfigError, match=message):
         parse_options(None, {"intscale.disable_passes": value})

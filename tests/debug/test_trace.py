@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import intscale_compile
-from intscale_compile import InputError, trace_node
+from intscale_compile import trace_node
+from intscale_compile.errors import InputError
 from tests.debug.test_stages import recorded
 
 

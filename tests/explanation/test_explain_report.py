@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 
-from intscale_compile import ConfigError, InputError, IntScaleConfig, explain
+from intscale_compile import IntScaleConfig, explain
+from intscale_compile.errors import ConfigError, InputError
 from intscale_compile.explanation.folding import numbers
 from intscale_compile.explanation.graphs import together
 from intscale_compile.explanation.roofline import GPUS, gpu_of_device, predict_us

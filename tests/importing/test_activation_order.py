@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from intscale_compile import ConfigError, IntScaleTensor, explain, make_savable
-from intscale_compile.importing import export_compressed_tensors, import_quantized
+from intscale_compile import IntScaleTensor, explain, from_quantized, save_compressed_tensors, save_pretrained
+from intscale_compile.errors import ConfigError
 from intscale_compile.importing.gptq import GptqFormat
 from intscale_compile.importing.layers import ScaleOptions, to_intscale
 from tests.importing import test_import_experts as moe
@@ -44,7 +44,7 @@ def written(model, folder, version="gptq", symmetric=False, group_size=64, apart
 def test_imported_model(version, symmetric, group_size, tmp_path):
     plain = tiny_llama(num_hidden_layers=1)
     checkpoint = written(plain, tmp_path, version, symmetric, group_size)
-    model, report = import_quantized(tmp_path)
+    model, report = from_quantized(tmp_path)
     assert report.unquantized == ["lm_head"] and min(row.snr_db for row in report.layers) > 50
     for name, original in checkpoint.originals.items():
         weight = model.get_submodule(name).weight
@@ -68,10 +68,10 @@ def test_imported_model(version, symmetric, group_size, tmp_path):
 
 def test_compiled_and_saved(tmp_path):
     written(tiny_llama(num_hidden_layers=1), tmp_path / "gptq")
-    model, _ = import_quantized(tmp_path / "gptq")
+    model, _ = from_quantized(tmp_path / "gptq")
     ids = torch.randint(0, 96, (1, 12))
     expected = model(ids).logits
-    make_savable(model).save_pretrained(tmp_path / "ours")
+    save_pretrained(model, tmp_path / "ours")
     again = type(model).from_pretrained(tmp_path / "ours").requires_grad_(False)
     assert torch.equal(again(ids).logits, expected)
     torch._dynamo.reset()
@@ -84,7 +84,7 @@ def test_compiled_and_saved(tmp_path):
 
 def test_siblings_with_orders_of_their_own(tmp_path):
     written(tiny_llama(num_hidden_layers=1), tmp_path, apart=("k_proj", "up_proj"))
-    model, _ = import_quantized(tmp_path)
+    model, _ = from_quantized(tmp_path)
     report = explain(model, torch.randint(0, 96, (1, 12)))
     assert report.gemms == 6  # q with v, k, o, gate, up, down
     (note,) = report.notes
@@ -111,14 +111,14 @@ def test_static_groups_need_no_order():
 
 def test_export_and_experts_are_refused_by_name(tmp_path, monkeypatch):
     written(tiny_llama(num_hidden_layers=1), tmp_path / "gptq")
-    model, _ = import_quantized(tmp_path / "gptq")
+    model, _ = from_quantized(tmp_path / "gptq")
     assert isinstance(model.model.layers[0].mlp.up_proj.weight, IntScaleTensor)
     with pytest.raises(ConfigError, match=r"q_proj.weight: its input order .* cannot be expressed"):
-        export_compressed_tensors(model, tmp_path / "out")
+        save_compressed_tensors(model, tmp_path / "out")
 
     monkeypatch.setattr(
         moe, "quantize_groups", lambda w, g, s: quantize_groups(w, g, s, order=torch.randperm(w.shape[1]))
     )
     moe.written(moe.tiny_moe("mixtral"), tmp_path / "moe", "gptq", True)
     with pytest.raises(ConfigError, match=r"experts\.0\.w\d: its groups are scattered.*desc_act=False"):
-        import_quantized(tmp_path / "moe")
+        from_quantized(tmp_path / "moe")

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 
-from intscale_compile import ConfigError, IntScaleConfig, IntScaleTensor, make_savable
-from intscale_compile.importing import export_compressed_tensors, import_quantized
+from intscale_compile import IntScaleConfig, IntScaleTensor, from_quantized, save_compressed_tensors
+from intscale_compile.errors import ConfigError
+from intscale_compile.saving.checkpoint import attach_quantizer
 from tests.support.quantized_checkpoints import quantize_groups, snr_db, tiny_llama
 
 QUICK = {"scale_search": "absmax"}
@@ -103,7 +104,7 @@ def test_round_trip(case, storage, tmp_path):
     CASES[case](model)
     weights = quantized(model)
     assert len(weights) == 14
-    report = export_compressed_tensors(model, tmp_path, storage=storage, scale_dtype=torch.float32)
+    report = save_compressed_tensors(model, tmp_path, storage=storage, scale_dtype=torch.float32)
     assert [row.name for row in report.layers] == list(weights) and report.unquantized == ["lm_head"]
     assert all(row.snr_db > 140 for row in report.layers)
 
@@ -112,7 +113,7 @@ def test_round_trip(case, storage, tmp_path):
     for name, weight in weights.items():
         assert snr_db(weight.dequantize(torch.float64), dense[name]) > 130, name
 
-    again, _ = import_quantized(tmp_path)
+    again, _ = from_quantized(tmp_path)
     for name, weight in quantized(again).items():
         assert torch.equal(weight.codes, weights[name].codes), name
         assert snr_db(weights[name].dequantize(torch.float64), weight.dequantize(torch.float64)) > 50
@@ -123,7 +124,7 @@ def test_round_trip(case, storage, tmp_path):
 def test_scales_in_the_dtype_of_the_model(tmp_path):
     model = tiny_llama(torch.bfloat16)
     quantize_(model, IntScaleConfig(**QUICK))
-    report = export_compressed_tensors(make_savable(model), tmp_path)
+    report = save_compressed_tensors(attach_quantizer(model), tmp_path)
     assert model.hf_quantizer is not None  # as it was
     stored = tensors_of(tmp_path)
     assert stored["model.layers.0.mlp.down_proj.weight_scale"].dtype == torch.bfloat16
@@ -134,9 +135,9 @@ def test_tied_embeddings_and_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("intscale_compile.importing.export.SHARD_SIZE", "100KB")
     model = tiny_llama(tie_word_embeddings=True)
     quantize_(model, IntScaleConfig(**QUICK))
-    export_compressed_tensors(model, tmp_path)
+    save_compressed_tensors(model, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    again, report = import_quantized(tmp_path)
+    again, report = from_quantized(tmp_path)
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert report.unquantized == ["lm_head"]
 
@@ -146,8 +147,8 @@ def test_static_activation_scale(tmp_path):
     quantize_(model, IntScaleConfig(**QUICK))
     layer = model.model.layers[1].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.with_activation_scale(0.0375), requires_grad=False)
-    export_compressed_tensors(model, tmp_path)
-    weights = quantized(import_quantized(tmp_path)[0])
+    save_compressed_tensors(model, tmp_path)
+    weights = quantized(from_quantized(tmp_path)[0])
     for name, weight in weights.items():
         static = weight.activation_scale
         assert (static is None) == (name != "model.layers.1.mlp.up_proj")
@@ -160,7 +161,7 @@ def test_transformers_reads_the_export(tmp_path):
 
     model = tiny_llama()
     quantize_(model, IntScaleConfig(**QUICK))
-    export_compressed_tensors(model, tmp_path)
+    save_compressed_tensors(model, tmp_path)
     ids = torch.randint(0, 96, (2, 16))
     other = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert snr_db(model(ids).logits, other(ids).logits) > 30
@@ -169,19 +170,19 @@ def test_transformers_reads_the_export(tmp_path):
 def test_what_cannot_be_expressed_is_refused(tmp_path):
     model = tiny_llama()
     with pytest.raises(ConfigError, match="no weight of the model is quantized"):
-        export_compressed_tensors(model, tmp_path)
+        save_compressed_tensors(model, tmp_path)
     quantize_(model, IntScaleConfig(**QUICK))
     with pytest.raises(ConfigError, match="storage='gguf'"):
-        export_compressed_tensors(model, tmp_path, storage="gguf")
+        save_compressed_tensors(model, tmp_path, storage="gguf")
     layer = model.model.layers[0].mlp.down_proj
     plain = layer.weight
     layer.weight = nn.Parameter(plain.with_rotation(128), requires_grad=False)
     with pytest.raises(ConfigError, match=r"layers.0.mlp.down_proj.weight: rotation=128"):
-        export_compressed_tensors(model, tmp_path)
+        save_compressed_tensors(model, tmp_path)
     tiny = IntScaleTensor.from_codes(plain.codes, torch.full((256, 3), 1e-30), group_size=128)
     layer.weight = nn.Parameter(tiny.to(torch.float16), requires_grad=False)
     with pytest.raises(ConfigError, match=r"layers.0.mlp.down_proj: a scale does not fit torch.float16"):
-        export_compressed_tensors(model, tmp_path)
+        save_compressed_tensors(model, tmp_path)
     with pytest.raises(ConfigError, match="not Linear"):
-        export_compressed_tensors(nn.Linear(32, 32), tmp_path)
+        save_compressed_tensors(nn.Linear(32, 32), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from intscale_compile import ConfigError, IntScaleTensor, OverflowProofError, make_savable
-from intscale_compile.importing import import_quantized
+from intscale_compile import IntScaleTensor, from_quantized, save_pretrained
+from intscale_compile.errors import ConfigError, OverflowProofError
 from intscale_compile.importing.awq import AwqFormat
 from intscale_compile.importing.compressed import CompressedTensorsFormat
 from intscale_compile.importing.gptq import GptqFormat
@@ -206,7 +206,7 @@ def test_settings_of_single_layers(tmp_path):
         return layer, gptq_parts(layer)
 
     gptq_folder(tiny_llama(), tmp_path, parts, dynamic={r"-:.*v_proj": {}, r"+:.*\.o_proj": {"group_size": 32}})
-    model, report = import_quantized(tmp_path)
+    model, report = from_quantized(tmp_path)
     assert model.model.layers[1].self_attn.o_proj.weight.group_size == 32
     assert {row.group_size for row in report.layers} == {32, 128}
     assert [name for name in report.unquantized if name != "lm_head"] == [
@@ -227,7 +227,7 @@ def test_autogptq_file_and_biases_of_zero(tmp_path):
     del stored["quant_method"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "quantize_config.json").write_text(json.dumps(stored))
-    model, report = import_quantized(str(tmp_path))
+    model, report = from_quantized(str(tmp_path))
     assert len(report.layers) == 14
     assert model.model.layers[0].mlp.up_proj.bias is None
 
@@ -236,13 +236,13 @@ def test_dtype_generation_config_and_saving(tmp_path):
     plain = tiny_llama(tie_word_embeddings=True)
     gptq_folder(plain, tmp_path / "gptq")
     (tmp_path / "gptq" / "generation_config.json").write_text(json.dumps({"temperature": 0.25, "do_sample": True}))
-    model, _ = import_quantized(tmp_path / "gptq", dtype=torch.bfloat16)
+    model, _ = from_quantized(tmp_path / "gptq", dtype=torch.bfloat16)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.generation_config.temperature == 0.25
     assert not hasattr(model.config, "quantization_config") and not model.training
 
-    make_savable(model).save_pretrained(tmp_path / "ours")
+    save_pretrained(model, tmp_path / "ours")
     ids = torch.randint(0, 96, (1, 12))
     again = type(model).from_pretrained(tmp_path / "ours")
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -250,7 +250,7 @@ def test_dtype_generation_config_and_saving(tmp_path):
 
 def test_report(tmp_path):
     gptq_folder(tiny_llama(num_hidden_layers=1), tmp_path)
-    _, report = import_quantized(tmp_path)
+    _, report = from_quantized(tmp_path)
     text = str(report)
     assert text.splitlines()[0].startswith("layer ") and text.splitlines()[0].endswith("proof headroom, bits")
     assert len(text.splitlines()) == 1 + 7 + 2
@@ -264,9 +264,9 @@ def test_report(tmp_path):
 
 def test_a_name_that_is_no_checkpoint():
     with pytest.raises(FileNotFoundError, match="no hub name"):
-        import_quantized("/nowhere/at/all")
+        from_quantized("/nowhere/at/all")
     with pytest.raises(ConfigError, match="no linear layer"):
-        import_quantized(torch.nn.Linear(32, 32))
+        from_quantized(torch.nn.Linear(32, 32))
 
 
 def test_hub_names_are_downloaded(tmp_path, monkeypatch):
@@ -278,7 +278,7 @@ def test_hub_names_are_downloaded(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    _, report = import_quantized("somebody/model-gptq", revision="v2")
+    _, report = from_quantized("somebody/model-gptq", revision="v2")
     assert len(report.layers) == 7 and asked == [("somebody/model-gptq", "v2")]
 
 
@@ -291,4 +291,4 @@ def test_overflow_is_refused_by_name(tmp_path):
 
     gptq_folder(tiny_llama(num_hidden_layers=1), tmp_path, parts)
     with pytest.raises(OverflowProofError, match=r"model.layers.0.*: amplifier=1048576"):
-        import_quantized(tmp_path, amplifier=1 << 20)
+        from_quantized(tmp_path, amplifier=1 << 20)

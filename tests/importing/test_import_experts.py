@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from intscale_compile import CheckpointError, IntScaleTensor
-from intscale_compile.errors import ConfigError
-from intscale_compile.importing import export_compressed_tensors, import_quantized
+from intscale_compile import IntScaleTensor, from_quantized, save_compressed_tensors
+from intscale_compile.errors import CheckpointError, ConfigError
 from tests.support.quantized_checkpoints import awq_parts, gptq_parts, quantize_groups, save_folder, snr_db
 
 
@@ -50,7 +49,7 @@ def written(model, folder, method, symmetric):
 def test_experts_are_stacked(kind, method, symmetric, tmp_path):
     model = tiny_moe(kind)
     originals, _, _ = written(model, tmp_path, method, symmetric)
-    imported, report = import_quantized(tmp_path)
+    imported, report = from_quantized(tmp_path)
     assert len(report.layers) == len(originals) == 2 * (4 + 4 * 3)
 
     up, gate, down = ("w3", "w1", "w2") if kind == "mixtral" else ("up_proj", "gate_proj", "down_proj")
@@ -91,13 +90,13 @@ def test_an_expert_that_is_missing(tmp_path):
         del state[f"{name}.{part}"]
     save_folder(model.config, tmp_path, state, config)
     with pytest.raises(CheckpointError):
-        import_quantized(tmp_path)
+        from_quantized(tmp_path)
 
 
 def test_stacks_are_not_exported(tmp_path):
     written(tiny_moe("mixtral"), tmp_path / "in", "gptq", True)
-    imported, _ = import_quantized(tmp_path / "in")
+    imported, _ = from_quantized(tmp_path / "in")
     with pytest.raises(
         ConfigError, match="experts.gate_up_proj: compressed-tensors stores weights of linear layers only"
     ):
-        export_compressed_tensors(imported, tmp_path / "out")
+        save_compressed_tensors(imported, tmp_path / "out")

@@ -7,8 +7,7 @@ import copy
 import pytest
 import torch
 
-from intscale_compile import IntScaleTensor
-from intscale_compile.importing import import_quantized
+from intscale_compile import IntScaleTensor, from_quantized
 from tests.support.quantized_checkpoints import (
     awq_parts,
     compressed_parts,
@@ -81,7 +80,7 @@ def linears(model):
 def test_imported_model(case, tmp_path):
     plain = tiny_llama()
     checkpoint = written(case, plain, tmp_path, shards=3)
-    model, report = import_quantized(tmp_path)
+    model, report = from_quantized(tmp_path)
     symmetric, group_size = CASES[case]
 
     weights = linears(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.perplexity import held_out_sequences
-from intscale_compile.importing import export_compressed_tensors, import_quantized
+from intscale_compile import from_quantized, save_compressed_tensors
 from tests.importing.test_import_models import written
 from tests.support.quantized_checkpoints import snr_db, with_float_scales
 
@@ -43,7 +43,7 @@ def perplexity(logits: torch.Tensor, sequences: torch.Tensor) -> float:
 @pytest.mark.parametrize("case", ["gptq", "awq asymmetric", "compressed-tensors", "compressed-tensors per channel"])
 def test_logits_and_perplexity(case, tiny_llama, sequences, reference, tmp_path):
     checkpoint = written(case, tiny_llama, tmp_path)
-    model, report = import_quantized(tmp_path)
+    model, report = from_quantized(tmp_path)
     assert len(report.layers) == 56 and report.unquantized == ["lm_head"]
     assert min(row.snr_db for row in report.layers) > 50
     assert min(row.headroom_bits for row in report.layers) > 3
@@ -68,8 +68,8 @@ def test_export_of_the_trained_model(tiny_llama, sequences, tmp_path):
 
     model = copy.deepcopy(tiny_llama)
     quantize_(model, IntScaleConfig(scale_search="absmax"))
-    report = export_compressed_tensors(model, tmp_path, scale_dtype=torch.bfloat16)
-    again, _ = import_quantized(tmp_path)
+    report = save_compressed_tensors(model, tmp_path, scale_dtype=torch.bfloat16)
+    again, _ = from_quantized(tmp_path)
     before, after = (perplexity(one(sequences).logits, sequences) for one in (model, again))
     least = min(row.snr_db for row in report.layers)
     print(f"export: scales in bf16 {least:.1f} dB at least; perplexity {before:.4f}, after {after:.4f}")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from intscale_compile import CheckpointError, ConfigError
-from intscale_compile.importing import import_quantized
+from intscale_compile import from_quantized
+from intscale_compile.errors import CheckpointError, ConfigError
 from tests.support.quantized_checkpoints import (
     awq_parts,
     compressed_parts,
@@ -128,7 +128,7 @@ def test_damaged_tensors(case, request):
     folder = request.getfixturevalue(fixture)
     change_tensors(folder, change)
     with pytest.raises(CheckpointError, match=message):
-        import_quantized(folder)
+        from_quantized(folder)
 
 
 def scheme_of(config):
@@ -172,43 +172,43 @@ def test_unsupported_configurations(case, request):
     folder = request.getfixturevalue(fixture)
     change_config(folder, change)
     with pytest.raises(ConfigError, match=message):
-        import_quantized(folder)
+        from_quantized(folder)
 
 
 def test_scattered_compressed_groups(compressed):
     change_tensors(compressed, lambda s: s.update({f"{LAYER}.weight_g_idx": torch.zeros(384, dtype=torch.int32)}))
     with pytest.raises(ConfigError, match=rf"{LAYER}: its groups are scattered"):
-        import_quantized(compressed)
+        from_quantized(compressed)
 
 
 def test_damaged_files(gptq):
     with pytest.raises(FileNotFoundError):
-        import_quantized(gptq / "nowhere")
+        from_quantized(gptq / "nowhere")
     weights = gptq / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="model.safetensors"):
-        import_quantized(gptq)
+        from_quantized(gptq)
     weights.unlink()
     with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
-        import_quantized(gptq)
+        from_quantized(gptq)
     index = gptq / "model.safetensors.index.json"
     index.write_text("[]")
     with pytest.raises(CheckpointError, match="holds no JSON object"):
-        import_quantized(gptq)
+        from_quantized(gptq)
     index.write_text("{}")
     with pytest.raises(CheckpointError, match="no weight_map"):
-        import_quantized(gptq)
+        from_quantized(gptq)
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(CheckpointError, match="model-00001-of-00002.safetensors"):
-        import_quantized(gptq)
+        from_quantized(gptq)
 
 
 def test_a_model_that_transformers_does_not_know(gptq):
     config = json.loads((gptq / "config.json").read_text())
     (gptq / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForRhymes"]}))
     with pytest.raises(ConfigError, match="LlamaForRhymes"):
-        import_quantized(gptq)
+        from_quantized(gptq)
     (gptq / "config.json").write_text(json.dumps(config | {"model_type": "rhymes"}))
     with pytest.raises(ConfigError, match="cannot read this config.json"):
-        import_quantized(gptq)
+        from_quantized(gptq)

@@ -18,8 +18,8 @@ from torchao.quantization import (
 from torchao.quantization.quant_primitives import MappingType
 from torchao.quantization.quantize_.workflows.int4.int4_tensor import Int4Tensor
 
-from intscale_compile import ConfigError, IntScaleTensor
-from intscale_compile.importing import import_quantized, import_tensors
+from intscale_compile import IntScaleTensor, convert_from_torchao, from_quantized
+from intscale_compile.errors import ConfigError
 from tests.support.quantized_checkpoints import quantize_groups, snr_db, tiny_llama
 
 
@@ -52,7 +52,7 @@ def test_intx_tensors(case):
     dense = copy.deepcopy(model)
     for name, weight in before.items():
         dense.get_submodule(name).weight = nn.Parameter(weight.dequantize())
-    report = import_tensors(model)
+    report = convert_from_torchao(model)
     assert [row.name for row in report.layers] == list(before) and report.unquantized == ["lm_head"]
     for name, weight in before.items():
         found = model.get_submodule(name).weight
@@ -80,7 +80,7 @@ def test_int4_tensors(symmetric):
     model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 32))
     layer = quantize_groups(model[0].weight.detach(), 128, symmetric, torch.bfloat16)
     model[0].weight = nn.Parameter(int4_tensor(layer), requires_grad=False)
-    same, report = import_quantized(model)
+    same, report = from_quantized(model)
     assert same is model and report.unquantized == ["2"]
     weight = model[0].weight
     assert torch.equal(weight.codes.long() + 8, layer.codes)
@@ -96,7 +96,7 @@ def test_int4_zero_points_between_integers_are_refused():
     between = 0.4 * layer.scale.t()
     model[0].weight = nn.Parameter(int4_tensor(layer, between), requires_grad=False)
     with pytest.raises(ConfigError, match=r"0: its zero points are fractions of a code \(up to 0.4"):
-        import_tensors(model)
+        convert_from_torchao(model)
 
 
 def test_other_tensors_are_refused_and_nothing_changes():
@@ -105,7 +105,7 @@ def test_other_tensors_are_refused_and_nothing_changes():
     quantize_(model[1], Int8WeightOnlyConfig())
     before = [module.weight for module in model]
     with pytest.raises(ConfigError, match=r"1: torchao's Int8Tensor cannot be imported: Int4Tensor, IntxUnpacked"):
-        import_tensors(model)
+        convert_from_torchao(model)
     assert all(weight is module.weight for weight, module in zip(before, model))
 
 
@@ -114,12 +114,12 @@ def test_three_bits_and_prescaled_activations_are_refused():
     plain = copy.deepcopy(model)
     quantize_(model, IntxWeightOnlyConfig(torch.int3, PerGroup(64)))
     with pytest.raises(ConfigError, match="torch.int3 cannot be imported"):
-        import_tensors(model)
+        convert_from_torchao(model)
     tensor = int4_tensor(quantize_groups(plain[0].weight.detach(), 128, True, torch.bfloat16))
     tensor.act_pre_scale = torch.ones(256)
     plain[0].weight = nn.Parameter(tensor, requires_grad=False)
     with pytest.raises(ConfigError, match="act_pre_scale"):
-        import_tensors(plain)
+        convert_from_torchao(plain)
 
 
 def test_folder_of_torchao(tmp_path):
@@ -130,7 +130,7 @@ def test_folder_of_torchao(tmp_path):
     config = TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(64)), modules_to_not_convert=["lm_head"])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config, dtype=torch.bfloat16)
     theirs.save_pretrained(tmp_path / "ao")
-    model, report = import_quantized(tmp_path / "ao")
+    model, report = from_quantized(tmp_path / "ao")
     assert len(report.layers) == 14 and not hasattr(model.config, "quantization_config")
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":

@@ -16,7 +16,8 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip i
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from intscale_compile import ConfigError, IntScaleTensor, VersionError  # noqa: E402
+from intscale_compile import IntScaleTensor  # noqa: E402
+from intscale_compile.errors import ConfigError, VersionError  # noqa: E402
 from intscale_compile.integrations.lm_eval import IntScaleLM  # noqa: E402
 
 CHOICES = """
@@ -117,16 +118,16 @@ def test_calibrated(models_dir, tasks, tmp_path, plain):
     text.write_text((Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text())
     folder = str(models_dir / "tiny-llama")
     with pytest.raises(ConfigError, match="calibration_text=FILE"):
-        IntScaleLM(folder, device="cpu", recipe="rtn")
+        IntScaleLM(folder, device="cpu", preset="rtn")
     with pytest.raises(ConfigError, match="fewer than calibration_tokens=1000000"):
-        IntScaleLM(folder, device="cpu", recipe="rtn", calibration_text=text, calibration_tokens=1_000_000)
+        IntScaleLM(folder, device="cpu", preset="rtn", calibration_text=text, calibration_tokens=1_000_000)
     options = {
         "calibration_text": text,
         "calibration_sequences": 2,
         "calibration_tokens": 128,
         "scale_search": "absmax",
     }
-    model = IntScaleLM(folder, device="cpu", dtype="float32", recipe="rtn", **options)
+    model = IntScaleLM(folder, device="cpu", dtype="float32", preset="rtn", **options)
     assert isinstance(model.model.model.layers[7].mlp.down_proj.weight, IntScaleTensor)
     assert plain[1] < evaluate(model, tasks)[1] < 1.1 * plain[1]
 
@@ -144,7 +145,7 @@ def test_checkpoint_of_another_tool(models_dir, tasks, tmp_path, plain):
     accuracy, loss = evaluate(model, tasks)
     assert accuracy == 1.0 and plain[1] < loss < 1.1 * plain[1]
     with pytest.raises(ConfigError, match="quantized already"):
-        IntScaleLM(str(tmp_path), device="cpu", recipe="rtn")
+        IntScaleLM(str(tmp_path), device="cpu", preset="rtn")
 
 
 def test_command_line_knows_the_model(first_layer, tasks, tmp_path, monkeypatch, capsys):

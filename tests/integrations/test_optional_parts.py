@@ -11,17 +11,9 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 
-from intscale_compile import (
-    CheckpointError,
-    IntScaleConfig,
-    IntScaleTensor,
-    UnsupportedOpError,
-    WeightError,
-    load_safetensors,
-    make_savable,
-    rebuild_tensor,
-    save_safetensors,
-)
+from intscale_compile import IntScaleConfig, IntScaleTensor, load_safetensors, save_pretrained, save_safetensors
+from intscale_compile.errors import CheckpointError, UnsupportedOpError, WeightError
+from intscale_compile.saving.checkpoint import rebuild_tensor
 from tests.tensors.test_tensor import PACKINGS, PLAIN_2D, ROWS_2D, STACK, assert_same, make
 
 QUICK = IntScaleConfig(scale_search="absmax")
@@ -245,7 +237,7 @@ def test_from_pretrained(size, tmp_path):
         owner, _, leaf = name.rpartition(".")
         changed = nn.Parameter(with_parts(weight.data, kind, seed=i), requires_grad=False)
         setattr(model.get_submodule(owner), leaf, changed)
-    make_savable(model).save_pretrained(tmp_path, max_shard_size=size)
+    save_pretrained(model, tmp_path, max_shard_size=size)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, _ in quantized:
         assert_identical(again.get_parameter(name).data, model.get_parameter(name).data)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
-from intscale_compile import InputError
+from intscale_compile.errors import InputError
 from intscale_compile.kernels.decode_attention import OP, unsupported
 from intscale_compile.kernels.triton_attention import decode_attention_kernel
 from intscale_compile.ops import KERNEL_ABI

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from intscale_compile import InputError
+from intscale_compile.errors import InputError
 from intscale_compile.kernels.hadamard import HADAMARD_OP, HADAMARD_QUANTIZE_OP, hadamard_transform
 from intscale_compile.kernels.quantize_per_token import quantize_per_token_aten
 from intscale_compile.kernels.quantize_static import quantize_static_aten

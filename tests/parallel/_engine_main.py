@@ -16,7 +16,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torchao.quantization import quantize_  # noqa: E402
 
 import intscale_compile  # noqa: E402
-from intscale_compile import IntScaleConfig, IntScaleError, IntScaleTensor, tensor_parallel  # noqa: E402
+from intscale_compile import IntScaleConfig, IntScaleTensor, tensor_parallel  # noqa: E402
+from intscale_compile.errors import IntScaleError  # noqa: E402
 from intscale_compile.parallel.sharding import shard  # noqa: E402
 from tests.support.ranks import main  # noqa: E402
 
@@ -145,7 +146,7 @@ def own_engine(mesh, x, folder: Path, seen: dict) -> None:
         seen["own compiled"] = float((compiled(x) - expected).norm() / expected.norm())
     with torch.device("meta"):
         empty = MLP().eval()
-    loaded = tensor_parallel.load_sharded(empty, path, mesh, PLAN)
+    loaded = tensor_parallel.from_safetensors(empty, path, mesh, PLAN)
     seen["loaded"] = torch.equal(loaded(x), expected)
     seen["loaded shapes"] = [tuple(p.shape) for p in loaded.parameters()]
     torch.manual_seed(1)
@@ -185,7 +186,9 @@ def refused(mesh, folder: Path, seen: dict) -> None:
     seen["mesh"] = caught(lambda: tensor_parallel.parallelize(model, wide, PLAN))
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     seen["one rank"] = type(tensor_parallel.parallelize(quantized(), alone, PLAN).gate._forward_hooks).__name__
-    seen["lacking"] = caught(lambda: tensor_parallel.load_sharded(MLP(False), folder / "mlp.safetensors", mesh, PLAN))
+    seen["lacking"] = caught(
+        lambda: tensor_parallel.from_safetensors(MLP(False), folder / "mlp.safetensors", mesh, PLAN)
+    )
 
 
 def run(folder: str) -> dict:

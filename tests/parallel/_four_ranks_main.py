@@ -25,7 +25,8 @@ from torchao.quantization import quantize_  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import intscale_compile  # noqa: E402
-from intscale_compile import IntScaleConfig, IntScaleError, IntScaleTensor, tensor_parallel  # noqa: E402
+from intscale_compile import IntScaleConfig, IntScaleTensor, tensor_parallel  # noqa: E402
+from intscale_compile.errors import IntScaleError  # noqa: E402
 from tests.support.ranks import main  # noqa: E402
 
 WIDTH, TOKENS = 128, 16
@@ -121,9 +122,9 @@ def sequence(mesh, seen: dict) -> None:
     seen["sequence"] = relative(eager, quantized()(x))
     if pair:
         options = {"intscale.communication": "int8", "intscale.communication_min_bytes": 0}
-        before = len(intscale_compile.last_compilation())
+        before = len(intscale_compile.debug.last_compilation())
         compiled = torch.compile(model, backend="intscale", fullgraph=True, options=options)(x)
-        (found,) = intscale_compile.last_compilation()[before:]
+        (found,) = intscale_compile.debug.last_compilation()[before:]
         seen["compiled"] = relative(compiled, eager)
         seen["collectives"] = [(one.kind, one.ranks, one.decision) for one in found.collectives]
         seen["group"] = {one.group for one in found.collectives} == {mesh["tp"].get_group().group_name}
@@ -217,7 +218,7 @@ def fewer_heads(folder: Path, seen: dict) -> None:
     with torch.device("meta"):
         empty = LlamaForCausalLM(model.config).eval()
     empty.model.rotary_emb = model.model.rotary_emb
-    loaded = tensor_parallel.load_sharded(empty, folder / "llama.safetensors")
+    loaded = tensor_parallel.from_safetensors(empty, folder / "llama.safetensors")
     seen["loaded heads"] = torch.equal(loaded(ids).logits, logits)
     seen["uneven heads"] = caught(lambda: tensor_parallel.parallelize(llama(12, 3, 192)))
     seen["too few queries"] = caught(lambda: tensor_parallel.parallelize(llama(2, 2)))

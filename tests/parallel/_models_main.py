@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig  # n
 
 import intscale_compile  # noqa: E402
 from benchmarks.perplexity import MODULE_LIST, held_out_sequences  # noqa: E402
-from intscale_compile import IntScaleConfig, IntScaleError, IntScaleTensor, tensor_parallel  # noqa: E402
+from intscale_compile import IntScaleConfig, IntScaleTensor, tensor_parallel  # noqa: E402
 from intscale_compile.communication import all_reduce  # noqa: E402
+from intscale_compile.errors import IntScaleError  # noqa: E402
 from intscale_compile.parallel.sharding import shard  # noqa: E402
 from tests.support.ranks import main  # noqa: E402
 
@@ -142,7 +143,7 @@ def transformers_loading(llama: Path, folder: Path, ids: torch.Tensor, ranks: in
     if dist.get_rank() == 0:
         for group in (64, 128):
             saved = quantized(llama, 1, group)
-            intscale_compile.make_savable(saved).save_pretrained(folder / f"group{group}")
+            intscale_compile.save_pretrained(saved, folder / f"group{group}")
     dist.barrier()
     expected = tensor_parallel.parallelize(quantized(llama, 1))(ids).logits
     model = load(folder / "group64", **divide)
@@ -160,7 +161,7 @@ def transformers_loading(llama: Path, folder: Path, ids: torch.Tensor, ranks: in
     # Every rank; the first one writes. transformers cannot revert how it read a torchao checkpoint, divided or not.
     model.save_pretrained(folder / "again", save_original_format=False)
     divided = tensor_parallel.parallelize(quantized(llama, 1))
-    intscale_compile.make_savable(divided).save_pretrained(folder / "divided")
+    intscale_compile.save_pretrained(divided, folder / "divided")
     dist.barrier()
     seen["saved again"] = [same_file(folder / name, folder / "group64") for name in ("again", "divided")]
     flying = load(llama, 1, quantization_config=TorchAoConfig(IntScaleConfig(64)), **divide)
@@ -181,7 +182,7 @@ def experts(mixtral: Path, folder: Path, ids: torch.Tensor, ranks: int, seen: di
     stacks = {n.rpartition(".")[2]: tuple(p.shape) for n, p in divided.named_parameters() if "experts" in n}
     seen["experts shapes"] = stacks
     if dist.get_rank() == 0:
-        intscale_compile.make_savable(whole).save_pretrained(folder / "experts")
+        intscale_compile.save_pretrained(whole, folder / "experts")
     dist.barrier()
     loaded = load(folder / "experts", tp_plan="auto", tp_size=ranks)
     seen["experts checkpoint"] = relative(loaded(ids).logits, divided(ids).logits)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from intscale_compile import IntScaleConfig, IntScaleTensor, ShardingError
+from intscale_compile import IntScaleConfig, IntScaleTensor
+from intscale_compile.errors import ShardingError
 from intscale_compile.kernels.w4a8_linear import reference_accumulate
 from intscale_compile.parallel.sharding import Layout, shard, shard_features, unshard
 from intscale_compile.saving.shard_reading import StoredPart

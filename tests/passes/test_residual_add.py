@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from intscale_compile import ConfigError, InputError, explain
+from intscale_compile import explain
 from intscale_compile.compile.options import parse_options
+from intscale_compile.errors import ConfigError, InputError
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP
 from intscale_compile.kernels.w4a8_residual import LINEAR_ADD_OP
 from intscale_compile.ops import KERNEL_ABI

@@ -17,16 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 
-from intscale_compile import (
-    CheckpointError,
-    ConfigError,
-    IntScaleConfig,
-    IntScaleTensor,
-    load_safetensors,
-    make_savable,
-    rebuild_tensor,
-    save_safetensors,
-)
+from intscale_compile import IntScaleConfig, IntScaleTensor, load_safetensors, save_pretrained, save_safetensors
+from intscale_compile.errors import CheckpointError, ConfigError
+from intscale_compile.saving.checkpoint import rebuild_tensor
 
 QUICK = IntScaleConfig(scale_search="absmax")
 CONFIGS = [
@@ -348,7 +341,7 @@ def quantized_names(model):
 
 
 def test_new_process_gives_the_same_logits(tmp_path):
-    """quantize_ + make_savable + save_pretrained, one file and many, both dtypes; reloaded where nothing was set up
+    """quantize_ + save_pretrained, one file and many, both dtypes; reloaded where nothing was set up
     but our import.
     """
     wanted = {}
@@ -359,8 +352,8 @@ def test_new_process_gives_the_same_logits(tmp_path):
     ]:
         model = small_llama(tied, dtype)
         quantize_(model, config)
-        assert len(quantized_names(model)) == 14 and make_savable(model, config) is model
-        model.save_pretrained(tmp_path / name, max_shard_size=size)
+        assert len(quantized_names(model)) == 14
+        save_pretrained(model, tmp_path / name, config, max_shard_size=size)
         wanted[name] = logits(model)
     assert (
         len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
@@ -398,8 +391,7 @@ def test_stacks_of_experts_are_saved(tmp_path):
     quantize_(model, config, filter_fn=None)
     stacks = [name for name in quantized_names(model) if "experts" in name]
     assert len(stacks) == 2 and model.get_parameter(stacks[0]).dim() == 3
-    make_savable(model, config)
-    model.save_pretrained(tmp_path)
+    save_pretrained(model, tmp_path, config)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     for name in quantized_names(model):
         assert_same_state({name: again.get_parameter(name).data}, {name: model.get_parameter(name).data})
@@ -448,18 +440,18 @@ def test_trained_model_on_load(models_dir):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
-def test_make_savable_refuses_what_it_cannot_save():
+def test_save_pretrained_refuses_what_it_cannot_save(tmp_path):
     with pytest.raises(ConfigError, match="not Sequential: use save_safetensors"):
-        make_savable(model_of())
+        save_pretrained(model_of(), tmp_path)
     with pytest.raises(ConfigError, match="call quantize_ first"):
-        make_savable(small_llama())
+        save_pretrained(small_llama(), tmp_path)
 
 
 def damaged_pretrained(folder, change):
     """A saved model whose first MLP weight is altered."""
     model = small_llama()
     quantize_(model, QUICK)
-    make_savable(model, QUICK).save_pretrained(folder)
+    save_pretrained(model, folder, QUICK)
     path = folder / "model.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())

@@ -70,7 +70,7 @@ def test_safetensors_after_merging(tmp_path):
 def test_save_pretrained_after_a_compiled_run(shard, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from intscale_compile import make_savable
+    from intscale_compile import save_pretrained
 
     torch.manual_seed(1)
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 64}
@@ -81,7 +81,7 @@ def test_save_pretrained_after_a_compiled_run(shard, tmp_path):
         rewritten(lambda tokens: model(tokens, use_cache=False).logits)(tokens)
         attention = model.model.layers[0].self_attn
         assert memory_of(attention.q_proj.weight.qdata) == memory_of(attention.v_proj.weight.qdata)
-        make_savable(model).save_pretrained(tmp_path, max_shard_size=shard)
+        save_pretrained(model, tmp_path, max_shard_size=shard)
         loaded = LlamaForCausalLM.from_pretrained(tmp_path)
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     for name, tensor in model.state_dict().items():

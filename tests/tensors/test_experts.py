@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torchao.quantization import FqnToConfig, quantize_
 
 import intscale_compile
-from intscale_compile import InputError, IntScaleConfig, IntScaleTensor, UnsupportedOpError, linears_and_experts
+from intscale_compile import IntScaleConfig, IntScaleTensor, linears_and_experts
+from intscale_compile.errors import InputError, UnsupportedOpError
 from intscale_compile.kernels.cpu_gemm import _unpacked
 from intscale_compile.kernels.w4a8_grouped import GROUPED_OP, reference_grouped
 from intscale_compile.ops import KERNEL_ABI
@@ -334,7 +335,7 @@ def test_failed_call_leaves_stacks_as_they_were():
     before = {name: copy.deepcopy(p) for name, p in model.named_parameters()}
     experts = model.model.layers[0].mlp.experts
     experts.down_proj[1, 2, 3] = float("inf")
-    with pytest.raises(intscale_compile.WeightError, match=r"experts.down_proj has NaN or Inf"):
+    with pytest.raises(intscale_compile.errors.WeightError, match=r"experts.down_proj has NaN or Inf"):
         quantize_(model, QUICK, filter_fn=linears_and_experts)
     assert not any(isinstance(p, IntScaleTensor) for p in model.parameters()) and len(before) > 0
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from intscale_compile import ConfigError, IntScaleTensor, OverflowProofError, WeightError
+from intscale_compile import IntScaleTensor
+from intscale_compile.errors import ConfigError, OverflowProofError, WeightError
 from intscale_compile.tensors.from_codes import scale_rounding_snr
 
 GROUP_SIZES = (32, 64, 128, 256, -1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from intscale_compile import InputError
+from intscale_compile.errors import InputError
 from intscale_compile.kernels.w4a8_gated import ACTIVATIONS, GATED_OP, reference_gated
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP
 from intscale_compile.ops import KERNEL_ABI

@@ -9,19 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from intscale_compile import (
-    CheckpointError,
-    CompileError,
-    IntScaleConfig,
-    IntScaleTensor,
-    ShardingError,
-    UnsupportedOpError,
-    WeightError,
-    compare,
-    explain,
-    load_safetensors,
-    save_safetensors,
-)
+from intscale_compile import IntScaleConfig, IntScaleTensor, compare, explain, load_safetensors, save_safetensors
+from intscale_compile.errors import CheckpointError, CompileError, ShardingError, UnsupportedOpError, WeightError
 from intscale_compile.parallel.sharding import shard, unshard
 from intscale_compile.saving.shard_reading import read_shards
 from intscale_compile.tensors.joined_rows import joined_in_place

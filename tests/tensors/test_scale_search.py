@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from intscale_compile import IntScaleConfig, IntScaleTensor, OverflowProofError, WeightError
+from intscale_compile import IntScaleConfig, IntScaleTensor
 from intscale_compile import format as fmt
+from intscale_compile.errors import OverflowProofError, WeightError
 from intscale_compile.tensors.scale_search import ROW_FRACTIONS, quantize_weight, search_integer_scales
 
 

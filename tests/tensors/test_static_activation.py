@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from intscale_compile import CompileError, InputError, IntScaleTensor, explain, load_safetensors, save_safetensors
+from intscale_compile import IntScaleTensor, explain, load_safetensors, save_safetensors
+from intscale_compile.errors import CompileError, InputError
 from intscale_compile.kernels.hadamard import hadamard_transform
 from intscale_compile.kernels.quantize_static import STATIC_OP
 from intscale_compile.tensors.experts import grouped_linear

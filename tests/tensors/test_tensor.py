@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from intscale_compile import InputError, IntScaleConfig, IntScaleTensor, UnsupportedOpError
+from intscale_compile import IntScaleConfig, IntScaleTensor
+from intscale_compile.errors import InputError, UnsupportedOpError
 from intscale_compile.kernels.quantize_per_token import quantize_per_token_aten
 
 PACKINGS = ("plain", "tiled")

@@ -10,7 +10,8 @@ from torch import nn
 from torchao.quantization import quantize_
 
 import intscale_compile
-from intscale_compile import ConfigError, IntScaleConfig
+from intscale_compile import IntScaleConfig
+from intscale_compile.errors import ConfigError
 from intscale_compile.kernels import tile_tables
 from intscale_compile.kernels.tile import Tile
 from intscale_compile.kernels.tile_timing import Job, Shape

@@ -1,4 +1,4 @@
-"""``Recipe``: everything that decides what ``calibrate`` does, and the presets by name."""
+"""``CalibrationConfig``: everything that decides what ``calibrate`` does, and the presets by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from ..config import IntScaleConfig
 from ..errors import ConfigError
@@ -22,21 +22,21 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a model is calibrated. Equal recipes, data and model give equal bits on one machine.
+class CalibrationConfig:
+    """How a model is calibrated. Equal configurations, data and model give equal bits on one machine.
 
     Args:
-        name: what the recipe is called; has no effect.
-        config: format of the weights: group size, bits of codes and group scales, amplifier.
+        name: what it is called; has no effect.
+        base_config: format of the weights: group size, bits of codes and group scales, amplifier.
         overrides: formats of some weights, ``{regular expression: IntScaleConfig}``; a pattern that matches the whole
-            name of a layer in the model, or ends at its end after a dot, wins over ``config``; the first match counts.
+            name of a layer in the model, or ends at its end after a dot, wins over ``base_config``; the first match counts.
         rounding: ``"nearest"`` or ``"gptq"`` (arXiv 2210.17323).
         act_order: GPTQ visits columns in the order of falling activation.
         damping: fraction of the Hessian's mean diagonal entry that GPTQ adds to its diagonal.
         sweeps: sweeps of coordinate descent (arXiv 2309.01885) after GPTQ.
         match_original: codes are chosen to match the original output on the original inputs instead of the original
             weight on the inputs as they are now (GPTAQ, arXiv 2504.02692); not for stacks of experts.
-        clipping: ``"none"``: scales as ``config.scale_search`` says, without looking at activations; ``"search"``: the
+        clipping: ``"none"``: scales as ``base_config.scale_search`` says, without looking at activations; ``"search"``: the
             same search with the error of each column weighted by its mean square activation; ``"learned"``: from there
             on by gradient descent on the layer's output error (OmniQuant, arXiv 2308.13137, in the symmetric form of
             OdysseyLLM, arXiv 2311.09550).
@@ -58,7 +58,7 @@ class Recipe:
     """
 
     name: str = "custom"
-    config: IntScaleConfig = field(default_factory=IntScaleConfig)
+    base_config: IntScaleConfig = field(default_factory=IntScaleConfig)
     overrides: Mapping[str, IntScaleConfig] = field(default_factory=dict)
     rounding: str = "gptq"
     act_order: bool = True
@@ -76,7 +76,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             self._check(name, getattr(self, name) in allowed, f"one of {allowed}")
-        self._check("config", type(self.config) is IntScaleConfig, "an IntScaleConfig")
+        self._check("base_config", type(self.base_config) is IntScaleConfig, "an IntScaleConfig")
         self._check("damping", isinstance(self.damping, float) and 0 < self.damping <= 1, "a float in (0, 1]")
         for name in ("sweeps", "tuning_steps", "seed"):
             value = getattr(self, name)
@@ -90,14 +90,14 @@ class Recipe:
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
-            raise ConfigError(f"Recipe.{name}={getattr(self, name)!r} is not supported: use {allowed}.")
+            raise ConfigError(f"CalibrationConfig.{name}={getattr(self, name)!r} is not supported: use {allowed}.")
 
     def config_of(self, layer: str) -> IntScaleConfig:
         """The format of the weight of a layer, by the layer's name in the model."""
         for pattern, config in self.overrides.items():
             if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer):
                 return config
-        return self.config
+        return self.base_config
 
     @property
     def needs_statistics(self) -> bool:
@@ -109,8 +109,28 @@ class Recipe:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Recipe:
-        """The recipe that ``to_dict`` described.
+    def from_preset(cls, name: str = "best", **changes: Any) -> CalibrationConfig:
+        """A preset with some fields changed; fields of ``IntScaleConfig`` change its ``base_config``.
+
+            CalibrationConfig.from_preset("gptq", scale_bits=8, damping=0.05)
+
+        Raises:
+            ConfigError: an unknown preset or field.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"there is no preset {name!r}: use one of {sorted(PRESETS)} or a CalibrationConfig.")
+        preset = PRESETS[name]
+        own = {f.name for f in dataclasses.fields(cls)}
+        of_weights = {f.name for f in dataclasses.fields(IntScaleConfig)}
+        if unknown := set(changes) - own - of_weights:
+            raise ConfigError(f"CalibrationConfig has no fields {sorted(unknown)}: it has {sorted(own | of_weights)}.")
+        inner = {key: changes.pop(key) for key in list(changes) if key in of_weights}
+        base: IntScaleConfig = changes.pop("base_config", preset.base_config)
+        return dataclasses.replace(preset, base_config=dataclasses.replace(base, **inner), **changes)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> CalibrationConfig:
+        """The configuration that ``to_dict`` described.
 
         Raises:
             ConfigError: an unknown field, or a value that is not supported.
@@ -118,22 +138,26 @@ class Recipe:
         fields = dict(stored)
         unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
-            raise ConfigError(f"a stored Recipe has unknown fields {sorted(unknown)}: it is of another release.")
+            raise ConfigError(
+                f"a stored CalibrationConfig has unknown fields {sorted(unknown)}: it is of another release."
+            )
         try:
-            if "config" in fields:
-                fields["config"] = IntScaleConfig(**fields["config"])
+            if "base_config" in fields:
+                fields["base_config"] = IntScaleConfig(**fields["base_config"])
             fields["overrides"] = {p: IntScaleConfig(**c) for p, c in fields.get("overrides", {}).items()}
         except TypeError as error:
-            raise ConfigError(f"a stored Recipe has a configuration of another release: {error}.") from error
+            raise ConfigError(f"a stored CalibrationConfig has a configuration of another release: {error}.") from error
         return cls(**fields)
 
     def __str__(self) -> str:
-        """One line for each field that differs from a recipe's defaults."""
-        default = Recipe()
-        lines = [f"Recipe {self.name}:"]
+        """One line for each field that differs from the defaults."""
+        default = CalibrationConfig()
+        lines = [f"calibration {self.name}:"]
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.name != "name" and (value != getattr(default, item.name) or item.name in ("config", "rounding")):
+            if item.name != "name" and (
+                value != getattr(default, item.name) or item.name in ("base_config", "rounding")
+            ):
                 lines.append(f"  {item.name}: {_short(value)}")
         return "\n".join(lines)
 
@@ -142,7 +166,7 @@ def _compiled(pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"Recipe.overrides: {pattern!r} is no regular expression: {error}.") from error
+        raise ConfigError(f"CalibrationConfig.overrides: {pattern!r} is no regular expression: {error}.") from error
 
 
 def _short(value: Any) -> str:
@@ -159,36 +183,31 @@ def _short(value: Any) -> str:
 
 W8A8 = IntScaleConfig(weight_bits=8, group_size=-1)
 
-PRESETS: dict[str, Recipe] = {
+PRESETS: dict[str, CalibrationConfig] = {
     preset.name: preset
     for preset in (
-        Recipe("rtn", rounding="nearest", clipping="search"),
-        Recipe("gptq", sweeps=2),
-        Recipe("odyssey", IntScaleConfig(group_size=-1), clipping="learned"),
-        Recipe("fptq", smoothing="outliers", activation="fptq", sweeps=2),
-        Recipe("llama3", overrides={"down_proj": W8A8}, rotation="hadamard"),
-        Recipe("mixtral", clipping="none", match_original=True, sweeps=2),
-        Recipe("best", clipping="none", match_original=True, sweeps=2, rotation="auto", tuning_steps=64),
+        CalibrationConfig("rtn", rounding="nearest", clipping="search"),
+        CalibrationConfig("gptq", sweeps=2),
+        CalibrationConfig("odyssey", IntScaleConfig(group_size=-1), clipping="learned"),
+        CalibrationConfig("fptq", smoothing="outliers", activation="fptq", sweeps=2),
+        CalibrationConfig("llama3", overrides={"down_proj": W8A8}, rotation="hadamard"),
+        CalibrationConfig("mixtral", clipping="none", match_original=True, sweeps=2),
+        CalibrationConfig("best", clipping="none", match_original=True, sweeps=2, rotation="auto", tuning_steps=64),
     )
 }
 
 
-def recipe(preset: Union[str, Recipe] = "best", **changes: Any) -> Recipe:
-    """A preset by name, with some fields changed; fields of ``IntScaleConfig`` change its ``config``.
-
-        recipe("gptq", scale_bits=8, damping=0.05)
+def as_calibration_config(given: Union[str, CalibrationConfig]) -> CalibrationConfig:
+    """A configuration as it is, or the preset of that name.
 
     Raises:
-        ConfigError: an unknown preset or field.
+        ConfigError: an unknown preset, or neither a name nor a ``CalibrationConfig``.
     """
-    if isinstance(preset, str):
-        if preset not in PRESETS:
-            raise ConfigError(f"there is no recipe {preset!r}: use one of {sorted(PRESETS)} or a Recipe.")
-        preset = PRESETS[preset]
-    own = {f.name for f in dataclasses.fields(Recipe)}
-    of_config = {f.name for f in dataclasses.fields(IntScaleConfig)}
-    if unknown := set(changes) - own - of_config:
-        raise ConfigError(f"Recipe has no fields {sorted(unknown)}: it has {sorted(own | of_config)}.")
-    inner = {name: changes.pop(name) for name in list(changes) if name in of_config}
-    config: Optional[IntScaleConfig] = changes.pop("config", None)
-    return dataclasses.replace(preset, config=dataclasses.replace(config or preset.config, **inner), **changes)
+    if isinstance(given, str):
+        return CalibrationConfig.from_preset(given)
+    if not isinstance(given, CalibrationConfig):
+        raise ConfigError(
+            f"config={given!r} is not supported: use one of {sorted(PRESETS)} or a CalibrationConfig "
+            "(base_config=IntScaleConfig(...) is the format of its weights)."
+        )
+    return given
