@@ -197,7 +197,7 @@ def test_ordinary_path_where_more_than_the_result_is_wanted(driver):
 
 
 def test_errors_are_those_of_the_ordinary_path(driver):
-    from intscale_compile import InputError
+    from intscale_compile.errors import InputError
 
     with pytest.raises(InputError, match="features"):
         linear(torch.randn(4, K + 1), weight(), None)
