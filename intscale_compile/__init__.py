@@ -12,6 +12,10 @@ from .versions import check_versions
 
 check_versions()
 
+from .integrations.torch_names import check_import
+
+check_import()
+
 from . import (  # noqa: F401  (tensor_parallel is public; quantization registers itself)
     communication,
     errors,

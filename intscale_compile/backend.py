@@ -22,7 +22,7 @@ from .compile.times import timed
 from .debug import report
 from .debug.knobs import debug_patches
 from .errors import ConfigError
-from .integrations.dtensors import local_tensor
+from .integrations.torch import local_tensor
 from .ops import register_inductor
 from .passes import GraphRewrite
 from .tensors.intscale_tensor import IntScaleTensor

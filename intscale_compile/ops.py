@@ -4,6 +4,8 @@ It stands here and not in ``kernels/__init__.py`` because that folder is linked 
 ``__init__`` it would be a package named ``kernels`` there and hide Hugging Face's, which transformers looks for.
 """
 
+from .integrations.torch import decompositions_anew
+from .integrations.torch_names import check_compile
 from .kernels import (
     dequantize,
     hadamard,
@@ -38,7 +40,8 @@ def register_inductor() -> None:
     if _registered:
         return
     _registered = True
-    from torch._inductor import decomposition
+    check_compile()
+    # Slow to import: Inductor, and what imports it.
     from torch._inductor.decomposition import register_decomposition
 
     from .kernels.template import register_lowerings
@@ -47,8 +50,5 @@ def register_inductor() -> None:
     register_decomposition([quantize_static.STATIC_OP])(quantize_static.quantize_static_aten)
     register_decomposition([dequantize.TOKEN_OP])(dequantize.dequantize_per_token_aten)
     register_lowerings()
-    # Inductor copies its table at first use, which an import may be (torch.distributed.tensor.debug): a copy made before
-    # this moment would leave our ops whole.
-    clear = getattr(getattr(decomposition, "fast_random_decomps", None), "cache_clear", None)
-    if clear is not None:
-        clear()
+    # Inductor copies its table at first use, which an import may be (torch.distributed.tensor.debug).
+    decompositions_anew()

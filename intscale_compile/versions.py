@@ -8,6 +8,14 @@ from .errors import VersionError
 
 __version__ = "0.1.0"
 SUPPORTED = {"torch": ((2, 11), (2, 16)), "torchao": ((0, 18), None)}
+# What the private names that we use (integrations/) were checked with, from and below; outside of it a warning is logged.
+CHECKED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "torch": SUPPORTED["torch"],  # type: ignore[dict-item]
+    "torchao": ((0, 18), (0, 19)),
+    "transformers": ((5, 17), (5, 25)),
+    "triton": ((3, 6), (3, 10)),
+    "lm_eval": ((0, 4), (0, 5)),
+}
 
 
 def _parse(text: str) -> tuple[int, ...]:
@@ -21,6 +29,12 @@ def _parse(text: str) -> tuple[int, ...]:
 def version_of(package: str) -> tuple[int, ...]:
     """Major and minor version of an installed package."""
     return _parse(importlib.metadata.version(package))
+
+
+def fits_checked(package: str, version: str) -> bool:
+    """Whether a version of a package is one that its private names were checked with."""
+    low, high = CHECKED[package]
+    return low <= _parse(version) < high
 
 
 def check_versions() -> None:

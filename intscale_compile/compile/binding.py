@@ -20,6 +20,7 @@ from torch._C import DisableTorchFunctionSubclass
 from torch._guards import detect_fake_mode
 
 from ..errors import CompileError
+from ..integrations.torch import copy_source
 from ..passes import PASSES, GraphRewrite, apply_passes
 from ..passes.base import Observer
 from ..passes.local_shards import takes_shards
@@ -63,8 +64,7 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
         output = graph.output(result[0])
         output.meta = dict(result[1].meta)
     for old, new in nodes.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
+        copy_source(old, new)
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
     for name in ("_param_name_to_source", "compile_subgraph_reason"):

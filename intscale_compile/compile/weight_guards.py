@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from ..integrations.torch import drop_inner_guards
 from ..tensors.fields import DATA_NAMES
 
 
@@ -26,24 +27,4 @@ def keep_outer_guards(inputs: Sequence[fx.Node]) -> None:
     Args:
         inputs: graph inputs that are quantized weights, as Dynamo made them.
     """
-    from torch._dynamo.source import AttrSource, ChainedSource, Source, SubclassAttrListSource
-    from torch._guards import OrderedSet, TracingContext
-
-    context = TracingContext.try_get()
-    sources = [source for node in inputs if (source := getattr(node, "_dynamo_source", None)) is not None][1:]
-    if context is None or not sources:
-        return
-    inner: set[Source] = {SubclassAttrListSource(source) for source in sources}
-    inner |= {AttrSource(source, name) for source in sources for name in DATA_NAMES}
-
-    def outer(source: Source) -> bool:
-        while source not in inner:
-            if not isinstance(source, ChainedSource):
-                return True
-            source = source.base
-        return False
-
-    guards = context.guards_context.dynamo_guards
-    guards.inner = OrderedSet(guard for guard in guards.inner if outer(guard.originating_source))
-    # None of these is left, but torch 2.13 now brings up to date what it derives from the set.
-    guards.remove_guards_with_source(next(iter(inner)))
+    drop_inner_guards(inputs[1:], DATA_NAMES)

@@ -10,8 +10,8 @@ from typing import Any, Optional
 from torch import nn
 
 from ..compile.options import parse_options
+from ..integrations.torch import compiled_with
 from .collect import explanation, run
-from .compiled import compiled_with
 from .difference import Difference, diff
 from .records import GemmReport, GraphPart, LayerReport
 from .report import Explanation

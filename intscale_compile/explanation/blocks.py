@@ -8,7 +8,7 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from ..integrations.dtensors import local_tensor
+from ..integrations.torch import local_tensor
 
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]|\.(\w+)")

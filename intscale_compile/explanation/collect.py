@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from ..backend import collectives_pass, note_collectives
 from ..compile.binding import bind, rewrite_graph
 from ..debug.captured import fresh_call
-from ..integrations.dtensors import local_tensor
+from ..integrations.torch import local_tensor
 from ..kernels.hadamard import HADAMARD_QUANTIZE_OP
 from ..kernels.quantize_per_token import OP as QUANTIZE_OP
 from ..kernels.quantize_static import STATIC_OP

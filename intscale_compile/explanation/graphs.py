@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx
 
+from ..integrations.torch import source_of
 from ..passes import GraphRewrite
 from .blocks import TensorNames, block_of, dotted
 from .node_text import expression, kind
@@ -81,7 +82,7 @@ class GraphRecorder:
     def _find_root(self, rewrite: GraphRewrite) -> str:
         """Dotted name of the module that the graph's own names start from: not the model's where a graph broke."""
         for node, index in rewrite.input_index.items():
-            local = dotted(_source(node))
+            local = dotted(source_of(node))
             full = self._names(rewrite.example_inputs[index], "")
             if local and full.endswith("." + local):
                 return full[: -len(local) - 1]
@@ -158,11 +159,6 @@ class GraphRecorder:
             return str(node.target)
         index = rewrite.input_index.get(node)
         return "" if index is None else self._names(rewrite.example_inputs[index], "")
-
-
-def _source(node: fx.Node) -> str:
-    text = getattr(getattr(node, "_dynamo_source", None), "name", "")
-    return text() if callable(text) else text
 
 
 def together(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import format as fmt
-from ..integrations.dtensors import local_tensor
+from ..integrations.torch import local_tensor
 from ..passes import Candidate
 from ..reasons import Reason
 from ..tensors.expert_layers import expert_stacks

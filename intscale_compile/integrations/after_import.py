@@ -10,18 +10,20 @@ from typing import Any, Optional
 
 
 class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds one module as Python does, and calls a function with it once it is loaded."""
+    """Finds one module as the other finders do, and calls functions with it once it is loaded."""
 
-    def __init__(self, name: str, hook: Callable[[Any], None]):
-        self.name, self.hook = name, hook
+    def __init__(self, name: str):
+        self.name = name
+        self.hooks: list[Callable[[Any], None]] = []
         self._loader: Any = None
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
         if name != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        if spec is not None:
+        finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        specs = (finder.find_spec(name, path, target) for finder in finders)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
             self._loader, spec.loader = spec.loader, self
         return spec
 
@@ -32,7 +34,10 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        self.hook(module)
+        if self in sys.meta_path:  # to find a module is not to load it: until then the hooks wait
+            sys.meta_path.remove(self)
+        for hook in self.hooks:
+            hook(module)
 
 
 def after_import(name: str, hook: Callable[[Any], None]) -> None:
@@ -40,5 +45,10 @@ def after_import(name: str, hook: Callable[[Any], None]) -> None:
     module = sys.modules.get(name)
     if module is not None:
         hook(module)
-    elif not any(isinstance(f, _AfterImport) and (f.name, f.hook) == (name, hook) for f in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(name, hook))
+        return
+    waiting = next((f for f in sys.meta_path if isinstance(f, _AfterImport) and f.name == name), None)
+    if waiting is None:
+        waiting = _AfterImport(name)
+        sys.meta_path.insert(0, waiting)
+    if hook not in waiting.hooks:
+        waiting.hooks.append(hook)

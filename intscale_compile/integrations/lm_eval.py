@@ -28,6 +28,7 @@ from ..importing.checkpoint_files import FORMATS
 from ..importing.model import from_quantized
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import linears_and_experts
+from .registry import PrivateName
 
 try:
     from lm_eval.api.registry import register_model
@@ -38,6 +39,13 @@ except ImportError as error:
     ) from error
 
 log = logging.getLogger("intscale_compile")
+PrivateName(
+    "lm_eval.models.huggingface:HFLM._create_model",
+    "loading checkpoints of other quantizers",
+    "they are loaded by transformers and run as it runs them",
+    parameters=("pretrained", "revision", "dtype"),
+)
+PrivateName("lm_eval.__main__:cli_evaluate", "lm-eval's command line")
 ONLY_PLAIN = (
     "parallelize",
     "tp_plan",

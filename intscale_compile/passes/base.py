@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..integrations.torch import mark_static_input
 from ..reasons import Reason
 from ..tensors.intscale_tensor import IntScaleTensor
 from .collective_report import CollectiveReport
@@ -185,14 +186,6 @@ class GraphRewrite:
                 node.meta[EXAMPLE] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 node.meta[EXAMPLE] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def mark_static_input(node: fx.Node) -> None:
-    """Tell AOTAutograd and CUDA graphs that this input keeps its address, as Dynamo does for parameters."""
-    from torch._dynamo.source import LocalSource
-
-    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    node._dynamo_source = LocalSource(f"__{node.name}")  # type: ignore[attr-defined]
 
 
 def example(node: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, fx
 
-from ..integrations.dtensors import dtensor_class, is_dtensor, local_tensor
+from ..integrations.torch import dtensor_class, is_dtensor, local_tensor
 from ..tensors.intscale_tensor import IntScaleTensor
 from .base import EXAMPLE, GraphRewrite, Pass, example
 from .match import LINEAR, argument, function_name
@@ -181,7 +181,7 @@ def takes_shards(compiled: Callable, indices: Sequence[int]) -> Callable:
     def call(*args: Any) -> Any:
         local = list(args)
         for i in indices:
-            local[i] = local[i]._local_tensor
+            local[i] = local_tensor(local[i])
         return compiled(*local)
 
     return torch._dynamo.disable(call, reason="intscale takes the local tensors of DTensors")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..integrations.dtensors import is_dtensor, local_tensor
+from ..integrations.torch import is_dtensor, is_static_input, local_tensor, source_of
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from ..tensors.expert_layers import ROUTER_CLASS, ROUTER_NAMES
 from ..tensors.intscale_tensor import IntScaleTensor
@@ -139,18 +139,16 @@ class WeightFinder:
         if node not in self.index:
             return None
         value = self.rewrite.example_inputs[self.index[node]]
-        static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is not None
-        if isinstance(value, Tensor) and (static or isinstance(value, (torch.nn.Parameter, IntScaleTensor))):
+        if isinstance(value, Tensor) and (
+            is_static_input(node) or isinstance(value, (torch.nn.Parameter, IntScaleTensor))
+        ):
             return WeightSource(dotted_name(node), self.index[node])
         return None
 
 
 def dotted_name(node: fx.Node) -> str:
     """``model.layers.0.mlp.up_proj.weight`` from the source that Dynamo recorded, or the node's own name."""
-    source = getattr(node, "_dynamo_source", None)
-    text = getattr(source, "name", "")
-    text = text() if callable(text) else text
-    return ".".join(_FQN.findall(text)) or node.name
+    return ".".join(_FQN.findall(source_of(node))) or node.name
 
 
 def function_name(node: fx.Node) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
+from ..integrations.torch import is_static_input
 from ..ops import dequantize
 from .base import EXAMPLE, GraphRewrite, Pass, example, weight_recipe
 from .insert_qdq import dequantized_weight
@@ -97,9 +98,7 @@ def _bias_source(rewrite: GraphRewrite, bias: object, node: fx.Node) -> Optional
         return None
     index = rewrite.input_index[bias]
     value = rewrite.example_inputs[index]
-    constant = isinstance(value, torch.nn.Parameter) or (bias.meta.get("tensor_dict") or {}).get(
-        "_dynamo_static_input_type"
-    )
+    constant = isinstance(value, torch.nn.Parameter) or is_static_input(bias)
     trains = isinstance(value, Tensor) and value.requires_grad and node.meta["intscale_grad"]
     return WeightSource(bias.name, index) if constant and not trains else None
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from collections.abc import Sequence
 from functools import cached_property
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..integrations.torch import outermost_module
 from ..reasons import log_once
 
 
@@ -50,10 +50,6 @@ class Skipped:
     @cached_property
     def _whole_names(self) -> dict[int, str]:
         """Names by identity of the parameters of the outermost module whose call is under way."""
-        outermost, frame = None, sys._getframe()
-        while frame is not None:
-            module = frame.f_locals.get("self")
-            outermost = module if isinstance(module, nn.Module) else outermost
-            frame = frame.f_back  # type: ignore[assignment]
+        outermost = outermost_module()
         found = outermost.named_parameters() if outermost is not None else ()
         return {id(tensor): name.replace("_orig_mod.", "") for name, tensor in found}

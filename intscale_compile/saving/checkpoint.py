@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any, Union
 
 import torch
-import torchao.core.config as torchao_config
-import torchao.prototype.safetensors.safetensors_utils as torchao_safetensors
 from torch import nn
-from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
 
 from ..config import IntScaleConfig
 from ..errors import CheckpointError, ConfigError
-from ..integrations.dtensors import local_tensor
+from ..integrations import torchao
+from ..integrations.torch import local_tensor
 from ..tensors.fields import ABSENT, ALL_NAMES
 from ..tensors.intscale_tensor import IntScaleTensor
 from .shard_writing import gather_shards, is_divided
@@ -47,10 +45,7 @@ def rebuild_tensor(**parts) -> IntScaleTensor:
 
 def register() -> None:
     """Let torch.load, torchao's safetensors support and transformers find our config and tensor. Idempotent."""
-    torchao_config.ALLOWED_AO_MODULES.add("intscale_compile")
-    torchao_safetensors.ALLOWED_CLASSES.setdefault("IntScaleTensor", rebuild_tensor)
-    if "IntScaleTensor" not in torchao_safetensors.ALLOWED_TENSORS_SUBCLASSES:
-        torchao_safetensors.ALLOWED_TENSORS_SUBCLASSES.append("IntScaleTensor")
+    torchao.register(IntScaleConfig, IntScaleTensor, rebuild_tensor)
     torch.serialization.add_safe_globals([IntScaleTensor])
 
 
@@ -114,7 +109,7 @@ def save_safetensors(model: nn.Module, path: PathLike) -> None:
     else:
         whole = model.state_dict()
     state = {_stored_name(n): t if isinstance(t, IntScaleTensor) else t.detach() for n, t in whole.items()}
-    tensors, metadata = flatten_tensor_state_dict(state)
+    tensors, metadata = torchao.FLATTEN.get()(state)
     separate, seen = {}, set()
     for name, tensor in tensors.items():
         memory = tensor.untyped_storage().data_ptr()
@@ -168,7 +163,7 @@ def stored_tensor(name: str, parts: dict, metadata: dict, path: PathLike) -> tup
     """
     try:
         header = {"tensor_names": json.dumps([name]), name: metadata[name]}
-        state, rest = unflatten_tensor_state_dict(parts, header)
+        state, rest = torchao.UNFLATTEN.get()(parts, header)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {name.removeprefix('.')}: {_innermost(error)}") from error
     if name not in state:

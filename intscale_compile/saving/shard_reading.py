@@ -2,7 +2,7 @@
 
 ``StoredPart`` stands for one stored part (codes, group scales, ...) and is indexed by rows and features of the *weight*. So
 what divides tensors, transformers or ``tensor_parallel.from_safetensors``, need not know how codes
-are packed. Hooks into transformers (checked with 5.17 and 5.23) are installed when it is imported, and take part only
+are packed. Hooks into transformers (``integrations.transformers``) are installed when it is imported, and take part only
 where a model is divided; but for one that names the stored parts which transformers does not know.
 """
 
@@ -18,15 +18,13 @@ from torch import Tensor
 
 from .. import format as fmt
 from ..errors import CheckpointError, ShardingError
-from ..integrations.after_import import after_import
-from ..integrations.dtensors import is_dtensor, local_tensor
+from ..integrations.torch import is_dtensor, local_tensor
+from ..integrations.transformers import RENAMING, hook_loading
 from ..parallel.sharding import Layout, chunk
 from ..tensors.activation_parts import PER_WEIGHT
 from ..tensors.fields import DATA_NAMES
 from .checkpoint import PathLike, stored_tensor
 from .shard_writing import gather_shards, is_divided
-
-_HOOKED = "_intscale_hooked"
 
 
 class StoredPart:
@@ -212,36 +210,15 @@ def _read(stored: Any, name: str, divided: Optional[tuple[int, int]], rank: int,
 
 def register_sharded_loading() -> None:
     """Let ``from_pretrained(..., tp_plan="auto")`` read quantized checkpoints shard by shard, and ``save_pretrained`` gather."""
-    after_import("transformers.modeling_utils", _hook_loading)
-    after_import("transformers.distributed.sharding_utils", _hook_sharding)
-    after_import("transformers.integrations.torchao", _hook_deserializing)
-    after_import("transformers.quantizers.quantizer_torchao", _hook_quantizer)
-
-
-def _hook_loading(modeling: Any) -> None:
-    _wrap(modeling, "convert_and_load_state_dict_in_model", _reading_shards)
-
-
-def _hook_sharding(sharding: Any) -> None:
-    _wrap(sharding.DtensorShardOperation, "shard_tensor", _of_whole_parts)
-
-
-def _hook_deserializing(integration: Any) -> None:
-    _wrap(integration.TorchAoDeserialize, "convert", _with_local_headers)
-
-
-def _hook_quantizer(quantizers: Any) -> None:
-    _wrap(quantizers.TorchAoHfQuantizer, "get_state_dict_and_metadata", _gathering)
-    _wrap(quantizers.TorchAoHfQuantizer, "get_weight_conversions", _with_all_parts)
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    """Put ``wrapper`` around a function of transformers, once; what another version does not have is left alone."""
-    function = getattr(owner, name, None)
-    if function is not None and not getattr(function, _HOOKED, False):
-        wrapped = wrapper(function)
-        setattr(wrapped, _HOOKED, True)
-        setattr(owner, name, wrapped)
+    hook_loading(
+        {
+            "convert_and_load_state_dict_in_model": _reading_shards,
+            "shard_tensor": _of_whole_parts,
+            "convert": _with_local_headers,
+            "get_state_dict_and_metadata": _gathering,
+            "get_weight_conversions": _with_all_parts,
+        }
+    )
 
 
 def _with_all_parts(get_conversions: Callable) -> Callable:
@@ -294,8 +271,9 @@ def _reading_shards(load: Callable) -> Callable:
 
 def _renaming(model: Any, load_config: Any) -> Callable[[str], str]:
     """What transformers calls the parameter that it fills from a key of the file."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming  # optional
 
+    rename_source_key = RENAMING.get()
     mapping = load_config.weight_mapping or []
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ShardingError
-from ..integrations.dtensors import is_dtensor, local_tensor
+from ..integrations.torch import is_dtensor, local_tensor
 from ..parallel.sharding import shared_parts, unshard
 from ..tensors.activation_parts import PER_WEIGHT
 from ..tensors.fields import ATTRIBUTE_NAMES

@@ -12,6 +12,7 @@ from torchao.utils import TorchAOBaseTensor
 from .. import format as fmt
 from ..config import IntScaleConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedOpError
+from ..integrations.torchao import check_unpickled
 from ..kernels.dequantize import WEIGHT_OP
 from ..kernels.hadamard import hadamard_transform
 from . import activation_parts
@@ -386,8 +387,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         self.validate()
 
 
-# torchao's base class installs its own, unchecked one on every subclass, over what the class body says.
-IntScaleTensor.__setstate__ = IntScaleTensor._set_checked_state  # type: ignore[method-assign]
+check_unpickled(IntScaleTensor, IntScaleTensor._set_checked_state)
 # torch pickles classes by module and name: the public path keeps files readable when modules move.
 IntScaleTensor.__module__ = "intscale_compile"
 

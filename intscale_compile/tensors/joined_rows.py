@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import format as fmt
+from ..integrations.torch import storage_use_count
 from ..kernels.cpu_gemm import forget
 from ..reasons import log_once
 from .activation_parts import PER_WEIGHT, same_part
@@ -109,7 +110,7 @@ def _sole_holders(parts: list[Tensor]) -> bool:
             return False
     holders = Counter(storage._cdata for storage in unknown)
     # Every tensor holds its storage once, and so does the Python object of the storage that ``unknown`` has.
-    return all(torch._C._storage_Use_Count(memory) == count + 1 for memory, count in holders.items())
+    return all(storage_use_count(memory) == count + 1 for memory, count in holders.items())
 
 
 def _joined(name: str, tensors: Sequence[IntScaleTensor], parts: list[Tensor], found: Optional[Tensor]) -> Tensor:

@@ -16,7 +16,9 @@ from intscale_compile.versions import version_of
 from tests.support.fake_cuda import fake_cuda, fake_inputs, generate, triton_sources
 
 HOPPER_ONLY = {"triton.enable_pdl", "combo_kernels", "combo_kernels_pointwise_only"}
-needs_pdl = pytest.mark.skipif(not inductor_settings._knows_pdl(), reason="this torch has no such code generation")
+needs_pdl = pytest.mark.skipif(
+    not inductor_settings.knows_early_launch(), reason="this torch has no such code generation"
+)
 quantize = torch.ops.intscale.quantize_per_token
 
 
@@ -127,7 +129,7 @@ def test_without_the_context_inductor_loops():
 def test_hopper_settings_only_from_hopper_on(capability, expected, monkeypatch):
     tensors, _ = fake_inputs([((4,), torch.int64), ((4, 8), BF16)])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    expected = expected and inductor_settings._knows_pdl()
+    expected = expected and inductor_settings.knows_early_launch()
     assert (inductor_defaults(tensors).keys() & HOPPER_ONLY == HOPPER_ONLY) is expected
     assert (inductor_defaults(tensors).keys() & HOPPER_ONLY == set()) is not expected
     monkeypatch.setattr(torch.version, "hip", "6.4")
