@@ -283,16 +283,19 @@ def _tune_link(
         output.print_json(found)
 
 
-@app.command(epilog=_examples("intscale doctor", "intscale doctor --quick --json"))
+@app.command(epilog=_examples("intscale doctor", "intscale doctor --names", "intscale doctor --quick --json"))
 def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Compile nothing.")] = False,
+    names: Annotated[
+        bool, typer.Option("--names", help="List every private name of other packages that is used.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Look at versions, GPU, caches and a tiny layer; say what will run where, and what to mend. Exits with 1 if broken."""
     from .doctor import BROKEN, diagnose
 
     output.quiet()
-    checks = list(views.shown(diagnose(compiled=not quick), json))
+    checks = list(views.shown(diagnose(compiled=not quick, names=names or json), json))
     if json:
         output.print_json({"ok": all(c.status != BROKEN for c in checks), "checks": [c.to_dict() for c in checks]})
     if any(check.status == BROKEN for check in checks):

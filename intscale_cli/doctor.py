@@ -44,11 +44,12 @@ class Check:
         return asdict(self)
 
 
-def diagnose(*, compiled: bool = True) -> Iterator[Check]:
+def diagnose(*, compiled: bool = True, names: bool = False) -> Iterator[Check]:
     """Every check, one after the other; what cannot be checked because something before it is broken is left out.
 
     Args:
         compiled: also compile a layer, which takes up to a minute on a CPU.
+        names: one check for every private name of another package that is used, not only for those that are not there.
     """
     yield Check("python", OK, f"{platform.python_version()}, {sys.executable}")
     yield from packages()
@@ -57,6 +58,7 @@ def diagnose(*, compiled: bool = True) -> Iterator[Check]:
     yield usable
     if usable.status == BROKEN:
         return
+    yield from private_names(names)
     yield from graphics()
     yield processor()
     yield from folders()
@@ -137,6 +139,34 @@ def library() -> Check:
             line = describe(error)[0].removeprefix("intscale: ").partition(" This is a bug")[0]
             return Check("import", BROKEN, f"import {name}: {line}", "mend the packages above, or reinstall them")
     return Check("import", OK, f"intscale_compile {module.__version__} from {Path(str(module.__file__)).parent}")
+
+
+def private_names(every: bool) -> Iterator[Check]:
+    """What is used of other packages beyond their public API: one line for each package, and one for each name that is missing.
+
+    Args:
+        every: also one line for each name that is there.
+    """
+    from intscale_compile.integrations import registry
+
+    for library in ("torch", "transformers", "torchao", "lm_eval"):
+        if registry.installed(library) is None:
+            continue
+        importlib.import_module(f"intscale_compile.integrations.{library}")
+        entries = [entry for entry in registry.NAMES if entry.package == library]
+        states = [entry.state().state for entry in entries]
+        for entry, state in zip(entries, states):
+            if state == registry.FOUND and every:
+                yield Check(entry.target, OK, f"found; {entry.purpose}")
+            elif state != registry.FOUND:
+                what, _, mend = entry.message(state).rpartition(": ")
+                yield Check(entry.target, NOTE if entry.fallback else BROKEN, what, mend.removesuffix("."))
+        version, found = registry.installed(library), states.count(registry.FOUND)
+        checked = registry.checked_range(library)
+        fits_range = registry.fits_checked(library, str(version))
+        text = f"{found} of {len(entries)} found in {version}, checked with {checked}"
+        mend = "" if fits_range else f"pip install '{library}{checked}'"
+        yield Check(f"private names of {library}", OK if fits_range else NOTE, text, mend)
 
 
 def graphics() -> Iterator[Check]:

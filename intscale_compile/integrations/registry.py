@@ -47,6 +47,7 @@ class PrivateName:
         fallback: what is done without it; empty: nothing works without it.
         parameters: names that the target, a function, has to take, in this order.
         form: says whether the target is of the form that we rely on.
+        own: whether a class has to define it itself rather than inherit it.
         when: ``"import"``: looked at when intscale_compile is imported; ``"compile"``: when something compiles first;
             ``"use"``: where it is used.
         probe: for what is no attribute of a module (what Dynamo leaves on nodes): whether it is as we rely on. Only ``intscale
@@ -58,6 +59,7 @@ class PrivateName:
     fallback: str = ""
     parameters: tuple[str, ...] = ()
     form: Optional[Callable[[Any], bool]] = None
+    own: bool = False
     when: str = "use"
     probe: Optional[Callable[[], bool]] = None
 
@@ -84,8 +86,10 @@ class PrivateName:
         try:
             value: Any = importlib.import_module(module)
             for name in path.split("."):
-                value = getattr(value, name)
+                owner, value = value, getattr(value, name)
         except (ImportError, AttributeError):
+            return State(MISSING)
+        if self.own and self.attribute not in vars(owner):
             return State(MISSING)
         good = self._takes_parameters(value) and (self.form is None or self.form(value))
         return State(FOUND, value) if good else State(CHANGED)

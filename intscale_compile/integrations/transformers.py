@@ -38,18 +38,21 @@ SHARDING = PrivateName(
     "reading quantized checkpoints shard by shard",
     _NOT_BY_SHARD,
     parameters=("source", "tensor_idx", "device", "dtype"),
+    own=True,
 )
 DESERIALIZING = PrivateName(
     "transformers.integrations.torchao:TorchAoDeserialize.convert",
     "reading quantized checkpoints shard by shard",
     _NOT_BY_SHARD,
     parameters=("input_dict", "model", "full_layer_name"),
+    own=True,
 )
 STATE = PrivateName(
     "transformers.quantizers.quantizer_torchao:TorchAoHfQuantizer.get_state_dict_and_metadata",
     "gathering a divided model that is saved",
     "save_pretrained of a divided quantized model is not supported: use intscale_compile.tensor_parallel.gather_shards",
     parameters=("model",),
+    own=True,
 )
 CONVERSIONS = PrivateName(
     "transformers.quantizers.quantizer_torchao:TorchAoHfQuantizer.get_weight_conversions",
@@ -84,6 +87,10 @@ RENAMING = PrivateName(
     parameters=("source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"),
 )
 PrivateName("transformers.core_model_loading:WeightRenaming", "reading quantized checkpoints shard by shard")
+PrivateName(
+    "transformers.models.mixtral.modeling_mixtral:MixtralExperts._apply_gate",
+    "gates of experts in the implementation intscale",
+)
 PrivateName("transformers:PreTrainedModel._from_config", "a model without weights")
 HOOKED = (LOADING, SHARDING, DESERIALIZING, STATE, CONVERSIONS)
 _ENTRANCE = "transformers.modeling_utils"  # every model imports it
