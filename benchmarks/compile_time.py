@@ -69,7 +69,7 @@ def first_call(model_name: str, layers: int | None, point: str, variant: str, de
     measure._synchronize(device)
     seconds = time.perf_counter() - start
     phases = {name: sum(times) for name, times in torch._dynamo.utils.compilation_time_metrics.items()}
-    ours = intscale_compile.compile.times()
+    ours = intscale_compile.compile_times()
     return dict(
         point=point,
         variant=variant,

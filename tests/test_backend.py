@@ -326,9 +326,10 @@ def test_autocast_keeps_its_output_dtype():
 
 def test_options_reach_their_place():
     model, x = Block().eval().requires_grad_(False), torch.randn(4, 64)
-    y = compiled(model, options={"intscale.group_size": 32, "intscale.merge_siblings": False, "max_fusion_size": 8})(x)
+    options = {"intscale.group_size": 32, "intscale.disable_passes": ["merge_siblings"]}
+    y = compiled(model, options={**options, "max_fusion_size": 8})(x)
     assert sqnr(model(x), y) > 15
-    report = intscale_compile.explain(model, x, options={"intscale.group_size": 32, "intscale.merge_siblings": False})
+    report = intscale_compile.explain(model, x, options=options)
     assert report.gemms == 6 and {layer.group_size for layer in report.layers} == {32}
     report = intscale_compile.explain(model, x, options={"intscale.skip": r"(q|k)\.weight"})
     assert [layer.reason for layer in report.fallbacks] == ["EXCLUDED", "EXCLUDED"]

@@ -115,11 +115,8 @@ def test_no_options_are_the_defaults():
         for options in (None, {}):
             settings, patches = parse_options(mode, options)
             assert settings == Settings() and patches == {}
-    assert (
-        Settings().config == IntScaleConfig()
-        and Settings().merge_siblings is True
-        and Settings().quantize_plain is None
-    )
+    assert Settings().config == IntScaleConfig() and Settings().quantize_plain is None
+    assert Settings().disable_passes == Settings().force_passes == ()
 
 
 CONFIG_FIELDS = {
@@ -158,15 +155,15 @@ def test_own_settings():
         None,
         {
             "intscale.quantize_plain": False,
-            "intscale.merge_siblings": False,
+            "intscale.disable_passes": ["merge_siblings", "quantize_collectives"],
+            "intscale.force_passes": ["gated_activation"],
             "intscale.skip": [r".*\.down_proj", "head"],
         },
     )
-    assert (settings.quantize_plain, settings.merge_siblings, settings.skip) == (
-        False,
-        False,
-        (r".*\.down_proj", "head"),
-    )
+    assert settings.quantize_plain is False and settings.skip == (r".*\.down_proj", "head")
+    assert settings.disable_passes == ("merge_siblings", "quantize_collectives")
+    assert settings.force_passes == ("gated_activation",)
+    assert parse_options(None, {"intscale.force_passes": "residual_add"})[0].force_passes == ("residual_add",)
     assert parse_options(None, {"intscale.skip": "head"})[0].skip == ("head",)
     assert parse_options(None, {"intscale.quantize_plain": None})[0].quantize_plain is None
 
@@ -175,7 +172,7 @@ def test_own_settings():
     "key, nearest",
     [
         ("intscale.groupsize", "intscale.group_size"),
-        ("intscale.merge_sibling", "intscale.merge_siblings"),
+        ("intscale.disable_pass", "intscale.disable_passes"),
         ("intscale.Config", "intscale.config"),
         ("intscale", "intscale.config"),
         ("intscale.skips", "intscale.skip"),
@@ -207,8 +204,9 @@ def test_unknown_option_far_from_all_lists_them():
         ("intscale.config", IntScaleConfig),
         ("intscale.quantize_plain", "yes"),
         ("intscale.quantize_plain", 1),
-        ("intscale.merge_siblings", None),
-        ("intscale.merge_siblings", 0),
+        ("intscale.force_passes", True),
+        ("intscale.force_passes", ["gated_activations"]),
+        ("intscale.disable_passes", None),
         ("intscale.skip", "("),
         ("intscale.skip", 5),
         ("intscale.skip", None),
@@ -219,6 +217,19 @@ def test_unknown_option_far_from_all_lists_them():
 def test_wrong_types_are_refused(key, value):
     with pytest.raises(ConfigError, match=key):
         parse_options(None, {key: value})
+
+
+def test_only_passes_with_a_rule_of_profit_can_be_forced():
+    with pytest.raises(
+        ConfigError, match="force_passes': the pass 'merge_siblings' cannot be forced: use one of.*residual_add"
+    ):
+        parse_options(None, {"intscale.force_passes": ["merge_siblings"]})
+    with pytest.raises(ConfigError, match="did you mean 'gated_activation'"):
+        parse_options(None, {"intscale.force_passes": ["gated_activations"]})
+    with pytest.raises(
+        ConfigError, match="'intscale.merge_siblings' is not known.*name it in 'intscale.disable_passes'"
+    ):
+        parse_options(None, {"intscale.merge_siblings": False})
 
 
 def test_inductor_options_and_modes_pass_through():

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from ..config import IntScaleConfig
 from ..errors import ConfigError
 from ..passes import PASSES, POST_GRAD_PASSES
-from ..passes.settings import Settings
+from ..passes.settings import FORCIBLE, Settings
 
 PREFIX = "intscale."
 _CONFIG_FIELDS = tuple(f.name for f in dataclasses.fields(IntScaleConfig) if f.name != "version")
 
 
+_PASS_NAMES = (*(one.name for one in PASSES), *POST_GRAD_PASSES)
 _OWN_FIELDS = tuple(f.name for f in dataclasses.fields(Settings))
 
 
@@ -67,6 +68,9 @@ def _settings(own: dict[str, Any]) -> Settings:
         if name not in (*_OWN_FIELDS, *_CONFIG_FIELDS):
             known = sorted((*_OWN_FIELDS, *_CONFIG_FIELDS))
             hint = _nearest(name.lower(), known, PREFIX) or f": use one of {[PREFIX + n for n in known]}."
+            if name in _PASS_NAMES:
+                forced = f"; {list(FORCIBLE)} may stand in 'intscale.force_passes'"
+                hint = f": to turn the pass off, name it in 'intscale.disable_passes'{forced}."
             raise ConfigError(f"option {PREFIX + name!r} is not known{hint}")
     config = own.get("config", IntScaleConfig())
     if not isinstance(config, IntScaleConfig):
@@ -74,41 +78,41 @@ def _settings(own: dict[str, Any]) -> Settings:
     changed = {name: own[name] for name in _CONFIG_FIELDS if name in own}
     if changed:
         config = dataclasses.replace(config, **changed)
-    three_way = ("quantize_plain", "decode_attention", "gated_activation", "residual_add", "causal_attention")
-    optional = {name: (bool, type(None)) for name in three_way}
-    for name, types in (optional | {"merge_siblings": (bool,)}).items():
-        if name in own and not isinstance(own[name], types):
-            raise ConfigError(f"option {PREFIX + name!r} takes True or False, not {own[name]!r}.")
+    quantize_plain = own.get("quantize_plain")
+    if not isinstance(quantize_plain, (bool, type(None))):
+        raise ConfigError(f"option 'intscale.quantize_plain' takes True, False or None, not {quantize_plain!r}.")
     return Settings(
         config,
-        own.get("quantize_plain"),
-        own.get("merge_siblings", True),
+        quantize_plain,
         _patterns(own.get("skip", ())),
-        own.get("decode_attention"),
-        own.get("gated_activation"),
-        own.get("residual_add"),
-        own.get("causal_attention"),
         _disabled(own.get("disable_passes", ())),
+        _pass_names("force_passes", own.get("force_passes", ()), FORCIBLE),
         _bytes("communication_min_bytes", own.get("communication_min_bytes")),
     )
 
 
 def _disabled(names: Any) -> tuple[str, ...]:
     """Names of passes, checked. ``match`` is refused: the others work on what it finds."""
+    names = _pass_names("disable_passes", names, _PASS_NAMES)
+    if "match" in names:
+        raise ConfigError(
+            "option 'intscale.disable_passes': 'match' cannot be turned off, the other passes work on what it finds; "
+            "'insert_qdq' and 'experts' leave every weight as it is."
+        )
+    return names
+
+
+def _pass_names(option: str, names: Any, known: Sequence[str]) -> tuple[str, ...]:
+    """The value of an option that takes names of the passes ``known``, checked."""
     names = (names,) if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"option 'intscale.disable_passes' takes a list of names of passes, not {names!r}.")
-    known = [*(one.name for one in PASSES), *POST_GRAD_PASSES]
+        raise ConfigError(f"option {PREFIX + option!r} takes a list of names of passes, not {names!r}.")
     for name in names:
-        if name == "match":
-            raise ConfigError(
-                "option 'intscale.disable_passes': 'match' cannot be turned off, the other passes work on what it finds; "
-                "'insert_qdq' and 'experts' leave every weight as it is."
-            )
         if name not in known:
-            raise ConfigError(
-                f"option 'intscale.disable_passes': no pass is called {name!r}{_nearest(name, known) or f': use one of {known}.'}"
-            )
+            other = name in _PASS_NAMES
+            problem = f"the pass {name!r} cannot be forced" if other else f"no pass is called {name!r}"
+            hint = "" if other else _nearest(name, list(known))
+            raise ConfigError(f"option {PREFIX + option!r}: {problem}{hint or f': use one of {list(known)}.'}")
     return tuple(names)
 
 

@@ -6,7 +6,7 @@
 Matches merged projections and fused ones (Phi-3), halves made by ``split``, ``chunk`` or slices, SiLU and both forms of
 GELU, and either order of the product. The gate must be the first half, and nothing else may read what disappears. Left
 alone: halves that are not whole tiles of 64 rows, graphs that autograd watches, few tokens, tensors that are not on a GPU
-(unless the option ``intscale.gated_activation`` is True).
+(unless ``intscale.force_passes`` names this pass).
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ SPLIT = {"split", "chunk", "tensor_split"}
 
 def gated_activation(rewrite: GraphRewrite) -> int:
     """Replace every match; returns how many."""
-    if rewrite.settings.gated_activation is False:
-        return 0
     done = 0
     for node in list(rewrite.graph.nodes):
         match = _match(node) if node.target in PRODUCT else None
@@ -134,7 +132,7 @@ def tokens_hint(value: Any) -> Optional[int]:
 
 def _worthwhile(rewrite: GraphRewrite, linear: fx.Node) -> bool:
     value = example(linear)
-    forced = rewrite.settings.gated_activation is True
+    forced = "gated_activation" in rewrite.settings.force_passes
     if linear.args[6] % (2 * TILE_ROWS) or not forced and value.device.type != "cuda":  # type: ignore[operator]
         return False
     hint = tokens_hint(value)

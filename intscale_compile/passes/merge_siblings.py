@@ -42,8 +42,6 @@ VIEWS = {
 
 def merge_siblings(rewrite: GraphRewrite) -> int:
     """Merge every group of siblings; returns how many groups."""
-    if not rewrite.settings.merge_siblings:
-        return 0
     groups: dict[tuple, list[fx.Node]] = defaultdict(list)
     for node in rewrite.graph.nodes:
         key = _sibling_key(rewrite, node)

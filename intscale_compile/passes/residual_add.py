@@ -4,7 +4,7 @@
 
 Matches ``+`` and ``torch.add`` in either order, of equal shapes and dtypes, where nothing else reads the linear. Left alone:
 graphs that autograd watches, few tokens, linears that Inductor will compile from the template (it fuses the addition
-itself), tensors that are not on a GPU (unless the option ``intscale.residual_add`` is True).
+itself), tensors that are not on a GPU (unless ``intscale.force_passes`` names this pass).
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ LEAST_TOKENS = 256  # below, the norm's kernel is a launch and no traffic
 
 def residual_add(rewrite: GraphRewrite) -> int:
     """Replace every match; returns how many."""
-    if rewrite.settings.residual_add is False:
-        return 0
     done = 0
     for node in list(rewrite.graph.nodes):
         linear = _match(node) if node.target in ADDITION else None
@@ -58,7 +56,7 @@ def _is_free(node: fx.Node) -> bool:
 
 
 def _worthwhile(rewrite: GraphRewrite, linear: fx.Node) -> bool:
-    forced, value = rewrite.settings.residual_add is True, example(linear)
+    forced, value = "residual_add" in rewrite.settings.force_passes, example(linear)
     hint = tokens_hint(value)
     if hint is None or hint < LEAST_TOKENS or not forced and value.device.type != "cuda":
         return False

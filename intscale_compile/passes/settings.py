@@ -7,6 +7,8 @@ from typing import Optional
 
 from ..config import IntScaleConfig
 
+FORCIBLE = ("gated_activation", "residual_add", "decode_attention")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -17,26 +19,17 @@ class Settings:
             as ``intscale.group_size`` and so on).
         quantize_plain: whether weights that nobody quantized are quantized at compile time. The default does so unless
             the model went through ``quantize_`` or was loaded quantized: then what is still plain was left out on purpose.
-        merge_siblings: whether linears that read the same activation become one GEMM.
         skip: regular expressions; a weight whose dotted name one of them fully matches is left alone.
-        decode_attention: whether attention of one new token per sequence runs in our kernel. The default does so on a GPU.
-        gated_activation: whether ``act(gate) * up`` is computed inside the GEMM of both projections, given enough tokens.
-            The default does so on a GPU.
-        residual_add: whether a residual is added inside the GEMM of the linear before it, given enough tokens. The default
-            does so where the Gluon kernels run.
-        causal_attention: whether a mask that hides just the future becomes SDPA's ``is_causal``. The default does so.
-        disable_passes: names of passes that do not run.
+        disable_passes: names of passes that do not run, forced or not.
+        force_passes: names of passes in ``FORCIBLE`` that rewrite also where it would not pay: without a GPU, or where
+            Inductor would not call the op.
         communication_min_bytes: from how many bytes on a collective is quantized, where ``config.communication`` asks for
             it. The default is the threshold of the link that joins the ranks (``communication.link_cost``).
     """
 
     config: IntScaleConfig = field(default_factory=IntScaleConfig)
     quantize_plain: Optional[bool] = None
-    merge_siblings: bool = True
     skip: tuple[str, ...] = ()
-    decode_attention: Optional[bool] = None
-    gated_activation: Optional[bool] = None
-    residual_add: Optional[bool] = None
-    causal_attention: Optional[bool] = None
     disable_passes: tuple[str, ...] = ()
+    force_passes: tuple[str, ...] = ()
     communication_min_bytes: Optional[int] = None

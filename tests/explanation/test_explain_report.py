@@ -177,7 +177,7 @@ def test_model_without_a_linear():
 
 
 def test_options_of_a_compiled_module_are_known():
-    options = {"intscale.merge_siblings": False}
+    options = {"intscale.disable_passes": ["merge_siblings"]}
     compiled = torch.compile(Model(), backend="intscale", options=options, dynamic=True)
     report = explain(compiled, x(5))
     assert report.gemms == 12 and report.settings == {"dynamic": True, **options}
@@ -301,7 +301,7 @@ def test_diff_sees_scales_and_merging():
         model.layers[2].q.weight[:, :8] *= 20
     changed = explain.diff(a, explain(model, rows)).layers
     assert {c.name for c in changed} == {"layers.2.q.weight"} and "scales" in {c.what for c in changed}
-    apart = explain.diff(a, explain(model, rows, options={"intscale.merge_siblings": False}))
+    apart = explain.diff(a, explain(model, rows, options={"intscale.disable_passes": ["merge_siblings"]}))
     merged = {c.name: (c.before, c.after) for c in apart.layers if c.what == "gemm with"}
     assert merged["layers.0.q.weight"] == (["k"], None)
 

@@ -182,8 +182,8 @@ def test_compiled_is_near_the_unfused_graph(graphs, tokens, gated, dynamic):
     quantize_(model, IntScaleConfig())
     x = torch.randn(2, tokens // 2, 512, device="cuda", dtype=torch.bfloat16)
     results = []
-    for option, expected in ((None, gated), (False, 0)):
-        options = {"intscale.gated_activation": option, "triton.cudagraphs": graphs}
+    for disabled, expected in (([], gated), (["gated_activation"], 0)):
+        options = {"intscale.disable_passes": disabled, "triton.cudagraphs": graphs}
         assert explain(model, x, options=options).pass_counts["gated_activation"] == expected
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="intscale", dynamic=dynamic, options=options)

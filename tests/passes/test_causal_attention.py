@@ -202,7 +202,7 @@ NEVER = {
     "index-written": (written_by_index, {}),
     "positions-written": (written_positions, {}),
     "backwards": (gathered_backwards, {}),
-    "off": (compare(), {"intscale.causal_attention": False}),
+    "off": (compare(), {"intscale.disable_passes": ["causal_attention"]}),
 }
 
 

@@ -14,7 +14,7 @@ from intscale_compile.passes.settings import Settings
 from tests.support.graphs import arguments, assert_true_metadata, capture, count, run
 
 B, H, KH, L, D = 3, 8, 2, 40, 64
-ON = {"intscale.decode_attention": True}
+ON = {"intscale.force_passes": ["decode_attention"]}
 
 
 def repeat_getitem(x, groups):
@@ -148,8 +148,8 @@ LEFT_ALONE = {
     "dropout": (attention(dropout_p=0.1), {}, {}),
     "fp32": (attention(), dict(dtype=torch.float32), {}),
     "two-dimensional-mask": (attention(attn_mask=torch.ones(1, L, dtype=torch.bool)), {}, {}),
-    "cpu-by-default": (attention(), {}, {"intscale.decode_attention": None}),
-    "off": (attention(), {}, {"intscale.decode_attention": False}),
+    "cpu-by-default": (attention(), {}, {"intscale.force_passes": []}),
+    "off": (attention(), {}, {"intscale.disable_passes": ["decode_attention"]}),
 }
 
 
@@ -167,7 +167,7 @@ def test_a_call_that_autograd_watches_is_left_alone():
     seen = []
 
     def spy(gm, inputs):
-        rewrite = GraphRewrite(backend.copied(gm), inputs, Settings(decode_attention=True))
+        rewrite = GraphRewrite(backend.copied(gm), inputs, Settings(force_passes=("decode_attention",)))
         apply_passes(rewrite, (DECODE_ATTENTION,))
         seen.append(rewrite.counts["decode_attention"])
         return gm.forward
@@ -198,11 +198,11 @@ def test_tiny_llama_decodes_the_same_with_the_option_on_and_off(dynamic, monkeyp
 
     monkeypatch.setattr(backend, "rewrite_graph", spy)
     logits = {}
-    for option in (True, False):
+    for option in ("force", "disable"):
         torch._dynamo.reset()
         rewrites.clear()
         cache = transformers.StaticCache(config=config, max_cache_len=32)
-        options = {"intscale.decode_attention": option, "intscale.quantize_plain": False}
+        options = {f"intscale.{option}_passes": ["decode_attention"], "intscale.quantize_plain": False}
         step = torch.compile(model, backend=backend.intscale, dynamic=dynamic, options=options)
         with torch.no_grad():
             model(ids[:, :8], past_key_values=cache)
@@ -210,7 +210,7 @@ def test_tiny_llama_decodes_the_same_with_the_option_on_and_off(dynamic, monkeyp
                 step(ids[:, i : i + 1], past_key_values=cache, position_ids=torch.tensor([[i]])).logits.float()
                 for i in range(8, 12)
             ])  # fmt: skip
-        assert set(rewrites) == {(layers, 0) if option else (0, layers)}
+        assert set(rewrites) == {(layers, 0) if option == "force" else (0, layers)}
     torch._dynamo.reset()
-    difference = (logits[True] - logits[False]).norm() / logits[False].norm()
+    difference = (logits["force"] - logits["disable"]).norm() / logits["disable"].norm()
     assert difference < 0.02, difference

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from intscale_compile import explain
-from intscale_compile.compile.options import parse_options
-from intscale_compile.errors import ConfigError, InputError
+from intscale_compile.errors import InputError
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP
 from intscale_compile.kernels.w4a8_residual import LINEAR_ADD_OP
 from intscale_compile.ops import KERNEL_ABI
@@ -18,7 +17,7 @@ from tests.support.graphs import arguments, assert_true_metadata, capture, count
 from tests.support.weights import make_problem
 
 SIZE = 64
-ON = {"intscale.residual_add": True}
+ON = {"intscale.force_passes": ["residual_add"]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,8 +66,8 @@ LEFT_ALONE = {
     "broadcast": (Block(lambda x, y: x[:1, :1] + y), {}),
     "wider": (Block(lambda x, y: x.double() + y), {}),
     "reshaped": (Block(lambda x, y: y.view(-1, SIZE) + x.view(-1, SIZE)), {}),
-    "off": (MATCHED["residual-first"], {"intscale.residual_add": False}),
-    "cpu-by-default": (MATCHED["residual-first"], {"intscale.residual_add": None}),
+    "off": (MATCHED["residual-first"], {"intscale.disable_passes": ["residual_add"]}),
+    "cpu-by-default": (MATCHED["residual-first"], {"intscale.force_passes": []}),
 }
 
 
@@ -91,7 +90,7 @@ def test_matched(name, dynamic):
     (node,) = (node for node in rewrite.graph.nodes if node.target is LINEAR_ADD_OP)
     assert node.meta["intscale_tensor"] is not None and len(node.meta["intscale_candidates"]) == 1
     assert_true_metadata(rewrite)
-    without = rewritten(MATCHED[name], x, dynamic, **{"intscale.residual_add": False})
+    without = rewritten(MATCHED[name], x, dynamic, **{"intscale.disable_passes": ["residual_add"]})
     assert torch.equal(run(rewrite)[0], run(without)[0])
     code = rewrite.gm.code
     again = GraphRewrite(rewrite.gm, arguments(rewrite), rewrite.settings)
@@ -122,7 +121,7 @@ def test_two_linears_that_are_added():
     apply_passes(rewrite, PASSES)
     assert count(rewrite, LINEAR_ADD_OP) == count(rewrite, LINEAR_OP) == 1
     rewrite.graph.lint()
-    without = capture(model, *inputs, **{"intscale.residual_add": False})
+    without = capture(model, *inputs, **{"intscale.disable_passes": ["residual_add"]})
     apply_passes(without, PASSES)
     assert torch.equal(run(rewrite)[0], run(without)[0])
 
@@ -132,7 +131,7 @@ def test_few_tokens_and_no_graphs(monkeypatch):
     from intscale_compile.kernels import template
 
     assert rewritten(MATCHED["residual-first"], activations(LEAST_TOKENS - 2)).counts["residual_add"] == 0
-    rewrite = rewritten(MATCHED["residual-first"], activations(), **{"intscale.residual_add": None})
+    rewrite = rewritten(MATCHED["residual-first"], activations(), **{"intscale.force_passes": []})
     (linear,) = (node for node in rewrite.graph.nodes if node.target is LINEAR_OP)
     shape = linear.meta["example_value"].shape
     linear.meta["example_value"] = type("OnGpu", (), {"device": torch.device("cuda"), "shape": shape})()
@@ -146,19 +145,14 @@ def test_few_tokens_and_no_graphs(monkeypatch):
 def test_compiled_and_explained():
     """Through Inductor, where the op stays whole, at other numbers of tokens too."""
     model, x, results = MATCHED["residual-first"], activations(), {}
-    for option in (True, False):
+    for option in ("force", "disable"):
         torch._dynamo.reset()
-        options = {"intscale.residual_add": option}
+        options = {f"intscale.{option}_passes": ["residual_add"]}
         compiled = torch.compile(model, backend="intscale", dynamic=True, options=options)
         with torch.no_grad():
             results[option] = [compiled(x), compiled(x[:, :7])]
-    for a, b in zip(results[True], results[False]):
+    for a, b in zip(results["force"], results["disable"]):
         assert torch.equal(a, b)
     report = explain(model, x, options=ON)
     assert report.gemms == 1 and report.pass_counts["residual_add"] == 1
     assert [layer.kernel for layer in report.layers] == ["oneDNN fold + residual"]
-
-
-def test_option_takes_true_or_false():
-    with pytest.raises(ConfigError, match="residual_add"):
-        parse_options(None, {"intscale.residual_add": 1})

@@ -186,7 +186,7 @@ def test_eager_layer_is_the_definition(group_size, scale_bits):
 
 def exactly(model):
     """``model`` through all passes, run op by op."""
-    settings, _ = parse_options(None, {"intscale.gated_activation": True})
+    settings, _ = parse_options(None, {"intscale.force_passes": ["gated_activation"]})
 
     def backend(gm, example_inputs):
         rewrite = rewrite_graph(gm, example_inputs, settings)

@@ -30,8 +30,6 @@ FLASH_HEAD_DIM = 256
 
 def causal_attention(rewrite: GraphRewrite) -> int:
     """Simplify every match; returns how many."""
-    if rewrite.settings.causal_attention is False:
-        return 0
     masks, done = ConstantMasks(rewrite), 0
     for node in list(rewrite.graph.nodes):
         if node.target in ATTENTION and _several_queries(node):

@@ -5,7 +5,7 @@
 
 Matches calls with one query token, no dropout and no causal flag, whose keys and values are the cache itself or the cache
 repeated for the query heads that share it (``x[:, :, None].expand(...).reshape(...)`` as in transformers, or
-``repeat_interleave``). Left alone: CPU tensors (unless the option ``intscale.decode_attention`` is True), calls that
+``repeat_interleave``). Left alone: CPU tensors (unless ``intscale.force_passes`` names this pass), calls that
 autograd watches, operands that the kernel does not support. The repeated copies die with their last reader.
 """
 
@@ -27,8 +27,6 @@ ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 def decode_attention(rewrite: GraphRewrite) -> int:
     """Replace every match; returns how many."""
-    if rewrite.settings.decode_attention is False:
-        return 0
     done = 0
     for node in list(rewrite.graph.nodes):
         operands = _operands(rewrite, node) if node.target in ATTENTION else None
@@ -52,7 +50,7 @@ def _operands(rewrite: GraphRewrite, node: fx.Node) -> Optional[tuple]:
     mask_value = None if mask is None else example(mask)
     if not all(isinstance(x, Tensor) for x in values) or not isinstance(mask_value, (Tensor, type(None))):
         return None
-    if values[0].device.type != "cuda" and rewrite.settings.decode_attention is None:
+    if values[0].device.type != "cuda" and "decode_attention" not in rewrite.settings.force_passes:
         return None
     if any(x.requires_grad for x in values) or unsupported(values[0], values[1], values[2], mask_value):
         return None
