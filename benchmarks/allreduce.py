@@ -50,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sizes", type=size, nargs="*", default=list(SIZES), metavar="BYTES", help="such as 64K 32M; or none"
     )
-    parser.add_argument("--wires", nargs="+", default=list(WIRES), metavar="FORMAT", help="as int8 or int4-g32-spikes")
+    parser.add_argument("--wires", nargs="+", default=list(WIRES), metavar="FORMAT", help="as int8 or int6-spikes")
     parser.add_argument(
         "--peers", nargs="+", metavar="PEER", help="plain, two_shot, FORMAT, 'FORMAT fused'; default all"
     )

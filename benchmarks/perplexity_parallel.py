@@ -1,7 +1,7 @@
 """Perplexity of a model that is sharded over several ranks, with plain collectives and with low-bit ones; CPU or GPU.
 
     python benchmarks/perplexity_parallel.py                                 # tiny-llama, 2 ranks, gloo
-    python benchmarks/perplexity_parallel.py --backend nccl --wires int8 int6 int6-mixed int5 int4
+    python benchmarks/perplexity_parallel.py --backend nccl --wires int8 int6 int5 int4
 
 The text is that of perplexity.py. All forms are one W4A8 model, sharded by ``intscale_compile.tensor_parallel`` and compiled
 with different ``intscale.communication``; every message is quantized, however short. Starts its ranks itself.
@@ -32,7 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--backend", choices=("nccl", "gloo"), default="gloo")
     parser.add_argument("--group-size", type=int, default=64, help="of the weights; the shards' features are cut there")
-    parser.add_argument("--wires", nargs="+", default=["int8", "int6", "int6-mixed", "int5", "int4"], metavar="FORMAT")
+    parser.add_argument("--wires", nargs="+", default=["int8", "int6", "int5", "int4"], metavar="FORMAT")
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=1800.0, help="after which the ranks are killed")

@@ -13,9 +13,7 @@ GROUP_SIZES = (32, 64, 128, 256, -1)
 WEIGHT_BITS = (4, 8)
 SCALE_SEARCHES = ("mse", "absmax")
 PACKING_FORMATS = ("auto", "plain", "tiled")
-WIRE_FORMATS = (
-    '"int8", "int6", "int6-mixed", "int5" or "int4", with "-g32" and "-spikes" after it where wanted, or None'
-)
+WIRE_FORMATS = '"int8", "int6", "int5" or "int4", with "-spikes" after it where wanted, or None'
 
 
 def _is_int(value: object) -> bool:
@@ -54,7 +52,7 @@ class IntScaleConfig(AOBaseConfig):
             scale from the largest magnitude of the group.
         packing_format: ``"plain"`` rows, ``"tiled"`` blocks that a GPU reads contiguously, or ``"auto"``: tiled on a
             GPU, plain elsewhere. Lossless both ways.
-        communication: wire format of the collectives of a sharded model, as ``"int8"`` or ``"int4-g32-spikes"``
+        communication: wire format of the collectives of a sharded model, as ``"int8"`` or ``"int6-spikes"``
             (``communication.WireFormat``); None: they stay plain. It is kept in the weights and changes no code of them.
         version: version of the stored format.
 

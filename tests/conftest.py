@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 # Each of pytest-xdist's processes, and what it starts, gets its share of the processors: OpenMP's threads spin while they
@@ -32,11 +33,31 @@ def models_dir() -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked ``gpu`` are skipped where there is no GPU."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+def pytest_addoption(parser):
+    """``--shuffle 7``: tests in a random order, to find those that depend on what ran before them."""
+    parser.addoption(
+        "--shuffle", type=int, metavar="SEED", help="files, and the tests in each, in the random order of a seed"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Shuffle, and skip tests marked ``gpu`` that were asked for where there is no GPU.
+
+    Files stay whole: their module fixtures are set up once, whatever the order.
+    """
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        order = random.Random(seed)
+        files: dict[str, list] = {}
+        for item in items:
+            files.setdefault(item.nodeid.partition("::")[0], []).append(item)
+        names = sorted(files)
+        order.shuffle(names)
+        for name in names:
+            order.shuffle(files[name])
+        items[:] = [item for name in names for item in files[name]]
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)

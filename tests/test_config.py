@@ -56,7 +56,7 @@ GOOD = [
     {"packing_format": "tiled"},
     {"packing_format": "plain"},
     {"communication": "int8"},
-    {"communication": "int4-g32-spikes"},
+    {"communication": "int4-spikes"},
     {},
 ]
 

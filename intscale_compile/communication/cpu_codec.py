@@ -21,7 +21,7 @@ from torch import Tensor
 from ..integrations.c_library import built_library, failure_of
 from ..reasons import log_once
 from . import reference
-from .message import MessageLayout
+from .message import GROUP_SIZE, MessageLayout
 from .pieces import Piece
 
 SOURCE = Path(__file__).with_name("codec.cpp")
@@ -32,10 +32,10 @@ _ENCODE, _REDUCE, _DECODE = range(3)
 
 
 @functools.cache
-def library(group_size: int, spikes: bool) -> Optional[Any]:
-    """The compiled function for a group size, or None, with the reason logged once, where it cannot be compiled."""
+def library(spikes: bool) -> Optional[Any]:
+    """The compiled function, or None, with the reason logged once, where it cannot be compiled."""
     try:
-        defines = (f"-DGROUP_SIZE={group_size}", f"-DSPIKE_RESERVING={str(spikes).lower()}")
+        defines = (f"-DGROUP_SIZE={GROUP_SIZE}", f"-DSPIKE_RESERVING={str(spikes).lower()}")
         path = built_library(SOURCE, os.environ.get("CXX", "g++"), (*FLAGS, *STRICT, *defines))
         function = ctypes.CDLL(str(path)).intscale_codec
     except (OSError, subprocess.SubprocessError) as error:
@@ -51,7 +51,7 @@ def library(group_size: int, spikes: bool) -> Optional[Any]:
 
 def encode(x: Tensor, piece: Piece, layout: MessageLayout, messages: Tensor, skip: int) -> None:
     """As :func:`reference.encode`."""
-    function = library(layout.group_size, layout.spikes)
+    function = library(layout.spikes)
     if function is None:
         return reference.encode(x, piece, layout, messages, skip)
     dtype, width, message = DTYPES[x.dtype], x.element_size(), messages.data_ptr()
@@ -73,7 +73,7 @@ def reduce(
     out_layout: Optional[MessageLayout],
 ) -> None:
     """As :func:`reference.reduce`."""
-    function = library(layout.group_size, layout.spikes)
+    function = library(layout.spikes)
     if function is None:
         return reference.reduce(x, received, piece, rank, layout, out, out_layout)
     start, stop = piece.bounds(rank)
@@ -87,7 +87,7 @@ def reduce(
 
 def decode(received: Tensor, piece: Piece, layout: MessageLayout, out: Tensor) -> None:
     """As :func:`reference.decode`."""
-    function = library(layout.group_size, layout.spikes)
+    function = library(layout.spikes)
     if function is None:
         return reference.decode(received, piece, layout, out)
     dtype, width, message = DTYPES[out.dtype], out.element_size(), received.data_ptr()

@@ -61,10 +61,7 @@ def wire_bytes(op: str, ranks: int, nbytes: int, wire: str, element: int = ELEME
     """Bytes that a rank sends in the quantized collective, for a tensor of ``nbytes`` with elements of ``element`` bytes."""
     form = WireFormat.parse(wire)
     groups = form.slice_elements(nbytes // element, ranks) // form.group_size
-    reduce_leg, gather_leg = form.reduce_layout(groups).nbytes, form.gather_layout(groups).nbytes
-    return (ranks - 1) * {
-        "all_reduce": reduce_leg + gather_leg, "reduce_scatter": reduce_leg, "all_gather": gather_leg,
-    }[op]  # fmt: skip
+    return (ranks - 1) * form.layout(groups).nbytes * (2 if op == "all_reduce" else 1)
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,10 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 
-# Bits of the codes in the reduce leg and in the gather leg. int6-mixed is what arXiv 2412.04964 calls INT6: the bytes of int6
-# in an all-reduce, and more than twice its error, most of which comes from the leg with 4 bits.
-LEG_BITS = {"int8": (8, 8), "int6": (6, 6), "int6-mixed": (4, 8), "int5": (5, 5), "int4": (4, 4)}
-GROUP_SIZES = (32, 128)
-DEFAULT_GROUP_SIZE = 128
+BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4}
+GROUP_SIZE = 128  # consecutive elements that share a group scale and a minimum
 ALIGNMENT = 16  # bytes; messages lie behind each other and are read in words of this size
-_TEXT = re.compile(r"(?P<name>int(?:[4568]|6-mixed))(?:-g(?P<group>\d+))?(?P<spikes>-spikes)?")
+_TEXT = re.compile(r"(?P<name>int[4568])(?P<spikes>-spikes)?")
 
 
 @dataclass(frozen=True)
@@ -37,63 +34,52 @@ class WireFormat:
     """How a quantized collective represents its message.
 
     Args:
-        reduce_bits: bits of the codes in the reduce leg (all-to-all), 4, 5, 6 or 8.
-        gather_bits: bits of the codes in the gather leg (all-gather), 4, 5, 6 or 8.
-        group_size: consecutive elements that share a group scale and a minimum, 32 or 128.
+        bits: of the codes, 4, 5, 6 or 8, in both legs of an all-reduce.
         spike_reserving: the smallest and the largest element of each group travel in bf16, and the codes cover the range of
             the others (arXiv 2508.03760).
 
     Raises:
-        ConfigError: a combination that has no name in :meth:`parse`.
+        ConfigError: a number of bits that has no name in :meth:`parse`.
     """
 
-    reduce_bits: int
-    gather_bits: int
-    group_size: int = DEFAULT_GROUP_SIZE
+    bits: int
     spike_reserving: bool = False
 
     def __post_init__(self) -> None:
-        if (self.reduce_bits, self.gather_bits) not in LEG_BITS.values():
-            raise ConfigError(
-                f"no wire format has {self.reduce_bits} bits in the reduce leg and {self.gather_bits} in the gather leg: "
-                f"use one of {LEG_BITS}."
-            )
-        if self.group_size not in GROUP_SIZES:
-            raise ConfigError(f"group_size={self.group_size} of a wire format: use 32 or 128.")
+        if self.bits not in BITS.values():
+            raise ConfigError(f"no wire format has {self.bits} bits: use one of {sorted(BITS.values())}.")
 
     @classmethod
     @functools.lru_cache(maxsize=64)
     def parse(cls, text: str) -> WireFormat:
-        """The format of a name of ``LEG_BITS``, then ``"-g32"`` or ``"-g128"`` or nothing, then ``"-spikes"`` or nothing.
+        """The format of a name of ``BITS``, then ``"-spikes"`` or nothing.
 
         Raises:
             ConfigError: any other text.
         """
         match = _TEXT.fullmatch(text) if isinstance(text, str) else None
-        if match is None or int(match["group"] or DEFAULT_GROUP_SIZE) not in GROUP_SIZES:
+        if match is None:
             raise ConfigError(
-                f"{text!r} is no wire format: use int8, int6, int6-mixed, int5 or int4, optionally followed by -g32 or -g128 "
-                "and by -spikes, as in 'int8' or 'int4-g32-spikes'."
+                f"{text!r} is no wire format: use int8, int6, int5 or int4, optionally followed by -spikes, as in 'int8' or "
+                "'int8-spikes'."
             )
-        group_size = int(match["group"] or DEFAULT_GROUP_SIZE)
-        return cls(*LEG_BITS[match["name"]], group_size, match["spikes"] is not None)
+        return cls(BITS[match["name"]], match["spikes"] is not None)
 
     def __str__(self) -> str:
-        name = next(name for name, bits in LEG_BITS.items() if bits == (self.reduce_bits, self.gather_bits))
-        group = "" if self.group_size == DEFAULT_GROUP_SIZE else f"-g{self.group_size}"
-        return name + group + ("-spikes" if self.spike_reserving else "")
+        return f"int{self.bits}" + ("-spikes" if self.spike_reserving else "")
+
+    @property
+    def group_size(self) -> int:
+        """Elements of a group."""
+        return GROUP_SIZE
 
     def slice_elements(self, elements: int, ranks: int) -> int:
         """Elements of the slice that one rank sums: whole groups; the last slices may be partial or empty."""
         return -(-elements // (ranks * self.group_size)) * self.group_size
 
-    def reduce_layout(self, groups: int) -> MessageLayout:
-        """Layout of a message of the reduce leg."""
-        return MessageLayout(groups, self.reduce_bits, self.group_size, self.spike_reserving)
-
-    def gather_layout(self, groups: int) -> MessageLayout:
-        """Layout of a message of the gather leg."""
-        return MessageLayout(groups, self.gather_bits, self.group_size, self.spike_reserving)
+    def layout(self, groups: int) -> MessageLayout:
+        """Layout of a message of so many groups, in either leg."""
+        return MessageLayout(groups, self.bits, self.spike_reserving)
 
 
 @dataclass(frozen=True)
@@ -102,8 +88,12 @@ class MessageLayout:
 
     groups: int
     bits: int
-    group_size: int
     spikes: bool
+
+    @property
+    def group_size(self) -> int:
+        """Elements of a group."""
+        return GROUP_SIZE
 
     @property
     def code_bytes(self) -> int:

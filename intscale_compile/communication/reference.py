@@ -194,7 +194,7 @@ def simulate_reduce_scatter(
     """Sum of slice ``r`` of the 1-D inputs of all ranks as rank ``r`` computes it, for every ``r``, in one process."""
     ranks = len(inputs)
     piece = Piece(inputs[0].numel(), length, 0, -(-length // wire.group_size), wire.group_size)
-    layout = wire.reduce_layout(piece.groups)
+    layout = wire.layout(piece.groups)
     sent = [x.new_empty((ranks - 1, layout.nbytes), dtype=torch.uint8) for x in inputs]
     for rank, (x, messages) in enumerate(zip(inputs, sent)):
         encode(x, piece, layout, messages, rank)
@@ -212,7 +212,7 @@ def simulate_all_gather(
 ) -> Tensor:
     """What every rank receives when rank ``r`` sends ``inputs[r]``, slice ``r`` of ``elements`` elements."""
     piece = Piece(elements, length, 0, -(-length // wire.group_size), wire.group_size)
-    layout = wire.gather_layout(piece.groups)
+    layout = wire.layout(piece.groups)
     messages = inputs[0].new_empty((len(inputs), layout.nbytes), dtype=torch.uint8)
     for x, message in zip(inputs, messages):
         encode_message(x, layout, message)

@@ -81,11 +81,11 @@ def _plan(elements: int, wire: WireFormat, ranks: int, multiprocessors: int) -> 
 
     length = wire.slice_elements(elements, ranks)
     groups = length // wire.group_size
-    layout, out_layout = wire.reduce_layout(groups), wire.gather_layout(groups)
+    layout = wire.layout(groups)
     plan = schedule(length, multiprocessors)
-    sizes = (elements, length, groups, plan.per_round, layout.nbytes, out_layout.nbytes)
-    constants = {**plan.constants(layout), "OUT_BITS": out_layout.bits}
-    return sizes, constants, plan.programs, workspace_bytes(ranks, layout, out_layout)
+    sizes = (elements, length, groups, plan.per_round, layout.nbytes, layout.nbytes)
+    constants = {**plan.constants(layout), "OUT_BITS": layout.bits}
+    return sizes, constants, plan.programs, workspace_bytes(ranks, layout, layout)
 
 
 def _follow(space: Workspace) -> None:

@@ -43,7 +43,7 @@ def codec_for(x: Tensor) -> Any:
 def cut(x: Tensor, elements: int, length: int, wire: WireFormat) -> list[Piece]:
     """The pieces in which slices of ``length`` elements travel."""
     nbytes = PIECE_BYTES.get(x.device.type)
-    groups = length // wire.group_size + 1 if nbytes is None else nbytes * 8 // wire.reduce_bits // wire.group_size
+    groups = length // wire.group_size + 1 if nbytes is None else nbytes * 8 // wire.bits // wire.group_size
     return pieces(elements, length, wire.group_size, max(1, groups))
 
 
@@ -86,16 +86,16 @@ def all_reduce(x: Tensor, wire: WireFormat, group: dist.ProcessGroup) -> Tensor:
     # While piece i is quantized, piece i - 1 is in the reduce leg, and piece i - 2 in the gather leg.
     for i in range(len(cuts) + 2):
         if i < len(cuts):
-            scattered[i] = scatter(x, cuts[i], wire.reduce_layout(cuts[i].groups), group, overlap)
+            scattered[i] = scatter(x, cuts[i], wire.layout(cuts[i].groups), group, overlap)
         if i - 1 in scattered:
             received, piece = scattered.pop(i - 1).wait(), cuts[i - 1]
-            layout = wire.gather_layout(piece.groups)
+            layout = wire.layout(piece.groups)
             message = x.new_empty(layout.nbytes, dtype=torch.uint8)
-            codec.reduce(x, received, piece, group.rank(), wire.reduce_layout(piece.groups), message, layout)
+            codec.reduce(x, received, piece, group.rank(), wire.layout(piece.groups), message, layout)
             gathered[i - 1] = gather(message, group, overlap)
         if i - 2 in gathered:
             received, piece = gathered.pop(i - 2).wait(), cuts[i - 2]
-            codec.decode(received, piece, wire.gather_layout(piece.groups), out)
+            codec.decode(received, piece, wire.layout(piece.groups), out)
     return out
 
 
@@ -106,10 +106,10 @@ def reduce_scatter(x: Tensor, length: int, wire: WireFormat, group: dist.Process
     scattered: dict[int, Pending] = {}
     for i in range(len(cuts) + 1):
         if i < len(cuts):
-            scattered[i] = scatter(x, cuts[i], wire.reduce_layout(cuts[i].groups), group, len(cuts) > 1)
+            scattered[i] = scatter(x, cuts[i], wire.layout(cuts[i].groups), group, len(cuts) > 1)
         if i - 1 in scattered:
             received, piece = scattered.pop(i - 1).wait(), cuts[i - 1]
-            codec.reduce(x, received, piece, group.rank(), wire.reduce_layout(piece.groups), out, None)
+            codec.reduce(x, received, piece, group.rank(), wire.layout(piece.groups), out, None)
     return out
 
 
@@ -121,12 +121,12 @@ def all_gather(x: Tensor, wire: WireFormat, group: dist.ProcessGroup) -> Tensor:
     gathered: dict[int, Pending] = {}
     for i in range(len(cuts) + 1):
         if i < len(cuts):
-            layout = wire.gather_layout(cuts[i].groups)
+            layout = wire.layout(cuts[i].groups)
             message = x.new_empty((1, layout.nbytes), dtype=torch.uint8)
             codec.encode(x, cuts[i], layout, message, 1)
             gathered[i] = gather(message.view(-1), group, len(cuts) > 1)
         if i - 1 in gathered:
             received, piece = gathered.pop(i - 1).wait(), cuts[i - 1]
             whole = Piece(out.numel(), length, piece.begin, piece.groups, piece.group_size)
-            codec.decode(received, whole, wire.gather_layout(piece.groups), out)
+            codec.decode(received, whole, wire.layout(piece.groups), out)
     return out

@@ -107,7 +107,7 @@ def test_a_wrong_result_is_counted(bench):
 
 
 def test_random_cases_are_the_same_on_every_rank(bench):
-    wires = [bench.allreduce.WireFormat.parse(wire) for wire in ("int8", "int4-g32-spikes")]
+    wires = [bench.allreduce.WireFormat.parse(wire) for wire in ("int8", "int4-spikes")]
     draws = [
         [bench.stress.draw(source, number, wires, bench.stress.DTYPES, 1 << 16) for number in range(300)]
         for source in (random.Random(7), random.Random(7))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 import shlex
 
 import pytest
@@ -47,20 +45,8 @@ metric_list: [{{metric: byte_perplexity}}]
 
 
 @pytest.fixture(autouse=True)
-def _restore(monkeypatch):
-    """The command line quietens loggers and sets variables: both as they were afterwards."""
-    from intscale_cli.output import NOISY
-
-    levels = {name: logging.getLogger(name).level for name in NOISY}
-    before, bars = dict(os.environ), transformers.utils.logging.is_progress_bar_enabled()
+def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
-    if bars:
-        transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

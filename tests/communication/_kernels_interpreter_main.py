@@ -19,13 +19,9 @@ from intscale_compile.communication.message import WireFormat  # noqa: E402
 from intscale_compile.communication.pieces import Piece, pieces  # noqa: E402
 from tests.communication.inputs import contributions, same_bits  # noqa: E402
 
-WIRES = tuple(
-    name + group + spikes
-    for name, group, spikes in itertools.product(
-        ("int8", "int6", "int6-mixed", "int5", "int4"), ("", "-g32"), ("", "-spikes")
-    )
-)
+WIRES = tuple(name + spikes for name, spikes in itertools.product(("int8", "int6", "int5", "int4"), ("", "-spikes")))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUICK = "messages-.*-5000-|messages-(int8|int5-spikes|int4)-|pieces|unaligned|far"  # see tests/support/interpreter.py
 
 
 def truncated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -40,7 +36,7 @@ def check_messages(wire: WireFormat, elements: int, ranks: int, dtype: torch.dty
     inputs = contributions(elements, ranks, dtype, special=True)
     length = wire.slice_elements(elements, ranks)
     piece = Piece(elements, length, begin, (length - begin) // wire.group_size, wire.group_size)
-    layout, out_layout = wire.reduce_layout(piece.groups), wire.gather_layout(piece.groups)
+    layout = out_layout = wire.layout(piece.groups)
     sent = []
     for rank, x in enumerate(inputs):
         found, expected = (torch.full((ranks - 1, layout.nbytes), 0xAA, dtype=torch.uint8) for _ in range(2))
@@ -76,10 +72,10 @@ def check_pieces(wire: WireFormat) -> None:
 
 def check_unaligned() -> None:
     """Slices of a reduce-scatter that are not whole groups begin anywhere."""
-    wire = WireFormat.parse("int5-g32-spikes")
+    wire = WireFormat.parse("int5-spikes")
     for x in (contributions(3 * 77, 1, dtype, special=True)[0] for dtype in DTYPES):
-        piece = Piece(x.numel(), 77, 0, 3, 32)
-        layout = wire.reduce_layout(3)
+        piece = Piece(x.numel(), 77, 0, 1, 128)
+        layout = wire.layout(1)
         found, expected = (torch.full((3, layout.nbytes), 0xAA, dtype=torch.uint8) for _ in range(2))
         triton_kernels.encode(x, piece, layout, found, 3)
         reference.encode(x, piece, layout, expected, 3)
@@ -92,12 +88,12 @@ def check_unaligned() -> None:
 
 def check_far() -> None:
     """Elements behind the first 2**31, of a tensor of which only the pages that are touched exist."""
-    wire, begin = WireFormat.parse("int8-g32"), (1 << 31) - 1024
+    wire, begin = WireFormat.parse("int8"), (1 << 31) - 1024
     elements = begin + 3000
     x, back = torch.empty(elements, dtype=torch.float16), torch.empty(elements, dtype=torch.float16)
     x[begin:] = contributions(3000, 1, torch.float16)[0]
-    piece = Piece(elements, elements, begin, 94, 32)
-    layout = wire.reduce_layout(94)
+    piece = Piece(elements, elements, begin, 24, 128)
+    layout = wire.layout(24)
     found, expected = (torch.full((1, layout.nbytes), 0xAA, dtype=torch.uint8) for _ in range(2))
     for codec in (triton_kernels, cpu_codec):
         codec.encode(x, piece, layout, found, 1)
@@ -115,12 +111,12 @@ def main() -> int:
             DTYPES[number % 3],
             ((100, 2, torch.float32), (257, 4, torch.bfloat16), (8192, 2, torch.float16)),
         )
-        for arguments in ((5000, 3, dtype), others[number % 3])[: 1 if "-g32-" in str(wire) else 2]:
+        for arguments in ((5000, 3, dtype), others[number % 3]):
             name = f"messages-{wire}-{'-'.join(map(str, arguments))}"
             cases.append((name, lambda w=wire, a=arguments: check_messages(WireFormat.parse(w), *a)))
-    for wire in ("int4-g32", "int5-spikes"):
+    for wire in ("int4", "int5-spikes"):
         cases.append((f"pieces-{wire}", lambda w=wire: check_pieces(WireFormat.parse(w))))
-    return run_cases([*cases, ("unaligned", check_unaligned), ("far", check_far)])
+    return run_cases([*cases, ("unaligned", check_unaligned), ("far", check_far)], QUICK)
 
 
 if __name__ == "__main__":

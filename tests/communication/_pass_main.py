@@ -1,4 +1,4 @@
-"""One of four ranks of ``test_pass``: every form of collective in one compiled graph, beside the plain ones."""
+"""One of three ranks of ``test_pass``: every form of collective in one compiled graph, beside the plain ones."""
 
 from __future__ import annotations
 

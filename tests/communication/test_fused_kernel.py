@@ -62,13 +62,13 @@ def test_schedule_covers_all_chunks_with_few_flags():
     assert schedule(LARGE_CHUNK * 5000, 1000).programs == MOST_PROGRAMS
 
 
-@pytest.mark.parametrize("wire", ["int8", "int6-mixed", "int4-g32-spikes"])
+@pytest.mark.parametrize("wire", ["int8", "int6", "int4-spikes"])
 def test_the_legs_of_all_launches_on_a_workspace_lie_apart(wire):
     form, ranks = WireFormat.parse(wire), 3
-    needed = {n: workspace_bytes(ranks, form.reduce_layout(n), form.gather_layout(n)) for n in (1, 7, 100, 5000)}
+    needed = {n: workspace_bytes(ranks, form.layout(n), form.layout(n)) for n in (1, 7, 100, 5000)}
     space = max(needed.values())
     boundary = gather_slots(ranks, space)
     for groups, smaller in needed.items():
-        assert 8 * ranks * MOST_PROGRAMS + ranks * form.reduce_layout(groups).nbytes <= boundary
-        assert boundary + ranks * form.gather_layout(groups).nbytes <= space
+        assert 8 * ranks * MOST_PROGRAMS + ranks * form.layout(groups).nbytes <= boundary
+        assert boundary + ranks * form.layout(groups).nbytes <= space
         assert boundary % 16 == 0 and gather_slots(ranks, smaller) <= boundary

@@ -67,10 +67,8 @@ def test_bytes_on_the_wire():
     assert plain_bytes("all_reduce", 2, 2048) == 2048 and plain_bytes("all_gather", 2, 2048) == 1024
     leg8, leg6, leg4 = 512 + 4 * 4, 384 + 4 * 4, 256 + 4 * 4
     assert wire_bytes("all_reduce", 2, 2048, "int8") == 2 * leg8
-    assert wire_bytes("all_reduce", 2, 2048, "int6") == wire_bytes("all_reduce", 2, 2048, "int6-mixed") == leg4 + leg8
+    assert wire_bytes("all_reduce", 2, 2048, "int6") == 2 * leg6 and wire_bytes("all_gather", 2, 2048, "int4") == leg4
     assert wire_bytes("reduce_scatter", 2, 2048, "int6") == wire_bytes("all_gather", 2, 2048, "int6") == leg6
-    assert wire_bytes("reduce_scatter", 2, 2048, "int6-mixed") == leg4
-    assert wire_bytes("all_gather", 2, 2048, "int6-mixed") == leg8
 
 
 def test_threshold_is_the_size_from_which_on_all_are_faster():
@@ -83,7 +81,6 @@ def test_threshold_is_the_size_from_which_on_all_are_faster():
     ):
         times = {Key("all_reduce", "plain"): plain, Key("all_reduce", "int8"): dict(zip(plain, map(float, us)))}
         assert threshold(LINK, times, "all_reduce", "int8").nbytes == wanted
-        assert threshold(LINK, times, "all_reduce", "int8-g128").source == "measured", "the same format"
 
 
 def test_formats_that_were_not_measured_go_by_the_model():

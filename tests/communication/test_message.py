@@ -21,14 +21,13 @@ from intscale_compile.communication.reference import (
 )
 from intscale_compile.errors import ConfigError
 
-NAMES = ("int8", "int6", "int6-mixed", "int5", "int4")
-FORMATS = [name + g + s for name, g, s in itertools.product(NAMES, ("", "-g32"), ("", "-spikes"))]
+FORMATS = [name + spikes for name, spikes in itertools.product(("int8", "int6", "int5", "int4"), ("", "-spikes"))]
 
 
 def there_and_back(x: torch.Tensor, wire: str, groups: int | None = None) -> torch.Tensor:
     """What arrives of ``x``, through the reduce leg."""
     parsed = WireFormat.parse(wire)
-    layout = parsed.reduce_layout(groups or -(-x.numel() // parsed.group_size))
+    layout = parsed.layout(groups or -(-x.numel() // parsed.group_size))
     message = torch.empty(layout.nbytes, dtype=torch.uint8)
     encode_message(x, layout, message)
     return decode_message(message, layout)[: x.numel()]
@@ -38,27 +37,22 @@ def there_and_back(x: torch.Tensor, wire: str, groups: int | None = None) -> tor
 def test_names_come_back(text):
     wire = WireFormat.parse(text)
     assert str(wire) == text and WireFormat.parse(str(wire)) == wire
-    assert wire.group_size == (32 if "g32" in text else 128) and wire.spike_reserving == ("spikes" in text)
+    assert wire.group_size == 128 and wire.spike_reserving == ("spikes" in text) and str(wire.bits) in text
 
 
 def test_names_of_bits():
-    assert WireFormat.parse("int6") == WireFormat(6, 6) and WireFormat.parse("int5-g128") == WireFormat(5, 5, 128)
-    assert WireFormat.parse("int6-mixed-g32-spikes") == WireFormat(4, 8, 32, True)
-    bad = ("int7", "int8-mixed", "int6-g32-mixed", "int6-", "int8-g64", "int8-spikes-g32", "", "INT8", "int8 ", None, 8)
+    assert WireFormat.parse("int6") == WireFormat(6) and WireFormat.parse("int5-spikes") == WireFormat(5, True)
+    bad = ("int7", "int6-mixed", "int6-", "int8-g32", "int8-spikes-spikes", "", "INT8", "int8 ", None, 8)
     for text in bad:
         with pytest.raises(ConfigError, match="no wire format"):
             WireFormat.parse(text)
-    with pytest.raises(ConfigError, match="gather leg"):
-        WireFormat(8, 4)
-    with pytest.raises(ConfigError, match="group_size=64"):
-        WireFormat(8, 8, 64)
+    with pytest.raises(ConfigError, match="7 bits"):
+        WireFormat(7)
 
 
 def test_slices_cover_the_tensor_in_whole_groups():
-    for elements, ranks, text in itertools.product(
-        (1, 127, 128, 129, 4096, 100003), (2, 3, 4, 8), ("int8", "int4-g32")
-    ):
-        wire = WireFormat.parse(text)
+    wire = WireFormat.parse("int8")
+    for elements, ranks in itertools.product((1, 127, 128, 129, 4096, 100003), (2, 3, 4, 8)):
         length = wire.slice_elements(elements, ranks)
         assert length % wire.group_size == 0 and length * ranks >= elements > (length - wire.group_size) * ranks
         bounds = [p.bounds(owner) for owner in range(ranks) for p in pieces(elements, length, wire.group_size, 3)]
@@ -68,11 +62,11 @@ def test_slices_cover_the_tensor_in_whole_groups():
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
-@pytest.mark.parametrize("group_size", [32, 128])
-def test_planes(bits, group_size):
+def test_planes(bits):
     """Bytes as the layout says, and their inverse."""
+    group_size = 128
     codes = torch.randint(0, 2**bits, (5, group_size), dtype=torch.int32)
-    layout = WireFormat(bits, bits, group_size).reduce_layout(5)
+    layout = WireFormat(bits).layout(5)
     packed = pack_codes(codes, bits)
     assert packed.numel() == layout.code_bytes == 5 * group_size * bits // 8
     assert torch.equal(unpack_codes(packed, layout), codes)
@@ -92,14 +86,13 @@ def test_planes(bits, group_size):
 
 
 def test_parts_of_a_message():
-    layout = WireFormat.parse("int5-g32-spikes").reduce_layout(7)
-    assert (layout.high_plane, layout.scales, layout.minimums) == (7 * 16, 7 * 20, 7 * 22)
-    assert (layout.spike_values, layout.spike_positions, layout.nbytes) == (7 * 24, 7 * 28, 7 * 30 + 14)
-    assert WireFormat.parse("int8").reduce_layout(1).nbytes == 144  # 132 and padding
-    six, mixed = WireFormat.parse("int6"), WireFormat.parse("int6-mixed")
-    assert (six.reduce_layout(8).high_plane, six.reduce_layout(8).scales) == (8 * 64, 8 * 96)
-    both = [wire.reduce_layout(8).nbytes + wire.gather_layout(8).nbytes for wire in (six, mixed)]
-    assert both[0] == both[1] == 8 * (64 + 128 + 2 * 4), "an all-reduce sends as much in one form as in the other"
+    layout = WireFormat.parse("int5-spikes").layout(7)
+    assert (layout.high_plane, layout.scales, layout.minimums) == (7 * 64, 7 * 80, 7 * 82)
+    assert (layout.spike_values, layout.spike_positions, layout.nbytes) == (7 * 84, 7 * 88, 7 * 90 + 10)
+    assert WireFormat.parse("int8").layout(1).nbytes == 144  # 132 and padding
+    six = WireFormat.parse("int6")
+    assert (six.layout(8).high_plane, six.layout(8).scales) == (8 * 64, 8 * 96)
+    assert six.layout(8).nbytes == 8 * (96 + 4)
 
 
 def line(x: torch.Tensor) -> torch.Tensor:
@@ -125,7 +118,7 @@ def test_every_element_is_within_half_a_step(wire):
     groups = x.view(-1, parsed.group_size)
     extent = groups.amax(1) - groups.amin(1)
     found = there_and_back(x, wire).view_as(groups)
-    step = extent / (2**parsed.reduce_bits - 1) * 1.02 + groups.abs().amax(1) * 2.0**-8 / (2**parsed.reduce_bits - 1)
+    step = extent / (2**parsed.bits - 1) * 1.02 + groups.abs().amax(1) * 2.0**-8 / (2**parsed.bits - 1)
     assert ((found - groups).abs() <= 0.501 * step[:, None] + 2.0**-9 * groups.abs() * parsed.spike_reserving).all()
     if parsed.spike_reserving:
         for at in (groups.argmin(1, True), groups.argmax(1, True)):
@@ -138,15 +131,15 @@ def test_exact_where_it_can_be(wire):
         constant = torch.full((300,), value).bfloat16().float()
         assert torch.equal(there_and_back(constant, wire), constant), value
     parsed = WireFormat.parse(wire)
-    grid = torch.randint(0, 2**parsed.reduce_bits, (4, 128)).float()
-    grid[:, ::32], grid[:, 1::32] = 0, 2**parsed.reduce_bits - 1
-    grid[:, 2::32], grid[:, 3::32] = 0, 2**parsed.reduce_bits - 1  # the ends twice: spikes do not shrink the range
+    grid = torch.randint(0, 2**parsed.bits, (4, 128)).float()
+    grid[:, ::32], grid[:, 1::32] = 0, 2**parsed.bits - 1
+    grid[:, 2::32], grid[:, 3::32] = 0, 2**parsed.bits - 1  # the ends twice: spikes do not shrink the range
     assert torch.equal(there_and_back(grid.flatten() * 0.25 - 1.5, wire), grid.flatten() * 0.25 - 1.5)
 
 
 def test_padding_takes_no_part():
     """A lone large element of a last group: zeros behind it would widen its range."""
-    layout = WireFormat.parse("int4").reduce_layout(4)
+    layout = WireFormat.parse("int4").layout(4)
     message = torch.full((layout.nbytes,), 0xFF, dtype=torch.uint8)
     encode_message(torch.cat([torch.randn(128), torch.tensor([1000.0, 1001.0])]), layout, message)
     scale = message[layout.scales : layout.minimums].view(torch.bfloat16).float()

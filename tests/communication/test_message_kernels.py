@@ -14,16 +14,11 @@ from intscale_compile.communication.pieces import Piece
 from intscale_compile.reasons import log_once
 from tests.communication.inputs import contributions, same_bits
 from tests.support import interpreter_works
+from tests.support.interpreter import EXTENTS, assert_passed, results_of
 
 SHAPES = ((8192, 2), (5000, 3), (257, 4), (100, 2), (12345, 3))  # elements, ranks
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS = [
-    name + group + spikes
-    for name, group, spikes in itertools.product(
-        ("int8", "int6", "int6-mixed", "int5", "int4"), ("", "-g32"), ("", "-spikes")
-    )
-]
-SLOW_FORMATS = ("int6-mixed", "int4", "int6-g32", "int5-g32")
+FORMATS = [name + spikes for name, spikes in itertools.product(("int8", "int6", "int5", "int4"), ("", "-spikes"))]
 
 
 def run(codec, wire: WireFormat, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -31,7 +26,7 @@ def run(codec, wire: WireFormat, inputs: list[torch.Tensor]) -> list[torch.Tenso
     ranks, elements, dtype = len(inputs), inputs[0].numel(), inputs[0].dtype
     length = wire.slice_elements(elements, ranks)
     piece = Piece(elements, length, 0, length // wire.group_size, wire.group_size)
-    layout, out_layout = wire.reduce_layout(piece.groups), wire.gather_layout(piece.groups)
+    layout = out_layout = wire.layout(piece.groups)
     sent = [torch.full((ranks - 1, layout.nbytes), 0xAA, dtype=torch.uint8) for _ in inputs]
     for rank, x in enumerate(inputs):
         codec.encode(x, piece, layout, sent[rank], rank)
@@ -49,7 +44,7 @@ def run(codec, wire: WireFormat, inputs: list[torch.Tensor]) -> list[torch.Tenso
 @pytest.mark.parametrize("wire", FORMATS)
 def test_compiled_codec_has_the_bits_of_the_reference(wire):
     wire = WireFormat.parse(wire)
-    assert cpu_codec.library(wire.group_size, wire.spike_reserving) is not None, "no C++ compiler on this machine"
+    assert cpu_codec.library(wire.spike_reserving) is not None, "no C++ compiler on this machine"
     for (elements, ranks), dtype in itertools.product(SHAPES, DTYPES):
         inputs = contributions(elements, ranks, dtype, special=True)
         for found, expected in zip(run(cpu_codec, wire, inputs), run(reference, wire, inputs)):
@@ -76,21 +71,17 @@ def test_without_a_compiler_the_reference_runs_and_says_so(tmp_path, monkeypatch
 @interpreter_works
 @pytest.mark.parametrize(
     "prefix",
-    [*(f"messages-{name}-" for name in ("int8", "int6", "int6-mixed", "int5", "int4")), "pieces", "unaligned", "far"],
+    [*(f"messages-{name}-" for name in ("int8", "int6", "int5", "int4")), "pieces", "unaligned", "far"],
 )
 def test_triton_kernels_have_the_bits_of_the_reference(interpreted, prefix):
-    from tests.support.interpreter import assert_passed
-
     assert_passed(interpreted, prefix)
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str | None]:
+@pytest.fixture(scope="module", params=EXTENTS)
+def interpreted(request) -> dict[str, str | None]:
     """Error of every case, or None, by name."""
     pytest.importorskip("triton")
-    from tests.support.interpreter import results_of
-
-    return results_of("_kernels_interpreter_main", "tests.communication")
+    return results_of("_kernels_interpreter_main", "tests.communication", request.param)
 
 
 def compiled(name: str, wire: WireFormat, target, element: str = "*bf16", ranks: int = 8, width: str = "i32"):
@@ -104,8 +95,8 @@ def compiled(name: str, wire: WireFormat, target, element: str = "*bf16", ranks:
     pointers = dict(
         x_ptr=element, message_ptr="*u8", received_ptr="*u8", out_ptr="*u8" if "reduce" in name else element
     )
-    layout = (wire.gather_layout if name == "decode_kernel" else wire.reduce_layout)(1)
-    constants = triton_kernels._constants(layout) | dict(RANK=3, RANKS=ranks, OUT_BITS=wire.gather_bits)
+    layout = wire.layout(1)
+    constants = triton_kernels._constants(layout) | dict(RANK=3, RANKS=ranks, OUT_BITS=wire.bits)
     options = {option: constants.pop(option) for option in ("num_warps", "enable_fp_fusion")}
     signature = {key: kind for key, kind in (pointers | scalars).items() if key in kernel.arg_names}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
@@ -115,7 +106,7 @@ def compiled(name: str, wire: WireFormat, target, element: str = "*bf16", ranks:
 
 @pytest.mark.parametrize(
     "wire",
-    ["int8", "int6", "int5", "int4-g32", *(pytest.param(w, marks=pytest.mark.slow) for w in SLOW_FORMATS)],
+    ["int8", "int6", "int5", "int4"],
 )
 @pytest.mark.parametrize("name", ["encode_kernel", "reduce_kernel", "decode_kernel"])
 def test_hopper_reads_and_writes_wide(name, wire, tmp_path):
@@ -134,11 +125,11 @@ def test_hopper_reads_and_writes_wide(name, wire, tmp_path):
         assert "64" in widths["LDG"] and "128" in widths["STG"], widths
     else:
         assert "128" in widths["LDG"] and "64" in widths["STG"], widths
-    if name == "decode_kernel" and wire.gather_bits != 5:
+    if name == "decode_kernel" and wire.bits != 5:
         assert code.count("SHFL") == code.count("LDS") == 0, "the planes need no exchange between threads"
     if name == "reduce_kernel":
         loads = [i for i in code.instructions if i.base == "LDG" and i.opcode.endswith(".64")]
-        assert len(loads) == 7 * (2 if wire.reduce_bits == 8 else 1), "codes of the seven others"
+        assert len(loads) == 7 * (2 if wire.bits == 8 else 1), "codes of the seven others"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +137,7 @@ def test_hopper_reads_and_writes_wide(name, wire, tmp_path):
 )
 @pytest.mark.parametrize(
     "wire",
-    ["int6-spikes", *(pytest.param(w, marks=pytest.mark.slow) for w in ("int6-mixed-spikes", "int5-g32-spikes"))],
+    ["int6-spikes", *(pytest.param(w, marks=pytest.mark.slow) for w in ("int4-spikes", "int5-spikes"))],
 )
 def test_other_gpus(name, wire, tmp_path):
     pytest.importorskip("triton")

@@ -61,13 +61,13 @@ def error(found, expected):
 # --- several ranks ----------------------------------------------------------------------------------------------------
 
 
-WIRES = {2: ("int8", 0.01), 3: ("int8", 0.01), 4: ("int4", 0.15)}  # by ranks, with the largest relative error
+WIRES = {2: ("int8", 0.01), 3: ("int4", 0.15)}  # by ranks, with the largest relative error
 
 
 def test_every_form_is_replaced_and_every_rank_agrees(tmp_path, monkeypatch):
-    """Groups of two, three and four ranks among four processes."""
+    """Groups of two and of three ranks among three processes."""
     monkeypatch.setenv("INTSCALE_LINKS", str(tmp_path / "links"))
-    results = run_ranks(SCRIPT, 4, tmp_path / "run", *(wire for wire, _ in WIRES.values()))
+    results = run_ranks(SCRIPT, 3, tmp_path / "run", *(wire for wire, _ in WIRES.values()))
     for ranks, (wire, most) in WIRES.items():
         members = [result[ranks] for result in results[:ranks]]
         for result in members:
@@ -114,7 +114,9 @@ def _check_tuned(results, folder):
 def test_off_unless_asked_for(group):
     model, x = Reduced(), torch.randn(4, 128)
     seen = []
-    torch.compile(model, backend="intscale", options={"post_grad_custom_pre_pass": Users(seen)})(x)
+    # A graph from Inductor's cache has no passes run over it.
+    options = {"post_grad_custom_pre_pass": Users(seen), "fx_graph_cache": False}
+    torch.compile(model, backend="intscale", options=options)(x)
     assert "_c10d_functional.all_reduce.default" in seen
     found = last_compilation()[-1]
     assert found.collectives == () and "quantize_collectives" not in found.pass_counts
@@ -171,7 +173,7 @@ def test_cached_graphs_differ_by_option(group):
         found, code = compiled(INT8)
         assert "quantized_all_reduce.default(buf" in code and "'int8'" in code and len(found.collectives) == 1
         for options, words in (
-            ({**INT8, "intscale.communication": "int4-g32"}, "'int4-g32'"),
+            ({**INT8, "intscale.communication": "int4-spikes"}, "'int4-spikes'"),
             ({**INT8, "intscale.communication_min_bytes": 1 << 20}, "_c10d_functional.all_reduce"),
             ({**INT8, "intscale.disable_passes": ["quantize_collectives"]}, "_c10d_functional.all_reduce"),
         ):
@@ -191,7 +193,6 @@ def test_uuid_holds_everything_that_decides(group):
     ]
     uuids = {one.uuid() for one in kinds}
     assert len(uuids) == 4 and QuantizeCollectives("int8").uuid() in uuids
-    assert QuantizeCollectives("int8-g128").uuid() in uuids, "two names of one format"
     measure(group, {4096: 20.0}, {4096: 10.0})
     uuids.add(QuantizeCollectives("int8").uuid())
     assert len(uuids) == 5, "a measured link"

@@ -44,36 +44,54 @@ def run(code, tmp_path, **environment):
     return done.stderr
 
 
-@pytest.mark.parametrize(
-    "value, shown, hidden",
-    [
-        pytest.param(
-            *("intscale", ["graph with 1 linear products: 1 quantized"], ["pass fuse", "def forward("]),
-            marks=pytest.mark.slow,
-        ),
-        (
-            "+intscale",
-            ["graph with 1 linear products", "graph 1: pass fuse: 1 in", "weight: quantized"],
-            ["def forward("],
-        ),
-        (
-            "intscale_graphs",
-            ["graph 1 after fuse", "torch.ops.intscale.w4a8_linear"],
-            ["linear products", "after experts"],
-        ),
-    ],
-)
-def test_names_work_without_an_import_of_ours(value, shown, hidden, tmp_path):
-    """With the artifacts for tlparse in the same process."""
-    text = run(MODEL, tmp_path, TORCH_LOGS=value, TORCH_TRACE=str(tmp_path / "trace"))
-    assert [s for s in shown if s not in text] == [] and [s for s in hidden if s in text] == []
+SHOWN = {  # by name: what is logged, and what is not
+    "intscale": (["graph with 1 linear products: 1 quantized"], ["pass fuse", "def forward("]),
+    "+intscale": (["graph with 1 linear products", "graph 1: pass fuse: 1 in", "weight: quantized"], ["def forward("]),
+    "intscale_graphs": (
+        ["graph 1 after fuse", "torch.ops.intscale.w4a8_linear"],
+        ["linear products", "after experts"],
+    ),
+}
+AGAIN = """
+import logging
+for level in (logging.DEBUG, logging.INFO):
+    torch._logging.set_logs(modules={"intscale": level})
+    print("---", file=sys.stderr)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend="intscale")(torch.randn(2, 64))
+"""
+
+
+def check_shown(value, text):
+    shown, hidden = SHOWN[value]
+    text = text.replace("graph 2", "graph 1").replace("graph 3", "graph 1")
+    assert [s for s in shown if s not in text] == [] and [s for s in hidden if s in text] == [], value
     assert text.count("graph with 1 linear products") <= 1  # by one handler
-    (log,) = (tmp_path / "trace").glob("*.log")
+
+
+def check_trace(folder):
+    (log,) = folder.glob("*.log")
     text = log.read_text()
     for stage in ("dynamo", "insert_qdq", "fuse", "final"):
         assert f'"name": "intscale_1_{stage}"' in text
     assert "intscale_1_experts" not in text  # changed nothing
     assert "torch.ops.intscale.w4a8_linear" in text
+
+
+def test_names_work_without_an_import_of_ours(tmp_path):
+    """One name by the variable, with the artifacts for tlparse; the others by ``set_logs`` in the same process."""
+    text = run(MODEL + AGAIN, tmp_path, TORCH_LOGS="intscale_graphs", TORCH_TRACE=str(tmp_path / "trace"))
+    for value, part in zip(("intscale_graphs", "+intscale", "intscale"), text.split("---\n"), strict=True):
+        check_shown(value, part)
+    check_trace(tmp_path / "trace")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["intscale", "+intscale"])
+def test_every_name_works_as_a_variable(value, tmp_path):
+    check_shown(value, run(MODEL, tmp_path, TORCH_LOGS=value, TORCH_TRACE=str(tmp_path / "trace")))
+    check_trace(tmp_path / "trace")
 
 
 def test_set_logs_works_before_and_after_our_import(tmp_path):

@@ -18,7 +18,7 @@ from intscale_compile.communication.message import WireFormat
 from intscale_compile.communication.reference import simulate_all_reduce
 from tests.communication.inputs import contributions, same_bits
 
-FORMS = [(wire, torch.bfloat16) for wire in ("int8", "int6", "int6-mixed", "int5", "int4", "int4-g32-spikes")]
+FORMS = [(wire, torch.bfloat16) for wire in ("int8", "int6", "int5", "int4", "int4-spikes")]
 FORMS += [("int8", torch.float32), ("int4", torch.float32), ("int5", torch.float16)]
 
 
@@ -52,9 +52,7 @@ def queued() -> list[str]:
     symmetric.all_reduce(
         torch.zeros(1 << 21, dtype=torch.bfloat16, device="cuda"), WireFormat.parse("int8"), dist.group.WORLD
     )
-    cases = [
-        (wire, elements) for wire in ("int8", "int4", "int6-mixed") for elements in (1 << 14, 1 << 21, 3 << 16, 1 << 19)
-    ]
+    cases = [(wire, elements) for wire in ("int8", "int4", "int6") for elements in (1 << 14, 1 << 21, 3 << 16, 1 << 19)]
     inputs = {n: [x.cuda() for x in contributions(n, ranks, torch.bfloat16)] for _, n in cases}
     wanted = {(w, n): simulate_all_reduce([x.cpu() for x in inputs[n]], WireFormat.parse(w)) for w, n in cases}
     order = torch.randint(len(cases), (600,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -23,6 +23,10 @@ from tests.support.weights import Problem, make_problem  # noqa: E402
 SMALL, TALL, WIDE = Tile(16, 64), Tile(64, 32), Tile(32, 128, group_n=1)
 GROUP_SIZES = (32, 64, 128, 256, -1)
 PLAIN = (32, -1)  # the rest of how a packing is read is tested with the linear
+QUICK = (
+    "group(32|128|-1)-s.-tiled|group(64|256)-s4-tiled|group32-s4-plain|silu-|gelu.*-(chosen|64x32)|w8a8|z"
+    "ero-g(32-plain|128-tiled|-1-tiled)|int16|one|exact|shapes"
+)  # see tests/support/interpreter.py
 
 
 def cases():
@@ -84,7 +88,7 @@ def check_shapes() -> None:
 
 def main() -> int:
     checks = [(name, lambda a=arguments: check(*a)) for name, *arguments in cases()]
-    return run_cases([*checks, ("exact", check_exact), ("shapes", check_shapes)])
+    return run_cases([*checks, ("exact", check_exact), ("shapes", check_shapes)], QUICK)
 
 
 if __name__ == "__main__":

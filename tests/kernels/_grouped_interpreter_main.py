@@ -22,6 +22,11 @@ SMALL, TALL, ONE_COLUMN = Tile(16, 64), Tile(64, 32), Tile(32, 128, group_n=1)
 GROUP_SIZES = (32, 64, 128, 256, -1)
 PLAIN = (32, -1)  # how a packing is read depends little on the size of a group
 TELLING = ("ragged", "last-empty", "no-expert")
+QUICK = (
+    "g(32|128|-1)-s.-tiled$|g(64|256)-s4-tiled$|g(32|-1)-s4-plain$|g(128|-1)-s.-tiled-extreme|zero-g(32-p"
+    "lain|128-tiled|-1-tiled)|w8a8-.*-random|w8a8-tiled|routing-.*-16x64|routing-ragged|index-True-True|i"
+    "ndex-.*-ragged|int16|many|bad"
+)  # see tests/support/interpreter.py
 
 
 def cases():
@@ -92,7 +97,7 @@ def check_bad_offsets() -> None:
 
 def main() -> int:
     checks = [(name, lambda a=arguments: check(*a)) for name, *arguments in cases()]
-    return run_cases([*checks, ("many-experts", check_many_experts), ("bad-offsets", check_bad_offsets)])
+    return run_cases([*checks, ("many-experts", check_many_experts), ("bad-offsets", check_bad_offsets)], QUICK)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ from tests.support.weights import make_problem  # noqa: E402
 SMALL, TALL, WIDE = Tile(16, 64), Tile(64, 32), Tile(32, 128, group_n=1)
 GROUP_SIZES = (32, 64, 128, 256, -1)
 PLAIN = (32, -1)  # with zero points; how a packing is read depends little on the size of a group
+QUICK = (
+    "g(32|128|-1)-s.-tiled-random|g(64|256)-s4-tiled-random|g(32|-1)-s4-plain-random|g(128|-1)-s.-tiled-e"
+    "xtreme|g(128|-1)-int16|zero-g(128|-1)-s.-tiled-extreme|zero-g(32|128)-s[48]-tiled-random|zero-g32-s4"
+    "-plain|w8a8-.*-random|w8a8-tiled|shape.*-16x64|shape.*129.*-32|deep|chosen|shapes$|nan|quantize"
+)  # see tests/support/interpreter.py
 
 
 def cases():
@@ -114,7 +119,9 @@ def check_quantize() -> None:
 
 def main() -> int:
     checks = [(name, lambda a=arguments: check(*a)) for name, *arguments in cases()]
-    return run_cases([*checks, ("shapes", check_shapes), ("nan", check_not_a_number), ("quantize", check_quantize)])
+    return run_cases(
+        [*checks, ("shapes", check_shapes), ("nan", check_not_a_number), ("quantize", check_quantize)], QUICK
+    )
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def test_hopper_with_zero_points(schedule, tile, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
-@pytest.mark.parametrize("arch", [80, 89, 100])
-@pytest.mark.parametrize("m", [1, 64, 4096])
+@pytest.mark.parametrize("arch", [80, pytest.param(89, marks=pytest.mark.slow), 100])
+@pytest.mark.parametrize("m", [1, pytest.param(64, marks=pytest.mark.slow), 4096])
 def test_other_nvidia(arch, schedule, m, tmp_path):
     tile = choose_tile(m, 28672, K, *schedule, arch)
     # Triton 3.9 uses the tensor memory of sm_100, earlier releases mma.sync.

@@ -34,8 +34,9 @@ def sass_of(schedule, tile: Tile, arch: int, tmp_path, activation: str = "silu")
 @pytest.mark.parametrize(
     "schedule,m",
     [
-        *((schedule, m) for schedule in (FOLD, ACCUMULATE) for m in (1, 64, 4096)),
-        *((schedule, 4096) for schedule in (PER_CHANNEL, W8A8, (32, 4, 4))),
+        *((schedule, m) for schedule in (FOLD, ACCUMULATE) for m in (1, 4096)),
+        *((schedule, 4096) for schedule in (PER_CHANNEL, W8A8)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((FOLD, 64), (ACCUMULATE, 64), ((32, 4, 4), 4096))),
         *(pytest.param(s, m, marks=pytest.mark.slow) for s in (PER_CHANNEL, W8A8, (32, 4, 4)) for m in (1, 64)),
     ],
     ids=str,
@@ -52,8 +53,8 @@ def test_other_activations(activation, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
-@pytest.mark.parametrize("arch", [80, 89, 100])
-@pytest.mark.parametrize("m", [64, 4096])
+@pytest.mark.parametrize("arch", [80, pytest.param(89, marks=pytest.mark.slow), 100])
+@pytest.mark.parametrize("m", [pytest.param(64, marks=pytest.mark.slow), 4096])
 def test_other_nvidia(arch, schedule, m, tmp_path):
     tile = choose_tile(m, N, K, *schedule, arch)
     code = sass_of(schedule, tile, arch, tmp_path)

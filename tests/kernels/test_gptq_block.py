@@ -9,14 +9,14 @@ from triton.backends.compiler import GPUTarget
 
 from intscale_compile.kernels.gptq_block import BLOCK_ROWS, _round_block_kernel
 from tests.support import interpreter_works
-from tests.support.interpreter import assert_passed, results_of
+from tests.support.interpreter import EXTENTS, assert_passed, results_of
 from tests.support.sass import assemble, disassemble
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, str | None]:
+@pytest.fixture(scope="module", params=EXTENTS)
+def results(request) -> dict[str, str | None]:
     """Error of every case, or None, by name."""
-    return results_of("_gptq_interpreter_main")
+    return results_of("_gptq_interpreter_main", extent=request.param)
 
 
 @interpreter_works

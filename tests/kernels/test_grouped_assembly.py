@@ -49,8 +49,11 @@ def sass_of(schedule, tile: Tile, arch: int, tmp_path, packing: str = "tiled") -
     return disassemble(compile_kernel(schedule, tile, GPUTarget("cuda", arch, 32), packing), tmp_path)
 
 
-SM90_CASES = [(s, t) for s in (FOLD, ACCUMULATE, PER_CHANNEL) for t in chosen_tiles(s)]
-SM90_CASES += [(s, chosen_tiles(s)[-1]) for s in (W8A8, (32, 4, 4), (64, 8, 4), (256, 4, 4))]
+SM90_CASES = [(s, t) for s in (FOLD, ACCUMULATE) for t in chosen_tiles(s)]
+SM90_CASES += [(s, chosen_tiles(s)[-1]) for s in (PER_CHANNEL, W8A8)]
+OTHERS = [(PER_CHANNEL, t) for t in chosen_tiles(PER_CHANNEL)[:-1]]
+OTHERS += [(s, chosen_tiles(s)[-1]) for s in ((32, 4, 4), (64, 8, 4), (256, 4, 4))]
+SM90_CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
 
 
 @pytest.mark.parametrize("schedule, tile", SM90_CASES, ids=lambda value: str(value).replace(" ", ""))
@@ -61,7 +64,7 @@ def test_hopper(schedule, tile, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
-@pytest.mark.parametrize("rows", [2, 256, 512, 8192])
+@pytest.mark.parametrize("rows", [2, *(pytest.param(r, marks=pytest.mark.slow) for r in (256, 512)), 8192])
 def test_ampere(schedule, rows, tmp_path):
     tile = choose_grouped_tile(rows, EXPERTS, 28672, K, *schedule, 80)
     check_loop(sass_of(schedule, tile, 80, tmp_path), ("IMMA",))

@@ -6,15 +6,15 @@ import pytest
 
 pytest.importorskip("triton")
 from tests.support import interpreter_works
-from tests.support.interpreter import assert_passed, results_of
+from tests.support.interpreter import EXTENTS, assert_passed, results_of
 
 pytestmark = interpreter_works
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, str | None]:
+@pytest.fixture(scope="module", params=EXTENTS)
+def results(request) -> dict[str, str | None]:
     """Error of every case, or None, by name."""
-    return results_of("_interpreter_main")
+    return results_of("_interpreter_main", extent=request.param)
 
 
 GROUPS = ["g32-", "g64-", "g128-", "g256-", "g-1-"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import inspect
 import math
 import os
@@ -39,10 +40,16 @@ def load(folder: Path, layers: int | None = None, **options):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more, **options).eval()
 
 
-def quantized(folder: Path, layers: int | None = None, group_size: int = 64):
+@functools.cache
+def _quantized(folder: Path, layers: int | None, group_size: int, search: str):
     model = load(folder, layers).requires_grad_(False)
-    quantize_(model, IntScaleConfig(group_size), filter_fn=intscale_compile.linears_and_experts)
+    quantize_(model, IntScaleConfig(group_size, scale_search=search), filter_fn=intscale_compile.linears_and_experts)
     return model
+
+
+def quantized(folder: Path, layers: int | None = None, group_size: int = 64, search: str = "absmax"):
+    """A copy of a quantized model. Without a search of the scales, which takes longer and shows the same here."""
+    return copy.deepcopy(_quantized(folder, layers, group_size, search))
 
 
 def perplexity(model, ids: torch.Tensor) -> float:
@@ -164,7 +171,7 @@ def transformers_loading(llama: Path, folder: Path, ids: torch.Tensor, ranks: in
     intscale_compile.save_pretrained(divided, folder / "divided")
     dist.barrier()
     seen["saved again"] = [same_file(folder / name, folder / "group64") for name in ("again", "divided")]
-    flying = load(llama, 1, quantization_config=TorchAoConfig(IntScaleConfig(64)), **divide)
+    flying = load(llama, 1, quantization_config=TorchAoConfig(IntScaleConfig(64, scale_search="absmax")), **divide)
     whole = quantized(llama, 1)(ids).logits
     seen["on the fly"] = (relative(flying(ids).logits, whole), relative(expected, whole))
     seen["on the fly saved"] = error_of(lambda: flying.save_pretrained(folder / "flying", save_original_format=False))
@@ -197,7 +204,7 @@ def run(models: str, folder: str, sequences: str = "") -> dict:
     seen: dict = {}
     if sequences:
         with torch.no_grad():
-            low_bit_sums(tensor_parallel.parallelize(quantized(llama)), llama, int(sequences), seen)
+            low_bit_sums(tensor_parallel.parallelize(quantized(llama, search="mse")), llama, int(sequences), seen)
         return seen
     text = inspect.getsource(argparse)
     ids = torch.tensor(AutoTokenizer.from_pretrained(llama)(text).input_ids[: 2 * LENGTH]).view(2, LENGTH)

@@ -5,6 +5,7 @@ them.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -479,14 +480,17 @@ def damaged_pretrained(folder, change):
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_damaged_pretrained_says_what_is_wrong(name, change, message, tmp_path, caplog):
+def test_damaged_pretrained_says_what_is_wrong(name, change, message, tmp_path, caplog, monkeypatch):
     """transformers catches errors of single weights, logs them, and raises one RuntimeError that points to the log.
 
     So our type cannot arrive; our message does, with the weight's name beside it.
     """
     damaged_pretrained(tmp_path, change)
-    transformers.utils.logging.enable_propagation()
-    with caplog.at_level("WARNING"), pytest.raises(RuntimeError, match="issues during automatic conversion"):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with (
+        caplog.at_level("WARNING", "transformers"),
+        pytest.raises(RuntimeError, match="issues during automatic conversion"),
+    ):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "model.layers.0.mlp.up_proj.weight" in caplog.text
     assert re.search(message, caplog.text)

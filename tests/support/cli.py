@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,12 +18,29 @@ import torch
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Levels of loggers, variables, filters of warnings and progress bars as they were: the command line quietens libraries."""
+    from intscale_cli.output import NOISY
+
+    levels = {name: logging.getLogger(name).level for name in NOISY}
+    bars = "transformers" in sys.modules and sys.modules["transformers"].utils.logging.is_progress_bar_enabled()
+    try:
+        with mock.patch.dict(os.environ), warnings.catch_warnings():
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars:
+            sys.modules["transformers"].utils.logging.enable_progress_bar()
+
+
 def in_process(capsys, *arguments) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command that runs here."""
     from intscale_cli import main
 
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
+    with restored(), pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return stop.value.code or 0, out, err

@@ -1,17 +1,22 @@
 """Cases that run in Triton's interpreter: a process runs them and prints one line of JSON each, a test reads the lines.
 
 The process is its own because ``TRITON_INTERPRET`` is read when triton is imported; import this module there first.
+A fast run has one shape for each path through a kernel, those whose names match the script's ``QUICK``; the slow tests run all.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Optional
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,10 +26,15 @@ def interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def run_cases(cases: Iterable[tuple[str, Callable[[], None]]]) -> int:
-    """Run every case and print ``{"case": ..., "error": null | text}``; 1 if one failed."""
+def run_cases(cases: Iterable[tuple[str, Callable[[], None]]], quick: str = "") -> int:
+    """Run the cases and print ``{"case": ..., "error": null | text}`` for each; 1 if one failed.
+
+    Without ``--all`` on the command line only those whose names begin as the regular expression ``quick`` says.
+    """
     failures = 0
     for name, check in cases:
+        if "--all" not in sys.argv and not re.match(quick, name):
+            continue
         try:
             check()
             error = None
@@ -35,9 +45,12 @@ def run_cases(cases: Iterable[tuple[str, Callable[[], None]]]) -> int:
     return int(failures != 0)
 
 
-def results_of(module: str, package: str = "tests.kernels") -> dict[str, str | None]:
+EXTENTS = ["quick", pytest.param("all", marks=pytest.mark.slow)]  # of a fixture that calls ``results_of``
+
+
+def results_of(module: str, package: str = "tests.kernels", extent: str = "quick") -> dict[str, Optional[str]]:
     """Error of every case of ``<package>.<module>``, or None, by name."""
-    command = [sys.executable, "-m", f"{package}.{module}"]
+    command = [sys.executable, "-m", f"{package}.{module}", *(["--all"] if extent == "all" else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert lines and done.returncode in (0, 1), done.stderr

@@ -201,7 +201,7 @@ UPDATES = {
 
 
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("inference", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_updates_are_seen(update, inference, binds):
     model, graphs = Attention(), []
     run = rewritten(model, graphs)

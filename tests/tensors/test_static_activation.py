@@ -52,7 +52,8 @@ def test_rows_that_are_not_finite_stay_alone(bad, rotation, static):
     x[1, 7], x[4, 0] = bad, bad
     x[4, 95] = 1e38
     with torch.no_grad():
-        found = [F.linear(x, weight), compiled(F.linear)(x, weight)] if bad != bad else [F.linear(x, weight)]
+        compiles = bad != bad and rotation and static
+        found = [F.linear(x, weight), compiled(F.linear)(x, weight)] if compiles else [F.linear(x, weight)]
     for y in found:
         assert y[[1, 4]].isnan().all() and torch.equal(y[[0, 2, 3, 5]], clean[[0, 2, 3, 5]])
 
@@ -114,8 +115,14 @@ def test_eager_is_the_definition(name, rotation, static):
             assert torch.equal(F.linear(x, weight.to_packing("tiled"), b), by_definition(x, weight, b))
 
 
-@pytest.mark.parametrize("backend", ["intscale", "inductor"])
-@pytest.mark.parametrize("rotation, static", CASES)
+@pytest.mark.parametrize(
+    "rotation, static, backend",
+    [
+        *((*case, "intscale") for case in CASES),
+        *(pytest.param(*case, "inductor", marks=pytest.mark.slow) for case in CASES[:-1]),
+        (*CASES[-1], "inductor"),
+    ],
+)
 def test_compiled_with_a_producer_is_near_eager(rotation, static, backend):
     """silu differs in the last bit, and codes then by one; also the backend that knows nothing of our passes."""
     torch._dynamo.reset()
@@ -130,7 +137,7 @@ def test_compiled_with_a_producer_is_near_eager(rotation, static, backend):
 def test_compiled_is_eager_to_the_bit(rotation, static):
     """Where the activation itself has the same bits; any number of tokens in one graph."""
     model = Siblings(rotation, static, bias=True, config=FORMATS["w8a8"] if static and rotation else None)
-    for dtype in DTYPES[: 2 if rotation else 1]:
+    for dtype in DTYPES[: 2 if rotation and static else 1]:
         run = compiled(model, dynamic=True)
         for tokens in (1, 5, 17):
             x = outlying(tokens, 96, dtype=dtype)
@@ -264,7 +271,7 @@ def test_experts_have_scales_of_their_own(rotation, static, gather):
     assert not found[9].any()
 
 
-@pytest.mark.parametrize("rotation, static", [(32, False), (32, True)])
+@pytest.mark.parametrize("rotation, static", [pytest.param(32, False, marks=pytest.mark.slow), (32, True)])
 @pytest.mark.parametrize("form", ["gathered", "in order", "chosen"])
 def test_compiled_experts(form, rotation, static):
     weight = stack(rotation, static).transpose(-2, -1)
