@@ -38,6 +38,7 @@ import torch
 import transformers
 from outliers import inject_outliers
 from perplexity import MODULE_LIST, default_model, held_out_sequences
+from reporting import head, row
 from timing import environment
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -284,9 +285,7 @@ def main(argv: list[str] | None = None) -> None:
             inject_outliers(one, seed=seed)
         reference = Reference(one, held_out, args.jitter)
         print(f"\nCalibration text {seed}:" if args.seeds > 1 else "")
-        print(
-            "| preset | group scales | perplexity | KL | logits, dB | bits | seconds |\n|---|---|---|---|---|---|---|"
-        )
+        print(head(["preset", "group scales", "perplexity", "KL", "logits, dB", "bits", "seconds"]))
         for result in results(one, data, reference, args.presets, args.rows, _fields(args.set)):
             result.seed = seed
             kept.append(asdict(result))
@@ -298,8 +297,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _line(result: Result) -> str:
-    error = f"{result.kl:.4f} | {result.snr:.2f} | {result.bits:.2f}" if result.scales else " | | "
-    return f"| {result.preset} | {result.scales} | {result.perplexity:.3f} | {error} | {result.seconds:.0f} |"
+    error = (f"{result.kl:.4f}", f"{result.snr:.2f}", f"{result.bits:.2f}") if result.scales else ("", "", "")
+    return row([result.preset, result.scales, f"{result.perplexity:.3f}", *error, f"{result.seconds:.0f}"])
 
 
 if __name__ == "__main__":

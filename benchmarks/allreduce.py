@@ -23,10 +23,8 @@ import torch
 import torch.distributed as dist
 from allreduce_parts import compile_ahead, measure, peers, projection, report, stress
 from allreduce_parts.results import Results
-from ranks import LINKS, agreed, is_rank, join, launch, link_name
+from ranks import LINKS, agreed, check_ranks_and_wires, is_rank, join, launch, link_name
 from timing import environment, release
-
-from intscale_compile.communication.message import WireFormat
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 SIZES = tuple(1 << power for power in range(16, 29))
@@ -65,12 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--project", type=Path, metavar="JSON", help="project an earlier run and do not measure")
     parser.add_argument("--report", type=Path, metavar="JSON", help="print an earlier run and do not measure")
     args = parser.parse_args(argv)
-    try:
-        args.wires = [str(WireFormat.parse(wire)) for wire in args.wires]
-    except ValueError as error:
-        parser.error(str(error))
-    if args.ranks < 2:
-        parser.error("--ranks must be at least 2")
+    check_ranks_and_wires(parser, args)
     args.sizes = sorted(set(args.sizes))
     return args
 

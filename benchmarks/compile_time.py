@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e_parts.models import CONFIGS
+from reporting import table as markdown
 
 VARIABLE = "INTSCALE_COMPILE_AHEAD"
 VARIANTS = {"bf16": ("bf16", "1"), "ours": ("intscale", "1"), "ours, at first launch": ("intscale", "0")}
@@ -129,7 +130,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "ahead",
         "compiled at launch",
     ]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for point, variant in dict.fromkeys((r["point"], r["variant"]) for r in results):
         own = [r for r in results if (r["point"], r["variant"]) == (point, variant)]
         base = [r["seconds"] for r in results if (r["point"], r["variant"]) == (point, "bf16")]
@@ -145,7 +146,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 ", ".join(f"{own[0]['late'].count(n)} {n}" for n in dict.fromkeys(own[0]["late"])) or "-",
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(header, rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from reporting import head, row
 from torch import nn
 
 import intscale_compile  # noqa: F401  (fails early where it is not installed)
@@ -55,15 +56,16 @@ def compare(label: str, module: nn.Module, x: torch.Tensor, seconds: float) -> d
     reference, value = (y if isinstance(y, torch.Tensor) else y.logits for y in (fp32(x), w4a8(x)))
     sqnr = (10 * torch.log10(reference.square().mean() / (reference - value).square().mean())).item()
     median = alternate({"fp32": lambda: fp32(x), "w4a8": lambda: w4a8(x)}, seconds)
-    row = {
+    found = {
         "what": label,
         "fp32_ms": median["fp32"] * 1e3,
         "w4a8_ms": median["w4a8"] * 1e3,
         "speedup": median["fp32"] / median["w4a8"],
         "sqnr_db": sqnr,
     }
-    print("| {what} | {fp32_ms:.2f} | {w4a8_ms:.2f} | {speedup:.2f} | {sqnr_db:.1f} |".format(**row), flush=True)
-    return row
+    figures = [f"{found[name]:.2f}" for name in ("fp32_ms", "w4a8_ms", "speedup")]
+    print(row([label, *figures, f"{sqnr:.1f}"]), flush=True)
+    return found
 
 
 def main(argv=None) -> None:
@@ -80,7 +82,7 @@ def main(argv=None) -> None:
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )
-    print("| what | fp32 ms | W4A8 ms | speedup | SQNR dB |\n|---|---|---|---|---|")
+    print(head(["what", "fp32 ms", "W4A8 ms", "speedup", "SQNR dB"]))
     rows = []
     with torch.no_grad():
         linear = nn.Linear(FEATURES, FEATURES).requires_grad_(False)

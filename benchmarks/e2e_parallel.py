@@ -26,12 +26,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from e2e_parts.models import ATTENTION, CONFIGS, build
-from ranks import LINKS, agreed, is_rank, join, largest, launch, link_name
+from ranks import LINKS, agreed, check_ranks_and_wires, is_rank, join, largest, launch, link_name
+from reporting import table as markdown
 from timing import environment, release
 
 import intscale_compile
 from intscale_compile import tensor_parallel
-from intscale_compile.communication.message import WireFormat
 
 BF16, W4A8 = "bf16", "w4a8"
 WIRES = ("int8", "int6", "int4")
@@ -55,18 +55,14 @@ class Run:
     def table(self) -> str:
         """Markdown: a row for each prompt length."""
         peers = list(dict.fromkeys(p["peer"] for p in self.points))
-        rows = [
-            ["tokens of each prompt", *(peer.replace(W4A8, "W4A8", 1) for peer in peers)],
-            ["---"] * (len(peers) + 1),
-        ]
+        header, rows = ["tokens of each prompt", *(peer.replace(W4A8, "W4A8", 1) for peer in peers)], []
         for prompt in dict.fromkeys(p["prompt"] for p in self.points):
             rows.append([str(prompt), *(self._cell(prompt, peer) for peer in peers)])
         legend = (
             "Milliseconds to the first token (times W4A8 with bf16 collectives), norm of the difference of the logits to "
             "that model's, over their norm."
         )
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([self.title, "", *lines, "", legend, *(f"- {note}" for note in self.notes)])
+        return "\n".join([self.title, "", markdown(header, rows), "", legend, *(f"- {note}" for note in self.notes)])
 
     def _cell(self, prompt: int, peer: str) -> str:
         point, base = self.point(prompt, peer), self.point(prompt, W4A8)
@@ -96,12 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=540.0, help="after which the ranks are killed")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     args = parser.parse_args(argv)
-    try:
-        args.wires = [str(WireFormat.parse(wire)) for wire in args.wires]
-    except ValueError as error:
-        parser.error(str(error))
-    if args.ranks < 2:
-        parser.error("--ranks must be at least 2")
+    check_ranks_and_wires(parser, args)
     return args
 
 

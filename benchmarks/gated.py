@@ -11,14 +11,13 @@ turns. Figures of two machines do not compare.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
-from timing import alternate_ms, capture, copy_count, environment, l2_bytes, release
+from reporting import head, machine, row
+from timing import compiled_us, copy_count, environment, l2_bytes
 from torch import Tensor
 
-from intscale_compile.compile.inductor_settings import code_generation
 from intscale_compile.kernels.tile_timing import Problem, Shape
 from intscale_compile.kernels.triton_gated import gated_linear_cuda
 from intscale_compile.kernels.triton_gemm import linear_cuda
@@ -57,14 +56,7 @@ def measure(tokens: int, columns: int, hidden: int) -> dict[str, float]:
     """Median microseconds of each of :func:`calls`."""
     shape = Shape(2 * columns, hidden)
     p = Problem(shape, tokens, copies=copy_count(columns * hidden, l2_bytes()))
-    timed = calls(p, columns)
-    torch._dynamo.reset()
-    with code_generation():  # rows of 14336 in registers, as in a compiled model
-        graphs = {name: capture(each) for name, each in timed.items()}
-    times = alternate_ms(graphs)
-    del graphs
-    release()
-    return {name: statistics.median(ms) * 1e3 / len(p.weights) for name, ms in times.items()}
+    return compiled_us(calls(p, columns))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -77,14 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device")
     register_inductor()
-    facts = environment()
-    print(", ".join(f"{name} {facts[name]}" for name in ("device", "torch", "triton", "date")))
+    print(machine(environment(), "device", "torch", "triton", "date"))
     print("microseconds; whole: with SiLU * mul and the quantization of the next layer's input")
-    print(f"{'tokens':>7} {'linear':>9} {'gated':>9} {'whole linear':>13} {'whole gated':>12} {'saved':>7}")
+    print(head(["tokens", "linear", "gated", "whole linear", "whole gated", "saved"]))
     for tokens in args.tokens:
-        linear, gated, whole_linear, whole_gated = measure(tokens, args.features, args.hidden).values()
-        saved = 1 - whole_gated / whole_linear
-        print(f"{tokens:>7} {linear:>9.1f} {gated:>9.1f} {whole_linear:>13.1f} {whole_gated:>12.1f} {saved:>7.1%}")
+        times = list(measure(tokens, args.features, args.hidden).values())
+        print(row([tokens, *(f"{us:.1f}" for us in times), f"{1 - times[3] / times[2]:.1%}"]), flush=True)
 
 
 if __name__ == "__main__":

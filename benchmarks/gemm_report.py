@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from gemm_results import FOUR_BIT_PEERS, OURS, TARGETS, Results, Shape, judge
+from reporting import machine, number, ratio, table
 
 BANDWIDTH_TOKENS = 128  # above it the time is arithmetic
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits without an exponent; a dash for None."""
-    if value is None:
-        return "–"
-    return f"{value:.{max(0, digits - len(str(int(abs(value)))))}f}"
-
-
-def ratio(over: float | None, under: float | None) -> str:
-    """``over / under`` with two decimals."""
-    return "–" if over is None or under is None else f"{over / under:.2f}"
 
 
 def time_table(results: Results, shape: Shape) -> str:
@@ -110,8 +91,7 @@ def targets_table(results: Results) -> str:
 
 def heading(results: Results) -> str:
     """What was measured, where and how."""
-    known = {key: value for key, value in results.environment.items() if value is not None}
-    lines = [", ".join(f"{key} {value}" for key, value in known.items())]
+    lines = [machine(results.environment)]
     if results.bandwidth:
         lines.append(f"Copy bandwidth {results.bandwidth / 1e9:.0f} GB/s, bytes read and written.")
     lines += [f"- {name}: {title}" for name, title in results.titles.items()]

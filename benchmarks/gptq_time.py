@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from reporting import table
 from torch import Tensor
 
 from intscale_compile import CalibrationConfig
@@ -89,12 +90,11 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps({"device": device, "tokens": args.tokens, "seconds": found, "total": sum(total.values())}))
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.tokens} tokens, sweeps {args.sweeps}\n")
-    print("| | N x K | " + " | ".join(PARTS) + " | sum |")
-    print("|---" * (len(PARTS) + 3) + "|")
-    for name, row in (*found.items(), ("layer", total)):
+    rows = []
+    for name, parts in (*found.items(), ("layer", total)):
         shape = " x ".join(map(str, LAYERS.get(name, ())))
-        numbers = " | ".join(f"{row[part]:.3f}" for part in PARTS)
-        print(f"| {name} | {shape} | {numbers} | {sum(row.values()):.3f} |")
+        rows.append([name, shape, *(f"{parts[part]:.3f}" for part in PARTS), f"{sum(parts.values()):.3f}"])
+    print(table(["", "N x K", *PARTS, "sum"], rows))
 
 
 if __name__ == "__main__":

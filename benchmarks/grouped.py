@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
+from reporting import head, machine, number, ratio, row
 from timing import alternate_ms, capture, copy_bandwidth, copy_count, environment, l2_bytes, release
 
 ROWS = (2, 8, 32, 128, 4096)
@@ -117,11 +118,9 @@ def measure(args, n: int, k: int, rows: int, bandwidth: float) -> None:
     for tile in sorted((t for t in tiles if t in times), key=lambda t: times[t]):
         mark = " <- chosen" if tile == chosen and args.sweep else ""
         name = f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages} g{tile.group_n}{mark}"
-        against = f"{times['bf16']:.1f} | {times['bf16'] / times[tile]:.2f}" if bf16 else "- | -"
-        cells = (
-            f"{n}x{k} | {rows} | {busy} | {times[tile]:.1f} | {against} | {100 * floor / times[tile]:.0f} % | {name}"
-        )
-        print(f"| {cells} |", flush=True)
+        against = (number(times.get("bf16")), ratio(times.get("bf16"), times[tile]))
+        share = f"{100 * floor / times[tile]:.0f} %"
+        print(row([f"{n}x{k}", rows, busy, f"{times[tile]:.1f}", *against, share, name]), flush=True)
     del graphs, weights, bf16
     release()
 
@@ -141,12 +140,9 @@ def main(argv=None) -> None:
         raise SystemExit(2)
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
-    facts = environment()
-    print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}")
+    print(machine(environment(), "device", "torch", "triton", "commit"))
     print(f"{args.experts} experts, top {args.top_k}; copies run at {bandwidth / 1e12:.2f} TB/s\n")
-    print(
-        "| N x K | rows | experts | W4A8 us | bf16 us | times | of the floor | tile |\n|---|---|---|---|---|---|---|---|"
-    )
+    print(head(["N x K", "rows", "experts", "W4A8 us", "bf16 us", "times", "of the floor", "tile"]))
     for shape, rows in itertools.product(args.shapes, args.rows):
         n, k = (int(size) for size in shape.split("x"))
         measure(args, n, k, rows, bandwidth)

@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 import torch
+from reporting import table as markdown
 
 VARIANTS = ("bf16", "ours", "ours, guards on modules skipped")
 MEANS, STEPS = 30, 50
@@ -106,10 +107,8 @@ def synchronize(device: str) -> None:
 
 def table(figures: dict[str, list[float]], layers: list[int]) -> str:
     """Microseconds, a row for each variant."""
-    lines = [f"| us of the host | {' | '.join(f'{n} layers' for n in layers)} |", "|---" * (len(layers) + 1) + "|"]
-    return "\n".join(
-        [*lines, *(f"| {name} | {' | '.join(f'{t:.0f}' for t in row)} |" for name, row in figures.items())]
-    )
+    header = ["us of the host", *(f"{n} layers" for n in layers)]
+    return markdown(header, ([name, *(f"{t:.0f}" for t in us)] for name, us in figures.items()))
 
 
 def main(argv: list[str] | None = None) -> int:

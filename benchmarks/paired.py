@@ -24,9 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reporting import table as markdown
+
 FLOAT = "float group scales"
-HEADER = "| model | preset | group scales | samples x sequences | perplexity | difference | samples | sequences | one reading |\n"
-HEADER += "|---|---|---|---|---|---|---|---|---|"
+HEADER = ["model", "preset", "group scales", "samples x sequences", "perplexity", "difference"]
+HEADER += ["samples", "sequences", "one reading"]
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,13 @@ def _key(row: Mapping[str, Any], with_model: bool) -> tuple:
 
 def table(rows: Iterable[Mapping[str, Any]], base: Iterable[Mapping[str, Any]] | None = None) -> str:
     """A Markdown table of ``compared``."""
-    lines = [HEADER]
+    lines = []
     for row, samples, perplexity, noise, difference in compared(rows, base):
         count = f"{samples} x {len(row['losses'])}"
         parts = (difference.over_samples, difference.over_sequences, noise)
-        errors = " | ".join("" if math.isnan(part) else f"± {part:.3f} %" for part in parts)
-        cells = f"{row['model']} | {row['preset']} | {row['scales']} | {count} | {perplexity:.3f} | {difference}"
-        lines.append(f"| {cells} | {errors} |")
-    return "\n".join(lines)
+        errors = ("" if math.isnan(part) else f"± {part:.3f} %" for part in parts)
+        lines.append([row["model"], row["preset"], row["scales"], count, f"{perplexity:.3f}", difference, *errors])
+    return markdown(HEADER, lines)
 
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:

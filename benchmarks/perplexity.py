@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from reporting import head, row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -127,7 +128,7 @@ def main(argv=None) -> None:
     sequences = held_out_sequences(tokenizer, module_list, args.sequences, args.tokens)
 
     print(f"{args.model.name}: {args.sequences} x {args.tokens} held-out tokens, group size {GROUP_SIZE}\n")
-    print("| weights, activations | perplexity | seconds |\n|---|---|---|")
+    print(head(["weights, activations", "perplexity", "seconds"]))
     with torch.no_grad():
         for name in [list(FORMS)[number - 1] for number in args.forms]:
             torch.compiler.reset()
@@ -135,7 +136,7 @@ def main(argv=None) -> None:
             start = time.perf_counter()
             value = perplexity(form, sequences)
             label = name if name == "fp32" else f"int4 {name}; int8 per token"
-            print(f"| {label} | {value:.3f} | {time.perf_counter() - start:.1f} |", flush=True)
+            print(row([label, f"{value:.3f}", f"{time.perf_counter() - start:.1f}"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from perplexity import MODULE_LIST, default_model, held_out_sequences, perplexity
 from ranks import agreed, is_rank, join, launch
+from reporting import head, row
 from timing import environment
 from torchao.quantization import quantize_
 
@@ -67,8 +68,8 @@ def rank_main(args: argparse.Namespace) -> int:
         )
         if first:
             if wire is None:
-                print("| messages | perplexity | change |\n| --- | --- | --- |")
-            print(f"| {wire or 'plain'} | {value:.4f} | {rows[-1]['change']:+.3%} |", flush=True)
+                print(head(["messages", "perplexity", "change"]))
+            print(row([wire or "plain", f"{value:.4f}", f"{rows[-1]['change']:+.3%}"]), flush=True)
     if first and args.json:
         args.json.write_text(json.dumps({"model": args.model.name, **environment(), "rows": rows}, indent=1))
     dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import socket
@@ -28,6 +29,18 @@ TIMEOUT = datetime.timedelta(seconds=120)  # of a collective
 def is_rank() -> bool:
     """Whether this process is one of the ranks."""
     return "RANK" in os.environ
+
+
+def check_ranks_and_wires(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program unless there are at least two ranks and ``--wires`` names wire formats; those by their own names."""
+    from intscale_compile.communication.message import WireFormat
+
+    try:
+        args.wires = [str(WireFormat.parse(wire)) for wire in args.wires]
+    except ValueError as error:
+        parser.error(str(error))
+    if args.ranks < 2:
+        parser.error("--ranks must be at least 2")
 
 
 def launch(ranks: int, seconds: float) -> int:

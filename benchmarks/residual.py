@@ -10,14 +10,13 @@ into a CUDA graph once for each copy of the weight and the residual; replays tak
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
-from timing import alternate_ms, capture, copy_count, environment, l2_bytes, release
+from reporting import head, machine, row
+from timing import compiled_us, copy_count, environment, l2_bytes
 from torch import Tensor
 
-from intscale_compile.compile.inductor_settings import code_generation
 from intscale_compile.kernels.tile_timing import Problem, Shape
 from intscale_compile.kernels.triton_gemm import linear_cuda
 from intscale_compile.ops import quantize_per_token, register_inductor
@@ -73,14 +72,7 @@ def measure(tokens: int, n: int, k: int) -> dict[str, float]:
     p = Problem(Shape(n, k), tokens, copies=copy_count(n * k // 2, l2_bytes()))
     residuals = [torch.randn(tokens, n, device="cuda", dtype=torch.bfloat16) for _ in p.weights]
     check(p, residuals[0])
-    timed = calls(p, residuals)
-    torch._dynamo.reset()
-    with code_generation():
-        graphs = {name: capture(each) for name, each in timed.items()}
-    times = alternate_ms(graphs)
-    del graphs
-    release()
-    return {name: statistics.median(ms) * 1e3 / len(p.weights) for name, ms in times.items()}
+    return compiled_us(calls(p, residuals))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,16 +84,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("residual: no CUDA device")
     register_inductor()
-    facts = environment()
-    print(", ".join(f"{name} {facts[name]}" for name in ("device", "torch", "triton", "date")))
+    print(machine(environment(), "device", "torch", "triton", "date"))
     print("microseconds; whole: with the residual, the norm and the quantization of the next layer's input\n")
-    print("| shape | tokens | linear | linear + residual | whole, added by the norm | by the GEMM | saved |")
-    print("|---|---|---|---|---|---|---|")
+    print(head(["shape", "tokens", "linear", "linear + residual", "whole, added by the norm", "by the GEMM", "saved"]))
     for shape in args.shapes:
         for tokens in args.tokens:
             times = list(measure(tokens, *map(int, shape.split("x"))).values())
-            cells = " | ".join(f"{us:.1f}" for us in times)
-            print(f"| {shape} | {tokens} | {cells} | {1 - times[3] / times[2]:.1%} |", flush=True)
+            saved = f"{1 - times[3] / times[2]:.1%}"
+            print(row([shape, tokens, *(f"{us:.1f}" for us in times), saved]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""A small SVG writer: time against M on two logarithmic axes, one panel for each shape, with the two floors."""
+"""A picture: time against M on two logarithmic axes, one panel for each shape, with the two floors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from gemm_results import OURS, Results, Shape
+from reporting import along, line, path, picture, text
 
 PEERS = {OURS: "#0072b2", "float_scale": "#56b4e9", "fp8": "#d55e00", "bf16": "#444444", "humming_iws": "#009e73"}
 FLOORS = {"memory floor": "#999999", "int8 floor": "#cc79a7"}
@@ -36,14 +35,9 @@ def times(results: Results, shape: Shape) -> Series:
     }
 
 
-def text(x: float, y: float, words: str, anchor: str = "middle", extra: str = "") -> str:
-    """One line of text."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {extra}>{escape(words)}</text>'
-
-
 def panel(title: str, lines: Series, bounds: Series, x0: float, y0: float) -> list[str]:
     """One pair of axes; ``lines`` have marks and set the scale, ``bounds`` are dashed and may leave it."""
-    points = [point for line in lines.values() for point in line]
+    points = [point for series in lines.values() for point in series]
     if not points:
         return []
     values = [us for _, us in [*points, *bounds.get("memory floor", ())]]
@@ -52,26 +46,23 @@ def panel(title: str, lines: Series, bounds: Series, x0: float, y0: float) -> li
     width, height = WIDTH - LEFT - 16, HEIGHT - TOP - 40
 
     def at(m: float, us: float) -> tuple[float, float]:
-        across = math.log(m / m_low) / math.log(m_high / m_low)
-        up = math.log(us / low) / math.log(high / low)
-        return x0 + LEFT + width * across, y0 + TOP + height * (1 - up)
+        return x0 + LEFT + width * along(m, m_low, m_high), y0 + TOP + height * (1 - along(us, low, high))
 
     out = [text(x0 + LEFT + width / 2, y0 + 22, title, extra='font-weight="bold"')]
     for us in (digit * 10**power for power in range(-1, 6) for digit in (1, 2, 5)):
         if low <= us <= high:
             left, y = at(m_low, us)
-            out.append(f'<line x1="{left:.1f}" y1="{y:.1f}" x2="{left + width:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+            out.append(line(left, y, left + width, y))
             out.append(text(left - 6, y + 4, f"{us:g} µs", "end"))
     for m in sorted({m for m, _ in points})[::2]:
         x, bottom = at(m, low)
         out.append(text(x, bottom + 16, f"{m:g}"))
     out.append(text(x0 + LEFT + width / 2, y0 + HEIGHT - 6, "tokens M"))
     for series, style in ((bounds, 'stroke-dasharray="5 4"'), (lines, 'stroke-width="2"')):
-        for name, line in series.items():
+        for name, measured in series.items():
             color = (PEERS | FLOORS)[name]
-            places = [at(m, us) for m, us in line if m_low <= m <= m_high and low <= us <= high]
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            out.append(f'<polyline points="{path}" fill="none" stroke="{color}" {style}/>')
+            places = [at(m, us) for m, us in measured if m_low <= m <= m_high and low <= us <= high]
+            out.append(path(places, color, style))
             if series is lines:
                 out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"/>' for x, y in places]
     return out
@@ -84,14 +75,11 @@ def draw(results: Results) -> str:
     names = [*(peer for peer in PEERS if peer in results.peers), *FLOORS]
     for place, name in enumerate(names):
         x = 16 + place * 128
-        body.append(
-            f'<line x1="{x}" y1="16" x2="{x + 20}" y2="16" stroke="{(PEERS | FLOORS)[name]}" stroke-width="3"/>'
-        )
+        body.append(line(x, 16, x + 20, 16, (PEERS | FLOORS)[name], 'stroke-width="3"'))
         body.append(text(x + 25, 20, name, "start"))
     for place, shape in enumerate(shapes):
         row, column = divmod(place, COLUMNS)
         title = f"{shape[0]} x {shape[1]}"
         body += panel(title, times(results, shape), floors(results, shape), column * WIDTH, LEGEND + row * HEIGHT)
-    size = (max(COLUMNS * WIDTH, 16 + len(names) * 128), LEGEND + -(-len(shapes) // COLUMNS) * HEIGHT)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" font-family="sans-serif" font-size="11">'
-    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *body, "</svg>"]) + "\n"
+    width = max(COLUMNS * WIDTH, 16 + len(names) * 128)
+    return picture(width, LEGEND + -(-len(shapes) // COLUMNS) * HEIGHT, body)

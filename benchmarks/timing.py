@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from intscale_compile.compile.inductor_settings import code_generation
 from intscale_compile.kernels.tile_timing import replay_ms
 
 COPY_SET_BYTES = 3e9  # of all copies of one weight
@@ -88,6 +89,20 @@ def median_us(calls: Sequence[Callable[[], object]]) -> float:
     """Median microseconds of one call, of one thing on its own; ``calls`` use different buffers."""
     times = alternate_ms({"": capture(calls)})[""]
     return statistics.median(times) * 1e3 / len(calls)
+
+
+def compiled_us(calls: Mapping[str, Sequence[Callable[[], object]]]) -> dict[str, float]:
+    """Median microseconds of one call of each thing, in turn; code is generated as in a compiled model.
+
+    ``calls`` has a call for each copy of the weight.
+    """
+    torch._dynamo.reset()
+    with code_generation():  # rows of 14336 in registers
+        graphs = {name: capture(each) for name, each in calls.items()}
+    times = alternate_ms(graphs)
+    del graphs
+    release()
+    return {name: statistics.median(ms) * 1e3 / len(calls[name]) for name, ms in times.items()}
 
 
 def copy_bandwidth(nbytes: int = 2 << 30) -> float:

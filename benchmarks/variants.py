@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 from gemm_peers.base import WrongResult, ends
+from reporting import machine
+from reporting import table as markdown
 from timing import alternate_ms, capture, copy_count, environment, l2_bytes, release, replay_ms
 from torch import Tensor
 
@@ -195,16 +197,16 @@ def table(rows: list[Row], kind: str) -> str:
     us = {(row.kind, row.form, row.tokens): row.us for row in rows}
     own = list(dict.fromkeys(row.form for row in rows if row.kind == kind))
     base = next(form for form in own if form in (SYMMETRIC, PER_TOKEN, f"{SYMMETRIC}, {PER_TOKEN}"))
-    lines = [f"| {kind} | " + " | ".join(f"{m} tokens" for m in tokens) + " |", "|---" * (len(tokens) + 1) + "|"]
+    lines = []
     for form in own:
-        cells = []
+        cells = [form]
         for m in tokens:
             time_us = us[kind, form, m]
             ratios = [] if kind == "quantization" else [us["product", BF16, m] / time_us]
             ratios += [us[kind, base, m] / time_us]
             cells.append(f"{time_us:.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})")
-        lines.append(f"| {form} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown([kind, *(f"{m} tokens" for m in tokens)], lines)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -232,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     register_inductor()
     torch.manual_seed(0)
     facts, rows = environment(), []
-    print(", ".join(f"{name} {facts[name]}" for name in ("device", "torch", "triton", "date")))
+    print(machine(facts, "device", "torch", "triton", "date"))
     print("microseconds (times as fast as the bf16 product, as the first form without bf16)")
     with torch.no_grad():
         for shape in args.shapes:

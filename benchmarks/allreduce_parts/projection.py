@@ -17,13 +17,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from reporting import size_name
+from reporting import table as markdown
+
 from intscale_compile.communication import link_cost
 from intscale_compile.communication.link_cost import CostModel
 from intscale_compile.communication.link_table import PLAIN as TABLE_PLAIN
 from intscale_compile.communication.link_table import Key, Times
 
 from .peers import FUSED, PLAIN, TWO_SHOT
-from .report import heading, size_name
+from .report import heading
 from .results import Results
 
 RANKS = (2, 4, 8)
@@ -83,9 +86,7 @@ def table(results: Results) -> str:
         return f"{heading(results)}: nothing to project: the plain all-reduce and ours are needed, at several sizes"
     times = times_of(results, fused is not None)
     wires = [key.wire for key in times if key.wire != TABLE_PLAIN]
-    rows = [["link", "ranks", "bytes, bf16", "plain us", *wires]]
-    rows.append(["---"] * len(rows[0]))
-    rows += _rows(model, results.link, None, wires)
+    rows = _rows(model, results.link, None, wires)
     if group is not None and results.backend == "nccl":  # the kernels of a GPU
         for name, bandwidth in PCIE.items():
             rows += _rows(group, name, bandwidth, wires)
@@ -95,9 +96,9 @@ def table(results: Results) -> str:
         for name, m in (("one kernel", fused), ("process group", group))
         if m is not None
     ]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    gains = markdown(["link", "ranks", "bytes, bf16", "plain us", *wires], rows)
     title = f"**Projection, not a measurement**, from: {heading(results)}"
-    return "\n".join([title, "", *parts, "", *lines])
+    return "\n".join([title, "", *parts, "", gains])
 
 
 def _rate(us_per_byte: float) -> str:

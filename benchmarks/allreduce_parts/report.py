@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from html import escape
+from reporting import along, line, path, picture, size_name, text
+from reporting import table as markdown
 
 from .peers import FUSED, PLAIN
 from .results import Results
@@ -11,14 +11,6 @@ from .results import Results
 TITLES = {PLAIN: "plain", "two_shot": "two-shot, symmetric memory"}
 COLOURS = {"two_shot": "#444444", "int8": "#0072b2", "int6": "#009e73", "int5": "#e69f00", "int4": "#d55e00"}
 OTHER = "#cc79a7"
-
-
-def size_name(nbytes: int) -> str:
-    """Such as ``64 KB`` or ``32 MB``."""
-    for unit, name in ((1 << 30, "GB"), (1 << 20, "MB"), (1 << 10, "KB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:g} {name}"
-    return f"{nbytes} B"
 
 
 def cell(results: Results, nbytes: int, peer: str) -> str:
@@ -43,19 +35,15 @@ def heading(results: Results) -> str:
 
 def table(results: Results) -> str:
     """Markdown: a row for each size, a column for each peer."""
-    rows = [["bytes, bf16", *(TITLES.get(peer, peer) for peer in results.peers)]]
-    rows.append(["---"] * len(rows[0]))
-    rows += [[size_name(n), *(cell(results, n, peer) for peer in results.peers)] for n in results.sizes]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    header = ["bytes, bf16", *(TITLES.get(peer, peer) for peer in results.peers)]
+    rows = [[size_name(n), *(cell(results, n, peer) for peer in results.peers)] for n in results.sizes]
     legend = (
         "Microseconds (times the plain all-reduce), relative error against the fp64 sum. Bits identical on all ranks "
         + ("everywhere." if not results.faults else "except where said.")
     )
-    return "\n".join([heading(results), "", *lines, "", legend, *(f"- {note}" for note in results.notes)])
-
-
-def _text(x: float, y: float, words: str, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+    return "\n".join(
+        [heading(results), "", markdown(header, rows), "", legend, *(f"- {note}" for note in results.notes)]
+    )
 
 
 def svg(results: Results) -> str:
@@ -66,36 +54,26 @@ def svg(results: Results) -> str:
         for peer in results.peers
         if peer != PLAIN
     }
-    ratios = [ratio for line in lines.values() for _, ratio in line] + [1.0]
+    ratios = [ratio for measured in lines.values() for _, ratio in measured] + [1.0]
     low, high = min(ratios) / 1.15, max(ratios) * 1.15
     first, last = min(results.sizes, default=1), max(results.sizes, default=2)
 
     def at(nbytes: float, ratio: float) -> tuple[float, float]:
-        across = math.log(nbytes / first) / math.log(last / first) if last > first else 0.5
-        return left + width * across, top + height * (1 - math.log(ratio / low) / math.log(high / low))
+        return left + width * along(nbytes, first, last), top + height * (1 - along(ratio, low, high))
 
-    body = [_text(left + width / 2, 20, heading(results))]
+    body = [text(left + width / 2, 20, heading(results))]
     for ratio in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7):
         if low <= ratio <= high:
             y = at(first, ratio)[1]
-            stroke = 'stroke="#000"' if ratio == 1 else 'stroke="#ddd"'
-            body += [f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" {stroke}/>']
-            body += [_text(left - 6, y + 4, f"{ratio:g}x", "end")]
-    body += [
-        _text(at(n, low)[0], top + height + 18, size_name(n)) for n in results.sizes[:: 1 + len(results.sizes) // 9]
-    ]
-    for place, (peer, line) in enumerate(lines.items()):
+            body.append(line(left, y, left + width, y, "#000" if ratio == 1 else "#ddd"))
+            body.append(text(left - 6, y + 4, f"{ratio:g}x", "end"))
+    shown = results.sizes[:: 1 + len(results.sizes) // 9]
+    body += [text(at(n, low)[0], top + height + 18, size_name(n)) for n in shown]
+    for place, (peer, measured) in enumerate(lines.items()):
         colour = COLOURS.get(peer.removesuffix(FUSED), OTHER)
         dashes = "" if peer.endswith(FUSED) or peer == "two_shot" else 'stroke-dasharray="5 4"'
-        path = " ".join("{:.1f},{:.1f}".format(*at(n, ratio)) for n, ratio in line)
-        body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" {dashes}/>')
+        body.append(path([at(n, ratio) for n, ratio in measured], colour, f'stroke-width="2" {dashes}'))
         x, y = left + place % 3 * 205, top + height + 42 + place // 3 * 18
-        body.append(
-            f'<line x1="{x}" x2="{x + 20}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="3" {dashes}/>'
-        )
-        body.append(_text(x + 26, y, TITLES.get(peer, peer), "start"))
-    total = top + height + 56 + 18 * (max(0, len(lines) - 1) // 3)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 24} {total}" font-family="sans-serif" '
-        'font-size="11"><rect width="100%" height="100%" fill="white"/>\n' + "\n".join(body) + "\n</svg>\n"
-    )
+        body.append(line(x, y - 4, x + 20, y - 4, colour, f'stroke-width="3" {dashes}'))
+        body.append(text(x + 26, y, TITLES.get(peer, peer), "start"))
+    return picture(left + width + 24, top + height + 56 + 18 * (max(0, len(lines) - 1) // 3), body)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from html import escape
 from typing import Any
+
+from reporting import COLOURS, line, picture, rectangle, text
+from reporting import table as markdown
 
 from .measure import PeerResult, Point
 from .peers import PEERS
@@ -32,7 +34,7 @@ def table(results: dict[str, PeerResult], points: list[Point]) -> str:
     """Markdown: one row a peer; speeds with their ratio to bf16, then memory and times of preparation."""
     first = points[0].name
     header = ["", *(p.name for p in points), "weights GB", "peak GB", "quantize s", f"compile s ({first})"]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for name, result in results.items():
         peak = max(result.peak_bytes.values(), default=0)
         rows.append(
@@ -45,7 +47,7 @@ def table(results: dict[str, PeerResult], points: list[Point]) -> str:
                 f"{result.compile_s.get(first, float('nan')):.1f}",
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(header, rows)
 
 
 def traces(results: dict[str, PeerResult], points: list[Point], most: int = 10) -> str:
@@ -71,38 +73,28 @@ def as_json(results: dict[str, PeerResult], points: list[Point], environment: di
 
 def svg(results: dict[str, PeerResult], points: list[Point], title: str) -> str:
     """Bars of speed over bf16, one group a point."""
-    colours = ("#8d99ae", "#b56576", "#e09f3e", "#6d597a", "#3a7ca5", "#2a9d8f", "#81b29a", "#577590")
     names = [n for n in results if any(ratio(results, n, p) for p in points)]
     bar, gap, height, left, top = 14, 26, 220, 46, 44
     group = bar * len(names) + gap
     highest = max([1.0, *(r for n in names for p in points if (r := ratio(results, n, p)))]) * 1.08
     width = left + group * len(points) + 10
     total = height + top + 40 + 18 * ((len(names) + 1) // 2)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{total}" font-family="sans-serif" '
-        f'font-size="11"><rect width="100%" height="100%" fill="white"/><text x="{left}" y="20" font-size="13">'
-        f"{escape(title)}</text>"
-    ]
-    tick = 0.5
-    while tick < highest:
-        y = top + height - tick / highest * height
-        parts.append(f'<line x1="{left}" x2="{width - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}x</text>')
-        tick += 0.5
+    parts = [text(left, 20, title, "start", 'font-size="13"')]
+    for half in range(1, int(2 * highest) + 1):
+        y = top + height - half / 2 / highest * height
+        parts += [line(left, y, width - 10, y), text(left - 6, y + 4, f"{half / 2:g}x", "end")]
     for i, point in enumerate(points):
         x = left + i * group + gap / 2
         for j, name in enumerate(names):
             value = ratio(results, name, point)
             if value:
-                tall = value / highest * height
+                tall, note = value / highest * height, f"{PEERS[name].title}: {value:.2f}"
                 parts.append(
-                    f'<rect x="{x + j * bar:.1f}" y="{top + height - tall:.1f}" width="{bar - 2}" height="{tall:.1f}" '
-                    f'fill="{colours[j % len(colours)]}"><title>{escape(PEERS[name].title)}: {value:.2f}</title></rect>'
+                    rectangle(x + j * bar, top + height - tall, bar - 2, tall, COLOURS[j % len(COLOURS)], note)
                 )
-        centre = x + bar * len(names) / 2
-        parts.append(f'<text x="{centre:.1f}" y="{top + height + 16}" text-anchor="middle">{point.name}</text>')
+        parts.append(text(x + bar * len(names) / 2, top + height + 16, point.name))
     for j, name in enumerate(names):
         x, y = left + (j % 2) * 330, top + height + 40 + 18 * (j // 2)
-        parts.append(f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{colours[j % len(colours)]}"/>')
-        parts.append(f'<text x="{x + 16}" y="{y}">{escape(PEERS[name].title)}</text>')
-    return "\n".join([*parts, "</svg>"])
+        parts.append(rectangle(x, y - 9, 10, 10, COLOURS[j % len(COLOURS)]))
+        parts.append(text(x + 16, y, PEERS[name].title, "start"))
+    return picture(width, total, parts)
