@@ -7,8 +7,10 @@ import torch
 from torchao.quantization import quantize_
 
 import intscale_compile
-from benchmarks.perplexity import held_out_sequences, perplexity
 from intscale_compile import IntScaleConfig
+from tests.support.benchmarks import load
+
+bench = load(("perplexity",)).perplexity
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,7 +30,7 @@ def tiny_llama(models_dir):
 def sequences(models_dir):
     """A third of the text of benchmarks/perplexity.py, which repeats the figures of the README."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(models_dir / "tiny-llama")
-    return held_out_sequences(tokenizer, models_dir / "heldout_stdlib_modules.txt", 24, 512)[::3]
+    return bench.held_out_sequences(tokenizer, models_dir / "heldout_stdlib_modules.txt", 24, 512)[::3]
 
 
 def test_every_linear_of_tiny_llama_is_matched_and_merged(tiny_llama, sequences):
@@ -52,11 +54,14 @@ def test_doors_agree_to_the_bit_and_perplexity_is_kept(tiny_llama, sequences):
     plain_door = torch.compile(tiny_llama, backend="intscale", fullgraph=True)
     tensor_door = torch.compile(quantized, backend="intscale", fullgraph=True)
     assert torch.equal(plain_door(sequences[:1]).logits, tensor_door(sequences[:1]).logits)
-    before, value = perplexity(tiny_llama, sequences), perplexity(tensor_door, sequences)
+    before, value = (
+        bench.perplexity(tiny_llama, sequences),
+        bench.perplexity(tensor_door, sequences),
+    )
     print(f"tiny-llama perplexity: fp32 {before:.3f}, integer scale {value:.3f}")
     assert before < value < 1.085 * before
-    eager = perplexity(quantized, sequences[:4])
-    assert eager == pytest.approx(perplexity(tensor_door, sequences[:4]), rel=0.005)
+    eager = bench.perplexity(quantized, sequences[:4])
+    assert eager == pytest.approx(bench.perplexity(tensor_door, sequences[:4]), rel=0.005)
 
 
 def test_tiny_mixtral_with_every_expert(models_dir, sequences):
@@ -76,12 +81,15 @@ def test_tiny_mixtral_with_every_expert(models_dir, sequences):
     plain_door = torch.compile(model, backend="intscale", fullgraph=True)
     tensor_door = torch.compile(quantized, backend="intscale", fullgraph=True)
     assert torch.equal(plain_door(sequences[:1]).logits, tensor_door(sequences[:1]).logits)
-    before, value = perplexity(model, sequences), perplexity(tensor_door, sequences)
+    before, value = (
+        bench.perplexity(model, sequences),
+        bench.perplexity(tensor_door, sequences),
+    )
     print(f"tiny-mixtral perplexity: fp32 {before:.3f}, integer scale {value:.3f}")
     assert before < value < 1.032 * before
     quantized.set_experts_implementation("intscale")
-    eager = perplexity(quantized, sequences[:2])
-    assert eager == pytest.approx(perplexity(tensor_door, sequences[:2]), rel=0.005)
+    eager = bench.perplexity(quantized, sequences[:2])
+    assert eager == pytest.approx(bench.perplexity(tensor_door, sequences[:2]), rel=0.005)
 
 
 def test_gpt2_convolutions_by_both_doors():

@@ -140,7 +140,10 @@ def test_moving_between_devices_repacks():
 
 def test_tiny_llama_perplexity_on_the_gpu(models_dir):
     transformers = pytest.importorskip("transformers")
-    from benchmarks.perplexity import held_out_sequences, perplexity
+    from tests.support.benchmarks import load
+
+    bench = load(("perplexity",)).perplexity
+    held_out_sequences, perplexity = bench.held_out_sequences, bench.perplexity
 
     folder = models_dir / "tiny-llama"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()

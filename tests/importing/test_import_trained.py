@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 
-from benchmarks.perplexity import held_out_sequences
 from intscale_compile import from_quantized, save_compressed_tensors
 from tests.importing.test_import_models import written
+from tests.support.benchmarks import load
 from tests.support.quantized_checkpoints import snr_db, with_float_scales
+
+bench = load(("perplexity",)).perplexity
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,7 +30,7 @@ def tiny_llama(models_dir):
 @pytest.fixture(scope="module")
 def sequences(models_dir):
     tokenizer = transformers.AutoTokenizer.from_pretrained(models_dir / "tiny-llama")
-    return held_out_sequences(tokenizer, models_dir / "heldout_stdlib_modules.txt", 3, 512)
+    return bench.held_out_sequences(tokenizer, models_dir / "heldout_stdlib_modules.txt", 3, 512)
 
 
 @pytest.fixture(scope="module")

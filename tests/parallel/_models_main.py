@@ -23,12 +23,14 @@ from torchao.quantization import quantize_  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig  # noqa: E402
 
 import intscale_compile  # noqa: E402
-from benchmarks.perplexity import MODULE_LIST, held_out_sequences  # noqa: E402
 from intscale_compile import IntScaleConfig, IntScaleTensor, tensor_parallel  # noqa: E402
 from intscale_compile.communication import all_reduce  # noqa: E402
 from intscale_compile.errors import IntScaleError  # noqa: E402
 from intscale_compile.parallel.sharding import shard  # noqa: E402
+from tests.support.benchmarks import load  # noqa: E402
 from tests.support.ranks import main  # noqa: E402
+
+bench = load(("perplexity",)).perplexity
 
 LENGTH = 128
 
@@ -127,7 +129,9 @@ def our_function(llama: Path, ids: torch.Tensor, ranks: int, seen: dict) -> None
 
 def low_bit_sums(model, llama: Path, sequences: int, seen: dict) -> None:
     """Perplexity on held-out text with quantized collectives over that with plain ones, less 1."""
-    tokens = held_out_sequences(AutoTokenizer.from_pretrained(llama), llama.parent / MODULE_LIST, sequences, 512)
+    tokens = bench.held_out_sequences(
+        AutoTokenizer.from_pretrained(llama), llama.parent / bench.MODULE_LIST, sequences, 512
+    )
     parts = tokens.split(4)
     plain = math.fsum(math.log(perplexity(model, ids)) for ids in parts)
     for wire in ("int8", "int6"):
