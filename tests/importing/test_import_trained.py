@@ -42,7 +42,10 @@ def perplexity(logits: torch.Tensor, sequences: torch.Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), sequences[:, 1:].flatten()).exp())
 
 
-@pytest.mark.parametrize("case", ["gptq", "awq asymmetric", "compressed-tensors", "compressed-tensors per channel"])
+SLOW = pytest.param("compressed-tensors per channel", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", ["gptq", "awq asymmetric", "compressed-tensors", SLOW])
 def test_logits_and_perplexity(case, tiny_llama, sequences, reference, tmp_path):
     checkpoint = written(case, tiny_llama, tmp_path)
     model, report = from_quantized(tmp_path)

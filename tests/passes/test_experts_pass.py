@@ -19,6 +19,8 @@ from tests.support.moe import experts_module, routing, sqnr
 pytest.importorskip("transformers")
 QUICK = IntScaleConfig(scale_search="absmax")
 COMPILED = ("grouped_mm", "batched_mm")
+ONE_OF_THEM = ["grouped_mm", pytest.param("batched_mm", marks=pytest.mark.slow)]  # the passes make one op of both
+OTHER_DTYPES = (("grouped_mm", torch.bfloat16), ("batched_mm", torch.float32), ("intscale", torch.bfloat16))
 
 
 def rewritten(model, *inputs, **options):
@@ -135,7 +137,7 @@ def test_selected_experts_in_both_operands(ids):
         assert sqnr(module(x, chosen), run(rewrite)[0]) > 12
 
 
-@pytest.mark.parametrize("implementation", COMPILED)
+@pytest.mark.parametrize("implementation", ONE_OF_THEM)
 def test_dynamic_tokens_on_one_graph(implementation):
     module = quantized(experts_module("mixtral", implementation))
     torch._dynamo.reset()
@@ -145,8 +147,13 @@ def test_dynamic_tokens_on_one_graph(implementation):
         assert sqnr(module(*inputs), compiled(*inputs)) > 35
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("implementation", [*COMPILED, "intscale"])
+@pytest.mark.parametrize(
+    "implementation, dtype",
+    [
+        *(("grouped_mm", torch.float32), ("batched_mm", torch.bfloat16), ("intscale", torch.float32)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHER_DTYPES),
+    ],
+)
 def test_compiled_equals_eager_in_both_backends(implementation, dtype):
     module = quantized(experts_module("gpt_oss", implementation, dtype))
     inputs = routing(5, dtype=dtype)
@@ -214,7 +221,7 @@ def test_explain_shows_stacks():
     assert "4 x 384 x 128" in str(report) and report.quantized_fraction > 0.95
 
 
-@pytest.mark.parametrize("implementation", COMPILED)
+@pytest.mark.parametrize("implementation", ONE_OF_THEM)
 def test_gradient_of_the_activation_passes_straight_through(implementation):
     module = quantized(experts_module("mixtral", implementation))
     dense = copy.deepcopy(module)
