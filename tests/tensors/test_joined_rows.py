@@ -200,8 +200,14 @@ UPDATES = {
 }
 
 
-@pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("inference", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "update, inference",
+    [
+        *((update, False) for update in UPDATES),
+        ("copy_", True),
+        *(pytest.param(update, True, marks=pytest.mark.slow) for update in UPDATES if update != "copy_"),
+    ],
+)
 def test_updates_are_seen(update, inference, binds):
     model, graphs = Attention(), []
     run = rewritten(model, graphs)
