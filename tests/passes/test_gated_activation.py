@@ -11,7 +11,6 @@ from intscale_compile import explain
 from intscale_compile.backend import intscale
 from intscale_compile.compile.binding import rewrite_graph
 from intscale_compile.compile.options import parse_options
-from intscale_compile.errors import ConfigError
 from intscale_compile.kernels.w4a8_gated import GATED_OP
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP
 from intscale_compile.passes import PASSES, GraphRewrite, apply_passes
