@@ -19,9 +19,16 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _seed():
-    """Every test starts from the same random state, so a failure repeats when the test is run alone."""
+def _fresh():
+    """Every test starts from the same state, whatever ran before it, so a failure repeats when the test is run alone.
+
+    The random state, the graphs that Dynamo has of a function (with too many it gives up), and what was logged once.
+    """
+    from intscale_compile.reasons import log_once  # not for a test run that only collects
+
     torch.manual_seed(0)
+    torch._dynamo.reset()
+    log_once.cache_clear()
 
 
 @pytest.fixture(scope="session")
