@@ -114,14 +114,14 @@ def inspect(
         if html is not None:
             raise ConfigError("--html shows a run, --plan makes none: leave one of them out.")
         empty = commands.meta_model(model)
-        layers = commands.plan(empty, commands.quantize.make_config(fields))
+        layers = commands.plan(empty, commands.quantizing.make_config(fields))
         if json:
             output.print_json(views.planned_dict(layers))
         else:
             views.planned(layers, () if unfolded else repeated_blocks(empty))
         return
     where = commands.loading.usable_device(device)
-    chosen = commands.quantize.make_config(fields) if fields else None
+    chosen = commands.quantizing.make_config(fields) if fields else None
     loaded, report = commands.load_model(model, device=where)
     explanation = commands.inspect_model(loaded, tokens, chosen, measure=measure)
     if html is not None:
@@ -197,7 +197,7 @@ def bench(
     """Time our products against PyTorch's own on this machine: bf16 on a GPU, fp32 on a CPU."""
     commands = _library()
     shapes = [commands.bench.parse_shape(text) for text in shape or ()]
-    chosen = commands.quantize.make_config(commands.parse_fields(config or ()))
+    chosen = commands.quantizing.make_config(commands.parse_fields(config or ()))
     where = commands.loading.usable_device(device)
     all_shapes, all_tokens = commands.bench.products(shapes, tokens or (), where.type == "cuda")
     rows = commands.bench_gemms(all_shapes, all_tokens, chosen, device=str(where), seconds=seconds)
@@ -253,7 +253,7 @@ def tune(
     if model is not None and (shape or config):
         raise ConfigError("give a model, or shapes with their config: leave one of them out.")
     shapes = [commands.bench.parse_shape(text) for text in shape or ()] or None
-    chosen = commands.quantize.make_config(commands.parse_fields(config or ()))
+    chosen = commands.quantizing.make_config(commands.parse_fields(config or ()))
     GpuBench().close()  # no GPU: said before a model is loaded
     source = shapes if model is None else commands.load_model(model)[0]
     with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
