@@ -12,6 +12,8 @@ import itertools
 import multiprocessing
 import os
 
+from intscale_compile.communication.message import GROUP_SIZE
+
 from .stress import DTYPES
 
 LINE = 200  # characters of an error
@@ -36,7 +38,7 @@ def compile_ahead(args: argparse.Namespace) -> list[str]:
 
 def stress_elements(ranks: int) -> list[int]:
     """Numbers of elements that Triton compiles differently: multiples of 16 or not, one group, 16 groups, others."""
-    slices = [groups * size * ranks for groups in (1, 3, 16) for size in (32, 128)]
+    slices = [groups * GROUP_SIZE * ranks for groups in (1, 3, 16)]
     return [*slices, *(elements - 1 for elements in slices)]
 
 

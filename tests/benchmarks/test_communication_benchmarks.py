@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from intscale_compile.communication.link_cost import CostModel, plain_bytes, wire_bytes
+from intscale_compile.communication.message import WireFormat
 from tests.support.benchmarks import BENCHMARKS, load
 
 WIRES = ("int8", "int4")
@@ -107,7 +108,7 @@ def test_a_wrong_result_is_counted(bench):
 
 
 def test_random_cases_are_the_same_on_every_rank(bench):
-    wires = [bench.allreduce.WireFormat.parse(wire) for wire in ("int8", "int4-spikes")]
+    wires = [WireFormat.parse(wire) for wire in ("int8", "int4-spikes")]
     draws = [
         [bench.stress.draw(source, number, wires, bench.stress.DTYPES, 1 << 16) for number in range(300)]
         for source in (random.Random(7), random.Random(7))
@@ -120,7 +121,7 @@ def test_random_cases_are_the_same_on_every_rank(bench):
 
 def test_all_specializations_are_compiled_ahead(bench):
     elements = bench.compile_ahead.stress_elements(2)
-    groups = [bench.allreduce.WireFormat.parse("int8").slice_elements(n, 2) // 128 for n in elements]
+    groups = [WireFormat.parse("int8").slice_elements(n, 2) // 128 for n in elements]
     assert {1, 16} <= set(groups) and any(g % 16 and g > 1 for g in groups)
     assert {n % 16 == 0 for n in elements} == {True, False}
 

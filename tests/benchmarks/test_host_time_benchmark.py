@@ -18,7 +18,7 @@ def test_table():
     rows = bench.table({"bf16": [49.6, 163.0], "ours": [71.0, 290.4]}, [3, 32]).splitlines()
     assert rows == [
         "| us of the host | 3 layers | 32 layers |",
-        "|---|---|---|",
+        "| --- | --- | --- |",
         "| bf16 | 50 | 163 |",
         "| ours | 71 | 290 |",
     ]
