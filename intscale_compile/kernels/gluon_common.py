@@ -108,6 +108,35 @@ def tile_position(pid, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP
 
 
 @gluon.jit
+def token_halves(tile_m, M, BLOCK_M: gl.constexpr):
+    """First tokens of the two halves of a tile. Halves that would reach past M begin earlier and repeat tokens of others.
+
+    The tensor memory accelerator is slow where it fills rows that do not exist with zeros: 129 tokens in tiles of 128 took
+    longer than 256 (H100). Repeated tokens are stored twice with the same bits. Below BLOCK_M / 2 tokens rows are filled.
+    """
+    HALF: gl.constexpr = BLOCK_M // 2
+    last = gl.maximum(M - HALF, 0)
+    first = tile_m * BLOCK_M
+    return gl.minimum(first, last), gl.minimum(first + HALF, last)
+
+
+@gluon.jit
+def tile_tokens(first, second, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """Token of each of the BLOCK_M rows of a tile whose halves begin at ``first`` and ``second``."""
+    row = gl.arange(0, BLOCK_M, layout=LAYOUT)
+    return row + gl.where(row < BLOCK_M // 2, first, second - BLOCK_M // 2)
+
+
+@gluon.jit
+def load_tokens(x_desc, xs, bar, slot, first, second, block, pred, BLOCK_M: gl.constexpr):
+    """Start the copies of a stage's activations: both halves of a tile, for one packing block of 128 features."""
+    HALF: gl.constexpr = BLOCK_M // 2
+    x = xs.index(slot)
+    copy_to_shared(x_desc, [first, block * 128], bar, x.slice(0, HALF, 0), pred=pred)
+    copy_to_shared(x_desc, [second, block * 128], bar, x.slice(HALF, HALF, 0), pred=pred)
+
+
+@gluon.jit
 def gate_activation(gate, GATED: gl.constexpr):
     """SiLU or GELU in fp32, term for term as in ``triton_gated.gate_activation``."""
     if GATED == "silu":
@@ -123,11 +152,13 @@ def gate_activation(gate, GATED: gl.constexpr):
 
 @gluon.jit
 def store_tile(
-    acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, m0, n0, M, N,
+    acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, first, second, n0, M, N,
     CHANNEL_SCALE: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """Epilogue of one tile: ``acc`` ``[BLOCK_N, BLOCK_M]`` (int32, or fp32 with float scales) to ``out`` ``[M, N]``.
+
+    ``first`` and ``second`` are the tokens at which the halves of the tile begin (:func:`token_halves`).
 
     With GATED the first half of ``acc`` are gate rows, the second the up rows that belong to them, and ``out`` is
     ``[M, N/2]``; ``n0`` and N count weight rows all the same. A residual is contiguous like ``out`` and is added to the
@@ -140,7 +171,7 @@ def store_tile(
     if GATED != "none":
         row = n - n0
         n = n0 // 2 + row % WIDTH + row // WIDTH * columns
-    m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT))
+    m = tile_tokens(first, second, BLOCK_M, gl.SliceLayout(0, LAYOUT))
     if CHANNEL_SCALE:
         acc = acc * gl.load(scale_ptr + n, mask=n < N, other=0).to(gl.int32)[:, None]
     if DEQUANTIZE:
@@ -162,7 +193,7 @@ def store_tile(
     ROWS: gl.constexpr = gl.BlockedLayout([RUN, 1], [ACROSS, 32 // ACROSS], [1, WARPS], [0, 1])
     y = gl.convert_layout(y, ROWS)
     n = n0 // HALVES + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, ROWS))
-    m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ROWS))
+    m = tile_tokens(first, second, BLOCK_M, gl.SliceLayout(0, ROWS))
     ptrs = out_ptr + m[None, :].to(gl.int64) * columns + n[:, None]
     mask = (m < M)[None, :] & (n < columns)[:, None]
     if HAS_RESIDUAL:

@@ -34,9 +34,11 @@ from .gluon_common import (
     block_barrier,
     copy_to_shared,
     fold_codes,
+    load_tokens,
     reinterpret_shared,
     store_tile,
     tile_position,
+    token_halves,
     unpack_times16,
     wait_for_previous_kernel,
 )
@@ -80,12 +82,6 @@ def allocate_scales(s_desc, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, GATED: 
     SCALE_TILES: gl.constexpr = 2 if BLOCK_N == 64 else BLOCK_N // 64  # a copy must begin at a multiple of 128 bytes
     SHAPE: gl.constexpr = [STAGES, SCALE_TILES, 1, 64] if GATED == "none" else [STAGES, 2, SCALE_TILES // 2, 1, 64]
     return gl.allocate_shared_memory(s_desc.dtype, SHAPE, s_desc.layout)
-
-
-@gluon.jit
-def load_activation_stage(x_desc, xs, bar, slot, m0, block, pred):
-    """Start the copy of a stage's activations, whose bytes :func:`load_weight_stage` announced."""
-    copy_to_shared(x_desc, [m0, block * 128], bar, xs.index(slot), pred=pred)
 
 
 @gluon.jit
@@ -152,30 +148,31 @@ def finish_tile(
     """Reduce over the parts of K, then the epilogue."""
     if SCALES == "none" and not INT8:
         acc = acc >> 4
+    first, second = token_halves(tile_m, M, BLOCK_M)
     last = True
     if SPLIT_K > 1:
         n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
         m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT))
         ptrs = partial_ptr + n[:, None] * BLOCK_M + m[None, :]
-        first = tile.to(gl.int64) * SPLIT_K
-        gl.store(ptrs + (first + part) * (BLOCK_N * BLOCK_M), acc)
+        parts = tile.to(gl.int64) * SPLIT_K
+        gl.store(ptrs + (parts + part) * (BLOCK_N * BLOCK_M), acc)
         block_barrier()
         arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
         last = arrived == SPLIT_K - 1
         if last:
             gl.store(counter_ptr + tile, 0)
             for other in gl.static_range(1, SPLIT_K):
-                index = first + (part + other) % SPLIT_K
+                index = parts + (part + other) % SPLIT_K
                 acc += gl.load(ptrs + index * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
             store_tile(
                 acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr,
-                tile_m * BLOCK_M, tile_n * BLOCK_N, M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT,
+                first, second, tile_n * BLOCK_N, M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT,
                 BLOCK_M, BLOCK_N, WARPS, GATED, HAS_RESIDUAL,
             )  # fmt: skip
     else:
         store_tile(
             acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr,
-            tile_m * BLOCK_M, tile_n * BLOCK_N, M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT,
+            first, second, tile_n * BLOCK_N, M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT,
             BLOCK_M, BLOCK_N, WARPS, GATED, HAS_RESIDUAL,
         )  # fmt: skip
 
@@ -200,12 +197,14 @@ def produce(
         )  # fmt: skip
     if OVERLAP:
         wait_for_previous_kernel()
+    first, second = token_halves(tile_m, M, BLOCK_M)
     for i in gl.static_range(STAGES):
-        load_activation_stage(x_desc, xs, full.index(i), i, tile_m * BLOCK_M, begin + i, i < ahead)
+        load_tokens(x_desc, xs, full.index(i), i, first, second, begin + i, i < ahead, BLOCK_M)
     stage = ahead
     for item in range(first_item, items, gl.num_programs(0)):
         tile_m, tile_n = tile_position(item // SPLIT_K, M, N, BLOCK_M, BLOCK_N, GROUP_N)
         begin, end = split_range(item % SPLIT_K, BLOCKS, SPLIT_K, UNROLL)
+        first, second = token_halves(tile_m, M, BLOCK_M)
         done = gl.where(item == first_item, ahead, 0)
         for block in range(begin + done, end):
             slot = stage % STAGES
@@ -214,7 +213,7 @@ def produce(
                 w_desc, s_desc, ws, ss, full.index(slot), slot, tile_n, N, block, True,
                 BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED,
             )  # fmt: skip
-            load_activation_stage(x_desc, xs, full.index(slot), slot, tile_m * BLOCK_M, block, True)
+            load_tokens(x_desc, xs, full.index(slot), slot, first, second, block, True, BLOCK_M)
             stage += 1
 
 
@@ -333,8 +332,9 @@ def gemm_pipelined(
         )  # fmt: skip
     if OVERLAP:
         wait_for_previous_kernel()
+    first, second = token_halves(tile_m, M, BLOCK_M)
     for i in gl.static_range(STAGES - 1):
-        load_activation_stage(x_desc, xs, full.index(i), i, tile_m * BLOCK_M, begin + i, begin + i < end)
+        load_tokens(x_desc, xs, full.index(i), i, first, second, begin + i, begin + i < end, BLOCK_M)
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32 if SCALES == "float" else gl.int32, LAYOUT)
     for step in range(begin // UNROLL, end // UNROLL):
         for u in gl.static_range(UNROLL):
@@ -347,7 +347,7 @@ def gemm_pipelined(
                 w_desc, s_desc, ws, ss, full.index(slot), slot, tile_n, N, begin + ahead, more,
                 BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED,
             )  # fmt: skip
-            load_activation_stage(x_desc, xs, full.index(slot), slot, tile_m * BLOCK_M, begin + ahead, more)
+            load_tokens(x_desc, xs, full.index(slot), slot, first, second, begin + ahead, more, BLOCK_M)
     if SCALES == "fold" or SCALES == "none":
         acc = warpgroup_mma_wait(0, deps=(acc,))
     for i in gl.static_range(STAGES):

@@ -33,6 +33,17 @@ REGISTERS = {
 }  # by (warps, programs an SM): a thread's share
 
 
+# Blocks of K that a loop's body holds, the largest that divides K taken, by (cooperative, SCALES, 8-bit weights). Only a
+# schedule that keeps one accumulator gains from several blocks in flight; the others would spill.
+_ONE_SUM, _TWO_SUMS = (4, 2, 1), (1,)
+UNROLLS = {
+    (False, "fold", False): _ONE_SUM, (False, "none", False): _ONE_SUM, (False, "none", True): _ONE_SUM,
+    (False, "accumulate", False): _TWO_SUMS, (False, "float", False): _TWO_SUMS,
+    (True, "fold", False): _ONE_SUM, (True, "none", False): _ONE_SUM, (True, "none", True): (1,),
+    (True, "accumulate", False): (2, 1), (True, "float", False): (1,),
+}  # fmt: skip
+
+
 @functools.lru_cache(None)
 def missing_feature(capability: int) -> Optional[str]:
     """Why this machine cannot run the Gluon kernels, or None."""
@@ -114,7 +125,9 @@ def _decode(
 
     xq, qdata, scale, blocks = operands["xq"], operands["qdata"], operands["scale"], operands["blocks"]
     row_tiles, depth = qdata.shape[0] // 64, 4 * tile.steps
-    x_desc = _descriptor(xq, [blocks, m, 128], [128, xq.stride(0), 1], (depth, tile.block_m, 64))
+    import os
+    rows, stride = (tile.block_m, 0) if m == 1 and os.environ.get("EXP_BCAST") else (m, xq.stride(0))
+    x_desc = _descriptor(xq, [blocks, rows, 128], [128, stride, 1], (depth, tile.block_m, 64))
     w_desc = _descriptor(qdata.view(torch.int8), [row_tiles * blocks, 64, 64], [4096, 64, 1], (depth, tile.block_n, 64))
     # Per channel there are no group scales to copy; the descriptor is never used, but has to describe something.
     scales = qdata.view(torch.uint8) if flags["SCALES"] == "none" else scale
@@ -131,6 +144,7 @@ def _decode(
 
 
 def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any], overlap: bool, flags: dict[str, Any]):
+    from .gluon_cooperative import gemm_cooperative
     from .gluon_gemm import gemm_pipelined, gemm_specialized
 
     xq, qdata, scale, blocks = operands["xq"], operands["qdata"], operands["scale"], operands["blocks"]
@@ -139,7 +153,7 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
     code_bytes = 128 if int8 else 64
     blocks_per_group = max(1, operands["group_size"] // 128)
     groups = blocks // blocks_per_group
-    x_desc = _descriptor(xq, [m, xq.shape[1]], [xq.stride(0), 1], (tile.block_m, 128))
+    x_desc = _descriptor(xq, [m, xq.shape[1]], [xq.stride(0), 1], (tile.block_m // 2, 128))
     w_desc = _descriptor(
         qdata.view(torch.int8), [row_tiles * blocks * 64, code_bytes], [code_bytes, 1], (64, code_bytes)
     )
@@ -149,25 +163,25 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
         shape, strides = [2, row_tiles // 2, groups, 64], [row_tiles // 2 * groups * 64, *strides]
         block = [2, tile.block_n // 128, 1, 64]
     s_desc = _descriptor(scales, shape, strides, tuple(block), swizzled=False)
-    # Only a schedule that keeps one accumulator gains from several blocks in flight; the other would spill.
-    unroll = next(u for u in (4, 2, 1) if blocks % u == 0) if flags["SCALES"] in ("fold", "none") else 1
+    cooperative = tile.kernel == "cooperative"
+    unroll = next(u for u in UNROLLS[cooperative, flags["SCALES"], int8] if blocks % u == 0)
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
     split_k = min(tile.split_k, blocks // unroll)
     partial = counters = None
     if split_k > 1:
         dtype = torch.float32 if flags["SCALES"] == "float" else torch.int32
         partial = torch.empty(tiles * split_k * tile.block_m * tile.block_n, dtype=dtype, device=xq.device)
-        counters = take_counters(xq.device, tiles)
-    persistent = tile.kernel == "specialized"
+        counters = take_counters(xq.device, tiles * (2 if cooperative else 1))  # each consumer has its own sums
+    kernels = {"specialized": gemm_specialized, "pipelined": gemm_pipelined, "cooperative": gemm_cooperative}
+    persistent = tile.kernel != "pipelined"
     options = dict(maxnreg=REGISTERS[tile.num_warps, tile.programs_per_sm]) if persistent else {}
-    kernel = gemm_specialized if persistent else gemm_pipelined
     grid = tiles * split_k
     launch(
-        kernel, (min(grid, grid_limit) if persistent else grid,),
+        kernels[tile.kernel], (min(grid, grid_limit) if persistent else grid,),
         x_desc, w_desc, s_desc, *operands["epilogue"], operands["residual"], partial, counters, m, n,
         BLOCKS=blocks, BLOCKS_PER_GROUP=blocks_per_group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STAGES=tile.num_stages, GROUP_N=tile.group_n, SPLIT_K=split_k, UNROLL=unroll, OVERLAP=overlap, INT8=int8,
-        num_warps=tile.num_warps, launch_pdl=overlap, **options, **flags,
+        num_warps=4 if cooperative else tile.num_warps, launch_pdl=overlap, **options, **flags,
     )  # fmt: skip
 
 

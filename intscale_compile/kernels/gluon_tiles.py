@@ -38,7 +38,7 @@ def stage_bytes(tile: Tile, schedule: str) -> int:
 def scratch_bytes(tile: Tile) -> int:
     """Shared memory beside the ring: the reduction over warps, the epilogue, barriers. ``pipelined`` reuses its ring."""
     area = tile.block_m * tile.block_n
-    return RESERVED_BYTES + {"decode": 16 * area, "specialized": 2 * area, "pipelined": 0}[tile.kernel]
+    return RESERVED_BYTES + {"decode": 16 * area, "specialized": 2 * area, "pipelined": 0, "cooperative": 8192}[tile.kernel]
 
 
 def shared_bytes(tile: Tile, schedule: str) -> int:
@@ -100,6 +100,13 @@ def _gemm_illegal(tile: Tile, schedule: str, k: int) -> Optional[str]:
             return "specialized takes block_m 16 to 128 with block_n 64 or 128 and 4 warps, or 128 x 256 with 8"
         if programs not in (1, 2) or programs == 2 and m * n >= 128 * 128:
             return f"{programs} programs of {m} x {n} on an SM"  # 128 x 128 spills 12 bytes with two
+    elif tile.kernel == "cooperative":
+        if (m, n) not in ((128, 128), (256, 128), (128, 256)) or (warps, programs) != (8, 1):
+            return "cooperative takes 128 x 128, 256 x 128 or 128 x 256, 8 warps and programs_per_sm 1"
+        if schedule in ("accumulate", "float") and m * n > 128 * 128:
+            return f"{schedule} spills at {m} x {n}"
+        if tile.split_k > 1 and m * n > 128 * 128:
+            return f"split_k {tile.split_k} spills at {m} x {n}"
     else:
         return f"kernel {tile.kernel!r} is not known"
     if schedule in ("accumulate", "float") and m * n * 4 > 8192 * warps:

@@ -1,0 +1,224 @@
+"""Gluon kernel of the W4A8 linear layer for many tokens: a producer warp and two consumer warpgroups that share activations.
+
+A stage of the ring is one packing block of 128 input features: activations ``[BLOCK_M, 128]``, which both consumers read,
+and codes with their group scales ``[BLOCK_N]``, of which each consumer has half the rows. While one consumer expands codes
+in registers, the tensor cores work for the other; each waits for its own wgmma once a stage, since ptxas serializes wgmma
+that are left in flight across stages beside ``setmaxnreg``. With 64 rows and 256 tokens a consumer reads half the codes and
+scales for each wgmma that a square tile of 128 would.
+
+``SCALES`` is as in ``gluon_gemm``. ``accumulate`` drains an int32 partial sum after every group; the other consumer's wgmma
+runs meanwhile. The accumulator is that of every other kernel, bit for bit.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from .gluon_common import (
+    allow_next_kernel,
+    copy_to_shared,
+    fold_codes,
+    load_tokens,
+    reinterpret_shared,
+    tile_position,
+    token_halves,
+    unpack_times16,
+    wait_for_previous_kernel,
+)
+from .gluon_gemm import finish_tile, split_range
+
+
+@gluon.jit
+def load_weights(
+    w_desc, s_desc, ws, ss, bar, slot, tile_n, block, pred,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Announce all bytes of a stage and start the copies of the codes and group scales of both consumers."""
+    TILES: gl.constexpr = BLOCK_N // 64
+    SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else BLOCK_N * 4 if SCALES == "float" else BLOCK_N
+    CODE_BYTES: gl.constexpr = w_desc.block_shape[1]
+    mbarrier.expect(bar, BLOCK_M * 128 + BLOCK_N * CODE_BYTES + SCALE_BYTES, pred=pred)
+    for r in gl.static_range(TILES):
+        row = ((tile_n * TILES + r) * BLOCKS + block) * 64
+        copy_to_shared(w_desc, [row, 0], bar, ws.index(slot).slice(r * 64, 64, 0), pred=pred)
+    if SCALES != "none":
+        copy_to_shared(s_desc, [tile_n * TILES, block // BLOCKS_PER_GROUP, 0], bar, ss.index(slot), pred=pred)
+
+
+@gluon.jit
+def consumer_scales(
+    ss, slot, CONSUMER: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """Group scales of one consumer's rows, ``[ROWS]``, as int32 (or fp32)."""
+    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    scales = reinterpret_shared(ss.index(slot), ss.dtype, [2 * ROWS], LINEAR).slice(CONSUMER * ROWS, ROWS, 0).load(LAYOUT)
+    return scales if ss.dtype == gl.float32 else scales.to(gl.int32)
+
+
+@gluon.jit
+def multiply_half(
+    acc, slot, xs, ws, ss, empty, CONSUMER: gl.constexpr,
+    SCALES: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr, INT8: gl.constexpr,
+):  # fmt: skip
+    """Add one stage to the ``[ROWS, BLOCK_M]`` sums of a consumer, and free its part of the stage."""
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=4)
+    x = xs.index(slot)
+    rows = ws.index(slot).slice(CONSUMER * ROWS, ROWS, 0)
+    if INT8:
+        acc = warpgroup_mma(rows, x.permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index(slot), count=1)
+    else:
+        x_low = x.slice(0, 64, 1).permute((1, 0))
+        x_high = x.slice(64, 64, 1).permute((1, 0))
+        packed = rows.load(A)
+        if SCALES == "fold":
+            low, high = fold_codes(packed, consumer_scales(ss, slot, CONSUMER, ROWS, gl.SliceLayout(1, A)))
+        elif SCALES == "none":
+            low, high = unpack_times16(packed)
+        else:  # codes at their own size: the sums of a group need no shift
+            low, high = fold_codes(packed, gl.full([ROWS], 1, gl.int32, gl.SliceLayout(1, A)))
+        if SCALES == "fold" or SCALES == "none":
+            acc = warpgroup_mma(low, x_low, acc, is_async=True)
+            acc = warpgroup_mma(high, x_high, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(slot), count=1)
+        else:
+            part = gl.zeros([ROWS, BLOCK_M], gl.int32, LAYOUT)
+            part = warpgroup_mma(low, x_low, part, use_acc=False, is_async=True)
+            part = warpgroup_mma(high, x_high, part, is_async=True)
+            scales = consumer_scales(ss, slot, CONSUMER, ROWS, gl.SliceLayout(1, LAYOUT))
+            part = warpgroup_mma_wait(0, deps=(part,))
+            mbarrier.arrive(empty.index(slot), count=1)
+            if SCALES == "float":
+                part = part.to(gl.float32)
+            acc = acc + part * gl.expand_dims(scales, 1)
+    return acc
+
+
+@gluon.jit
+def consume_half(
+    CONSUMER: gl.constexpr, xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr,
+    residual_ptr, partial_ptr, counter_ptr, M, N,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.constexpr,
+    OVERLAP: gl.constexpr, INT8: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """One consumer: the products of its rows with every stage of every tile of this program, and their epilogue."""
+    ROWS: gl.constexpr = BLOCK_N // 2
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M if BLOCK_M < 128 else 128, 32]
+    )
+    items = gl.cdiv(N, BLOCK_N) * gl.cdiv(M, BLOCK_M) * SPLIT_K
+    if OVERLAP:
+        wait_for_previous_kernel()
+    stage = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile_m, tile_n = tile_position(item // SPLIT_K, M, N, BLOCK_M, BLOCK_N, GROUP_N)
+        begin, end = split_range(item % SPLIT_K, BLOCKS, SPLIT_K, UNROLL)
+        acc = gl.zeros([ROWS, BLOCK_M], gl.float32 if SCALES == "float" else gl.int32, LAYOUT)
+        for _ in range(begin // UNROLL, end // UNROLL):
+            for u in gl.static_range(UNROLL):
+                slot = (stage + u) % STAGES
+                mbarrier.wait(full.index(slot), ((stage + u) // STAGES) & 1)
+                acc = multiply_half(acc, slot, xs, ws, ss, empty, CONSUMER, SCALES, BLOCK_M, ROWS, LAYOUT, INT8)
+            stage += UNROLL
+        # A consumer's half of a tile is a tile of half the rows: the epilogue and the sum over parts of K are those of gluon_gemm.
+        finish_tile(
+            acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr,
+            item // SPLIT_K * 2 + CONSUMER, item % SPLIT_K, tile_m, tile_n * 2 + CONSUMER, M, N,
+            SCALES, SPLIT_K, DEQUANTIZE, HAS_BIAS, BLOCK_M, ROWS, 4, LAYOUT, INT8, "none", HAS_RESIDUAL,
+        )  # fmt: skip
+
+
+@gluon.jit
+def produce_shared(
+    x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: fill the ring for every tile of this program, weights of the first stages before all else."""
+    items = gl.cdiv(N, BLOCK_N) * gl.cdiv(M, BLOCK_M) * SPLIT_K
+    first_item = gl.program_id(0)
+    tile_m, tile_n = tile_position(first_item // SPLIT_K, M, N, BLOCK_M, BLOCK_N, GROUP_N)
+    begin, end = split_range(first_item % SPLIT_K, BLOCKS, SPLIT_K, UNROLL)
+    ahead = gl.minimum(end - begin, STAGES)
+    for i in gl.static_range(STAGES):
+        load_weights(
+            w_desc, s_desc, ws, ss, full.index(i), i, tile_n, begin + i, i < ahead,
+            BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    if OVERLAP:
+        wait_for_previous_kernel()
+    first, second = token_halves(tile_m, M, BLOCK_M)
+    for i in gl.static_range(STAGES):
+        load_tokens(x_desc, xs, full.index(i), i, first, second, begin + i, i < ahead, BLOCK_M)
+    stage = ahead
+    for item in range(first_item, items, gl.num_programs(0)):
+        tile_m, tile_n = tile_position(item // SPLIT_K, M, N, BLOCK_M, BLOCK_N, GROUP_N)
+        begin, end = split_range(item % SPLIT_K, BLOCKS, SPLIT_K, UNROLL)
+        first, second = token_halves(tile_m, M, BLOCK_M)
+        done = gl.where(item == first_item, ahead, 0)
+        for block in range(begin + done, end):
+            slot = stage % STAGES
+            bar = full.index(slot)
+            mbarrier.wait(empty.index(slot), ((stage // STAGES) & 1) ^ 1)
+            load_weights(
+                w_desc, s_desc, ws, ss, bar, slot, tile_n, block, True,
+                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            load_tokens(x_desc, xs, bar, slot, first, second, block, True, BLOCK_M)
+            stage += 1
+
+
+@gluon.jit(do_not_specialize=["M"])
+def gemm_cooperative(
+    x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr,
+    counter_ptr, M, N,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, DEQUANTIZE: gl.constexpr,
+    HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr,
+    SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """``out[m, n]``, ``[M, N]``; persistent. Launched with 4 warps: one consumer; the other and the producer are beside it."""
+    xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
+    ws = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
+    ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, BLOCK_N // 64, 1, 64], s_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    if OVERLAP:
+        allow_next_kernel()
+    gl.warp_specialize(
+        [
+            (
+                consume_half,
+                (
+                    0, xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr,
+                    partial_ptr, counter_ptr, M, N, BLOCKS, SCALES, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N,
+                    SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
+                ),
+            ),
+            (
+                consume_half,
+                (
+                    1, xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr,
+                    partial_ptr, counter_ptr, M, N, BLOCKS, SCALES, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N,
+                    SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
+                ),
+            ),
+            (
+                produce_shared,
+                (
+                    x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M,
+                    BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
