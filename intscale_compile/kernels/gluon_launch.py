@@ -125,9 +125,7 @@ def _decode(
 
     xq, qdata, scale, blocks = operands["xq"], operands["qdata"], operands["scale"], operands["blocks"]
     row_tiles, depth = qdata.shape[0] // 64, 4 * tile.steps
-    import os
-    rows, stride = (tile.block_m, 0) if m == 1 and os.environ.get("EXP_BCAST") else (m, xq.stride(0))
-    x_desc = _descriptor(xq, [blocks, rows, 128], [128, stride, 1], (depth, tile.block_m, 64))
+    x_desc = _descriptor(xq, [blocks, m, 128], [128, xq.stride(0), 1], (depth, tile.block_m, 64))
     w_desc = _descriptor(qdata.view(torch.int8), [row_tiles * blocks, 64, 64], [4096, 64, 1], (depth, tile.block_n, 64))
     # Per channel there are no group scales to copy; the descriptor is never used, but has to describe something.
     scales = qdata.view(torch.uint8) if flags["SCALES"] == "none" else scale

@@ -1,8 +1,7 @@
 """Which tiles the Gluon kernels can run, which one the rules take, and which ones tuning tries.
 
-The rules were read off sweeps on one H100 (132 SMs, fold, group 128) of 28672x4096, 4096x14336, 6144x4096 and 4096x4096 at
-M = 1 to 8192, whose winners are in ``tables/h100.json``. What they have in common: the tile for which the grid just fills
-the SMs wins; K is split only where tiles are too few even so, and every part keeps 1024 features.
+The rules take the tile with the least predicted time (:mod:`~.tile_costs`) among the kinds that were measured on one H100;
+every part of a split K keeps 1024 features.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from typing import Optional
 
 from .tile import SM_COUNT, Tile, tile_count
+from .tile_costs import COSTS, is_costed, predicted_us
 
 SCHEDULES = ("fold", "accumulate", "none", "float", "int8")
 SCALE_BYTES = {"fold": 1, "accumulate": 1, "none": 0, "float": 4, "int8": 0}
@@ -126,12 +126,33 @@ def choose_gluon_tile(m: int, n: int, k: int, schedule: str, sm_count: int = SM_
         sm_count: streaming multiprocessors of the GPU.
         decode: whether the group size (128 or per channel) suits the decode kernel.
     """
+    tiles = list(_costed_tiles(m, n, k, schedule, sm_count))
     if m <= DECODE_TOKENS and decode and schedule != "int8":
-        return _decode_tile(m, n, k, schedule, sm_count)
-    block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
-    if tile_count(m, block_m) * tile_count(n, 128) > sm_count:
-        return _wide_tile(block_m, schedule)
-    return _narrow_tile(m, n, k, block_m, schedule, sm_count)
+        tile = _decode_tile(m, n, k, schedule, sm_count)
+        tiles += [tile] if is_costed(tile) else []
+    return min(tiles, key=lambda tile: predicted_us(tile, m, n, k, schedule, sm_count))
+
+
+def _costed_tiles(m: int, n: int, k: int, schedule: str, sm_count: int) -> Iterator[Tile]:
+    """Legal tiles whose time can be predicted, as far from the number of tokens as those that were measured.
+
+    A tile of more than twice the tokens would have rows to fill with zeros. K is split only where there are too few tiles
+    for all multiprocessors.
+    """
+    natural = min(128, max(16, 1 << (m - 1).bit_length()))
+    for kernel, block_m, block_n, programs in COSTS:
+        if kernel == "decode" or 2 * block_m < natural or (block_m > 16 and 2 * m < block_m):
+            continue
+        warps, group_n = 8 if kernel == "cooperative" else 4, 16 if m >= 512 else 8
+        tiles = tile_count(m, block_m) * tile_count(n, block_n)
+        splits = [s for s in (2, 4, 8) if 10 * tiles * s <= 11 * sm_count and k // 128 // s >= MIN_SPLIT_BLOCKS]
+        for split in (1, *(splits if kernel != "pipelined" and programs == 1 else ())):
+            tile = Tile(
+                block_m, block_n, warps, group_n=group_n, kernel=kernel, split_k=split, programs_per_sm=programs
+            )
+            fitted = deepest(tile, schedule, most=4 if kernel == "pipelined" else MAX_STAGES)
+            if illegal(fitted, schedule, k) is None:
+                yield fitted
 
 
 def _decode_tile(m: int, n: int, k: int, schedule: str, sm_count: int) -> Tile:
@@ -147,42 +168,21 @@ def _decode_tile(m: int, n: int, k: int, schedule: str, sm_count: int) -> Tile:
     return fitted if fitted.num_stages >= 2 else deepest(dataclasses.replace(tile, steps=2), schedule)
 
 
-def _wide_tile(block_m: int, schedule: str) -> Tile:
-    """More than one tile of ``block_m x 128`` for every SM."""
-    two_sums = schedule in ("accumulate", "float")  # a sum over the group and one over K, both in registers
-    if block_m == 128:
-        return deepest(Tile(128, 64 if two_sums else 128, group_n=16, kernel="pipelined"), schedule, most=4)
-    programs = 1 if two_sums and block_m == 64 else 2
-    return deepest(
-        Tile(block_m, 128, kernel="specialized", programs_per_sm=programs), schedule, most=4 * (3 - programs)
-    )
-
-
-def _narrow_tile(m: int, n: int, k: int, block_m: int, schedule: str, sm_count: int) -> Tile:
-    """Too few tiles of ``block_m x 128`` for all SMs: narrower ones, then parts of K."""
-    tiles = tile_count(m, block_m) * tile_count(n, 64)
-    if tiles > sm_count:
-        if schedule in ("accumulate", "float") or block_m == 128 and k < 8192:
-            # Two pipelined programs on an SM hide a short loop's epilogue: 15.8 us at M = 512 of 4096x4096.
-            kernel = "pipelined" if block_m >= 64 else "specialized"
-            return deepest(Tile(block_m, 64, kernel=kernel), schedule, most=4 if kernel == "pipelined" else MAX_STAGES)
-        return deepest(Tile(block_m, 128, kernel="specialized"), schedule)
-    if block_m == 128 and tile_count(m, 64) * tile_count(n, 64) <= sm_count and k < 8192:
-        block_m, tiles = 64, tile_count(m, 64) * tile_count(n, 64)
-    split = 1
-    while split < MAX_SPLIT and tiles * split * 2 <= sm_count and k // 128 // (split * 2) >= MIN_SPLIT_BLOCKS:
-        split *= 2
-    return deepest(Tile(block_m, 64, kernel="specialized", split_k=split), schedule)
-
-
 def gated_tile(tile: Tile, schedule: str) -> Tile:
     """``tile`` if a gated launch can run it, else the nearest that it can: one with 64 rows or more of gate and of up."""
-    if tile.kernel != "decode" and tile.block_n >= 128:
+    if tile.kernel not in ("decode", "cooperative") and tile.block_n >= 128:
         return tile
     two_sums = schedule in ("accumulate", "float")
     block_m = max(16, min(tile.block_m, 64 if two_sums else 128))
     split_k = tile.split_k if tile.kernel == "specialized" else 1
     return deepest(Tile(block_m, 128, group_n=tile.group_n, kernel="specialized", split_k=split_k), schedule)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_gated_tile(m: int, n: int, k: int, schedule: str, sm_count: int = SM_COUNT) -> Tile:
+    """As :func:`choose_gluon_tile` for a gated launch: ``n`` counts the rows of gate and up."""
+    tiles = [t for t in _costed_tiles(m, n, k, schedule, sm_count) if gated_tile(t, schedule) == t]
+    return min(tiles, key=lambda tile: predicted_us(tile, m, n, k, schedule, sm_count))
 
 
 def gluon_candidates(

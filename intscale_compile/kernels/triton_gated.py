@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..format import schedule_bits
 from . import gluon_launch
-from .gluon_tiles import DECODE_TOKENS, gated_tile
+from .gluon_tiles import DECODE_TOKENS, choose_gated_tile, gated_tile
 from .launching import launch
 from .tile import Tile, schedule_name
 from .triton_gemm import gluon_obstacle, pick_tile, rows_of, schedule_flags, use_ptx
@@ -77,7 +77,11 @@ def pick_gated_tile(
     ``gluon`` says whether the Gluon kernels can run this weight here, see :func:`gated_obstacle`.
     """
     tile = pick_tile(m, n, k, group_size, scale_bits, weight_bits, device, gluon and m > DECODE_TOKENS)
-    return tile if tile.kernel == "triton" else gated_tile(tile, schedule_name(group_size, scale_bits, weight_bits))
+    schedule = schedule_name(group_size, scale_bits, weight_bits)
+    if tile.kernel == "triton" or gated_tile(tile, schedule) == tile:
+        return tile
+    limits = (gluon_launch.sm_count(device),) if device.type == "cuda" else ()
+    return choose_gated_tile(m, n, k, schedule, *limits)
 
 
 def gated_obstacle(

@@ -1,0 +1,83 @@
+"""Predicted time of the Gluon kernels: waves of tiles, blocks of K, bytes.
+
+A tile costs ``tile + block * blocks`` microseconds, where ``blocks`` are the packing blocks of 128 features of its part of K,
+and tiles go in waves of one or two on every streaming multiprocessor. Where two programs share one, a last wave that needs
+one of them only is faster a block. No time is below that of the bytes. For one tile the prediction never falls when tokens
+are added, so neither does that of the best of a fixed set of tiles.
+
+The constants were fitted (``benchmarks/fit_tiles.py``) to a sweep of ``benchmarks/tile_sweep.py`` on one H100: 11 shapes, 1
+to 4096 tokens, groups of 128 with 4-bit scales.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .tile import SM_COUNT, Tile, tile_count
+
+BYTES_PER_US = 2.75e6
+LAUNCH_US = 1.5
+
+
+class Cost(NamedTuple):
+    """Microseconds of a launch, a tile, a block alone and beside a second program on the multiprocessor, a further part of K."""
+
+    start: float
+    tile: float
+    block_alone: float
+    block: float
+    split: float
+
+
+# By kernel, block_m, block_n, programs_per_sm; behind each how many points it was fitted to, and the error.
+COSTS: dict[tuple[str, int, int, int], Cost] = {
+    ("cooperative", 128, 128, 1): Cost(1.761, 1.667, 0.387, 0.387, 4.057),  # 163 points, 5.6% (rms)
+    ("cooperative", 128, 256, 1): Cost(0.609, 3.918, 0.702, 0.702, 1.5),  # 132 points, 7.4% (rms)
+    ("cooperative", 256, 128, 1): Cost(0.386, 4.49, 0.621, 0.621, 1.5),  # 110 points, 4.2% (rms)
+    ("decode", 8, 32, 1): Cost(1.656, 1.12, 0.073, 0.073, 1.5),  # 27 points, 5.0% (rms)
+    ("decode", 8, 32, 2): Cost(1.026, 0.577, 0.086, 0.161, 1.5),  # 6 points, 4.0% (rms)
+    ("decode", 16, 32, 1): Cost(2.173, 0.846, 0.097, 0.097, 1.5),  # 9 points, 4.9% (rms)
+    ("pipelined", 64, 128, 1): Cost(0.589, 2.375, 0.495, 0.599, 1.5),  # 122 points, 4.9% (rms)
+    ("pipelined", 128, 64, 1): Cost(0.106, 2.219, 0.394, 0.478, 1.5),  # 127 points, 4.5% (rms)
+    ("pipelined", 128, 128, 1): Cost(2.375, 2.025, 0.556, 0.764, 1.5),  # 138 points, 7.1% (rms)
+    ("specialized", 16, 64, 1): Cost(0.136, 0.916, 0.211, 0.211, 1.879),  # 60 points, 4.7% (rms)
+    ("specialized", 16, 64, 2): Cost(1.846, 0.062, 0.255, 0.369, 1.5),  # 20 points, 4.5% (rms)
+    ("specialized", 16, 128, 1): Cost(0.027, 1.878, 0.278, 0.278, 1.194),  # 80 points, 6.3% (rms)
+    ("specialized", 16, 128, 2): Cost(0.055, 0.043, 0.467, 0.621, 1.5),  # 20 points, 4.3% (rms)
+    ("specialized", 32, 64, 1): Cost(0.912, 0.517, 0.209, 0.209, 1.805),  # 52 points, 5.0% (rms)
+    ("specialized", 32, 64, 2): Cost(1.415, 1.545, 0.246, 0.249, 1.5),  # 24 points, 6.4% (rms)
+    ("specialized", 32, 128, 1): Cost(0.064, 1.366, 0.287, 0.287, 2.203),  # 70 points, 6.4% (rms)
+    ("specialized", 32, 128, 2): Cost(2.925, 0.04, 0.316, 0.48, 1.5),  # 20 points, 8.3% (rms)
+    ("specialized", 64, 64, 1): Cost(1.411, 0.773, 0.202, 0.202, 2.129),  # 117 points, 5.3% (rms)
+    ("specialized", 64, 64, 2): Cost(0.782, 0.957, 0.247, 0.318, 1.5),  # 87 points, 6.0% (rms)
+    ("specialized", 64, 128, 1): Cost(0.976, 1.281, 0.285, 0.285, 2.831),  # 146 points, 6.1% (rms)
+    ("specialized", 64, 128, 2): Cost(1.06, 1.822, 0.387, 0.483, 1.5),  # 79 points, 6.2% (rms)
+    ("specialized", 128, 64, 1): Cost(1.067, 1.282, 0.229, 0.229, 3.512),  # 104 points, 5.7% (rms)
+    ("specialized", 128, 64, 2): Cost(0.056, 2.191, 0.329, 0.437, 1.5),  # 71 points, 8.7% (rms)
+    ("specialized", 128, 128, 1): Cost(0.925, 2.653, 0.382, 0.382, 6.562),  # 130 points, 7.4% (rms)
+}
+TWO_SUMS = 1.1  # times a block, where group scales multiply the sums of a group (8-bit and float scales)
+
+
+def is_costed(tile: Tile) -> bool:
+    """Whether the time of ``tile`` can be predicted."""
+    return (tile.kernel, tile.block_m, tile.block_n, tile.programs_per_sm) in COSTS
+
+
+def predicted_us(tile: Tile, m: int, n: int, k: int, schedule: str, sm_count: int = SM_COUNT) -> float:
+    """Microseconds that ``tile`` is expected to take for ``m`` tokens, ``n`` output and ``k`` input features.
+
+    Raises:
+        KeyError: nothing was fitted for a tile of this kind.
+    """
+    cost = COSTS[tile.kernel, tile.block_m, tile.block_n, tile.programs_per_sm]
+    together = 2 if tile.kernel == "pipelined" else tile.programs_per_sm
+    tiles = tile_count(m, tile.block_m) * tile_count(n, tile.block_n) * tile.split_k
+    blocks = tile_count(k, 128) / tile.split_k * (TWO_SUMS if schedule in ("accumulate", "float") else 1.0)
+    waves, rest = divmod(tiles, sm_count * together)
+    time = cost.start + waves * (cost.tile + cost.block * blocks) + cost.split * (tile.split_k - 1)
+    if rest:
+        time += cost.tile + (cost.block if rest > sm_count else cost.block_alone) * blocks
+    moved = n * k * (1 if schedule == "int8" else 0.5) + n * k / 128 + m * k + 2 * m * n
+    memory = LAUNCH_US + moved / BYTES_PER_US
+    return float((time**8 + memory**8) ** 0.125)
