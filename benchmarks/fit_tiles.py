@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from intscale_compile.kernels.tile import tile_count
 from intscale_compile.kernels.tile_costs import BYTES_PER_US, LAUNCH_US, Cost
 
@@ -23,7 +24,7 @@ SM_COUNT = 132
 
 
 def terms(row: dict[str, Any]) -> tuple[float, ...]:
-    """Waves, those of them with two programs on a multiprocessor, blocks of a part of K, further parts, microseconds of the bytes."""
+    """Waves, those of two programs on a multiprocessor, blocks of a part of K, further parts, microseconds of the bytes."""
     t, n, k, m = row["tile"], row["n"], row["k"], row["m"]
     together = 2 if t["kernel"] == "pipelined" else t["programs_per_sm"]
     tiles = tile_count(m, t["block_m"]) * tile_count(n, t["block_n"]) * t["split_k"]
@@ -48,7 +49,9 @@ def fit(rows: list[dict[str, Any]]) -> tuple[Cost, float, float]:
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         value = torch.nn.functional.huber_loss(errors(), torch.zeros_like(measured), delta=0.05)
-        value = value + 1e-6 * (logs - torch.tensor(START, dtype=torch.float64).log()).square().sum()  # what nothing decides
+        value = (
+            value + 1e-6 * (logs - torch.tensor(START, dtype=torch.float64).log()).square().sum()
+        )  # what nothing decides
         value.backward()
         return value
 

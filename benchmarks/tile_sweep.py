@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
 from intscale_compile.kernels.gluon_tiles import choose_gluon_tile, deepest, illegal
 from intscale_compile.kernels.tile import Tile, tile_count
 from intscale_compile.kernels.tile_timing import GpuBench, Job, Shape, replay_ms
@@ -141,7 +142,9 @@ def main() -> None:
             if best is not None:
                 t = best["tile"]
                 name = f"{t['kernel']} {t['block_m']}x{t['block_n']} st{t['num_stages']} sk{t['split_k']} p{t['programs_per_sm']}"
-                print(f"{shape.n}x{shape.k} {m}: fp8 {peer:.1f} rule {rule:.1f} best {best['us']:.1f} {name}", flush=True)
+                print(
+                    f"{shape.n}x{shape.k} {m}: fp8 {peer:.1f} rule {rule:.1f} best {best['us']:.1f} {name}", flush=True
+                )
             for row in faults[:2]:
                 print("  FAULT", row["tile"], row["fault"], flush=True)
         header = {"device": bench.device_name, **bench.versions(), "rows": rows}

@@ -53,7 +53,9 @@ def consumer_scales(
 ):  # fmt: skip
     """Group scales of one consumer's rows, ``[ROWS]``, as int32 (or fp32)."""
     LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    scales = reinterpret_shared(ss.index(slot), ss.dtype, [2 * ROWS], LINEAR).slice(CONSUMER * ROWS, ROWS, 0).load(LAYOUT)
+    scales = (
+        reinterpret_shared(ss.index(slot), ss.dtype, [2 * ROWS], LINEAR).slice(CONSUMER * ROWS, ROWS, 0).load(LAYOUT)
+    )
     return scales if ss.dtype == gl.float32 else scales.to(gl.int32)
 
 
@@ -125,7 +127,7 @@ def consume_half(
                 mbarrier.wait(full.index(slot), ((stage + u) // STAGES) & 1)
                 acc = multiply_half(acc, slot, xs, ws, ss, empty, CONSUMER, SCALES, BLOCK_M, ROWS, LAYOUT, INT8)
             stage += UNROLL
-        # A consumer's half of a tile is a tile of half the rows: the epilogue and the sum over parts of K are those of gluon_gemm.
+        # A consumer's half of a tile is a tile of half the rows, for the epilogue and for the sum over parts of K.
         finish_tile(
             acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr,
             item // SPLIT_K * 2 + CONSUMER, item % SPLIT_K, tile_m, tile_n * 2 + CONSUMER, M, N,

@@ -142,8 +142,8 @@ def consume(
         ROWS: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [ROW_WARPS, SPLIT], [0, 1])
         store_tile(
             gl.convert_layout(gl.sum(acc, axis=0), ROWS), out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr,
-            None, m0, m0 + BLOCK_M // 2, n0, M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, ROWS, BLOCK_M, BLOCK_N, SPLIT * ROW_WARPS, "none",
-            False,
+            None, m0, m0 + BLOCK_M // 2, n0, M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, ROWS, BLOCK_M, BLOCK_N,
+            SPLIT * ROW_WARPS, "none", False,
         )  # fmt: skip
 
 

@@ -38,7 +38,10 @@ def stage_bytes(tile: Tile, schedule: str) -> int:
 def scratch_bytes(tile: Tile) -> int:
     """Shared memory beside the ring: the reduction over warps, the epilogue, barriers. ``pipelined`` reuses its ring."""
     area = tile.block_m * tile.block_n
-    return RESERVED_BYTES + {"decode": 16 * area, "specialized": 2 * area, "pipelined": 0, "cooperative": 8192}[tile.kernel]
+    return (
+        RESERVED_BYTES
+        + {"decode": 16 * area, "specialized": 2 * area, "pipelined": 0, "cooperative": 8192}[tile.kernel]
+    )
 
 
 def shared_bytes(tile: Tile, schedule: str) -> int:

@@ -37,12 +37,14 @@ def gemm_tiles():
     specialized = [(16, 64), (32, 128), (64, 64), (64, 128), (128, 64)]
     tiles = [tile(*shape, kernel="specialized", split_k=split) for shape in specialized for split in (1, 2, 4)]
     tiles += [tile(128, 256, 8, kernel="specialized"), tile(64, 64, kernel="specialized", programs_per_sm=2)]
+    cooperative = [(128, 128, 1), (128, 128, 2), (256, 128, 1), (128, 256, 1)]
+    tiles += [tile(bm, bn, 8, 3, kernel="cooperative", split_k=split) for bm, bn, split in cooperative]
     return tiles + [tile(*shape, kernel="pipelined", split_k=s) for shape in ((64, 64), (128, 128)) for s in (1, 3)]
 
 
 def narrow(tile, scale_bits: int) -> bool:
-    """Accumulating schedules keep two sums and have no tiles above 64x128."""
-    return scale_bits <= 4 or tile.block_m * tile.block_n <= 8192
+    """Accumulating schedules keep two sums and have no tiles above 64x128 for a group of warps."""
+    return scale_bits <= 4 or tile.block_m * tile.block_n <= 8192 * (2 if tile.kernel == "cooperative" else 1)
 
 
 def accumulate(p: Problem, tile=None, **options) -> torch.Tensor:
@@ -83,6 +85,23 @@ def test_eight_bit_weights_are_exact():
     for t in gemm_tiles():
         if t.block_n < 256:
             assert_exact(p, t)
+
+
+@pytest.mark.parametrize("m", [1, 8, 9, 17, 33, 64, 65, 127, 128, 129, 192, 255, 257, 300])
+def test_every_number_of_tokens_is_exact(m):
+    """Halves of tiles that begin early so that no row is missing, in all kernels; the epilogue too."""
+    from intscale_compile.kernels.triton_gemm import linear_cuda
+
+    p = make_problem(m, 333, 1280, 128, packing="tiled").to("cuda")
+    token_scale = torch.rand(m, 1, device="cuda") + 0.5
+    row_scale = torch.rand(333, 1, device="cuda") + 0.5
+    wanted = (p.accumulator.to("cuda").float() * token_scale * row_scale.T).bfloat16()
+    for t in gemm_tiles():
+        assert_exact(p, t)
+        y = linear_cuda(
+            p.xq, token_scale, p.qdata, p.scale, row_scale, None, *p.weight_args, torch.bfloat16, tile=t, overlap=False
+        )
+        assert torch.equal(y, wanted), t
 
 
 def test_shipped_tiles_are_exact():

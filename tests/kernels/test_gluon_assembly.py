@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 triton = pytest.importorskip("triton")
-from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES  # noqa: E402
+from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES, UNROLLS  # noqa: E402
 from intscale_compile.kernels.gluon_tiles import (  # noqa: E402
     SCHEDULES,
     choose_gluon_tile,
@@ -78,7 +78,7 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from intscale_compile.kernels import gluon_decode, gluon_gemm
+    from intscale_compile.kernels import gluon_cooperative, gluon_decode, gluon_gemm
 
     blocks, scale, int8 = k // 128, "fp32" if schedule == "float" else "u8", schedule == "int8"
     schedule = "none" if int8 else schedule
@@ -87,21 +87,22 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
         STAGES=tile.num_stages, OVERLAP=True, bias_ptr=None,
     )  # fmt: skip
     signature = {**POINTERS, "scale_ptr": f"*{scale}", "M": "i32", "N": "i32"}
-    options: dict = dict(num_warps=tile.num_warps)
+    options: dict = dict(num_warps=4 if tile.kernel == "cooperative" else tile.num_warps)
     if tile.kernel == "decode":
         fn, depth = gluon_decode.gemm_decode, 4 * tile.steps
         shapes = ([depth, tile.block_m, 64], [depth, tile.block_n, 64], [depth, tile.block_n])
         constants.update(STEPS=tile.steps, RESIDENT=fits_resident(tile, schedule, blocks))
         constants["SCALES"] = "accumulate" if schedule == "fold" else schedule
     else:
-        fn = gluon_gemm.gemm_pipelined if tile.kernel == "pipelined" else gluon_gemm.gemm_specialized
+        kernels = {"pipelined": gluon_gemm.gemm_pipelined, "specialized": gluon_gemm.gemm_specialized}
+        fn = kernels.get(tile.kernel, gluon_cooperative.gemm_cooperative)
         scales = [tile.block_n // 64, 1, 64] if gated == "none" else [2, tile.block_n // 128, 1, 64]
-        shapes = ([tile.block_m, 128], [64, 128 if int8 else 64], scales)
+        shapes = ([tile.block_m // 2, 128], [64, 128 if int8 else 64], scales)
         constants.update(
             BLOCKS_PER_GROUP=1,
             GROUP_N=tile.group_n,
             SPLIT_K=tile.split_k,
-            UNROLL=4 if schedule in ("fold", "none") else 1,
+            UNROLL=UNROLLS[tile.kernel == "cooperative", schedule, int8][0],
             INT8=int8,
             GATED=gated,
             HAS_RESIDUAL=residual,
