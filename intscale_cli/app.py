@@ -90,6 +90,7 @@ def quantize(
     epilog=_examples(
         "intscale inspect llama-w4a8",
         "intscale inspect ./model --html model.html",
+        "intscale inspect llama-w4a8 --verify",
         "intscale inspect meta-llama/Llama-3.1-70B --plan -c group_size=64",
     )
 )
@@ -101,6 +102,7 @@ def inspect(
     unfolded: Annotated[bool, typer.Option("--all", help="Every layer on a line of its own.")] = False,
     html: Annotated[Optional[Path], typer.Option(help="Write the page of explain to this file.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Also time every GEMM, for the page and JSON.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Only compare all stored data with their checksums.")] = False,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -110,6 +112,14 @@ def inspect(
     from intscale_compile.explanation.blocks import repeated_blocks
 
     fields = commands.parse_fields(config or ())
+    if verify:
+        if plan or html is not None or measure or fields:
+            raise ConfigError("--verify reads files and runs nothing: leave --plan, --html, --measure and -c out.")
+        found = commands.verify_folder(model)
+        output.print_json(found.to_dict()) if json else views.verified(found)
+        if not found.tensors:
+            raise typer.Exit(1)
+        return
     if plan:
         if html is not None:
             raise ConfigError("--html shows a run, --plan makes none: leave one of them out.")

@@ -35,6 +35,11 @@ def quantized(summary: Any) -> None:
     print_lines(*summary.notes, f"saved in {summary.out} ({summary.seconds:.1f} s without loading and saving)")
 
 
+def verified(found: Any) -> None:
+    """``intscale inspect --verify``."""
+    print_lines(str(found))
+
+
 def explained(explanation: Any, report: Any, unfolded: bool) -> None:
     """``intscale inspect``."""
     from intscale_compile.explanation.folding import fold

@@ -35,6 +35,7 @@ from .importing.torchao_tensors import convert_from_torchao
 from .integrations.transformers import register_experts_implementation
 from .parallel import dtensor_ops  # noqa: F401  (registration)
 from .saving.checkpoint import load_safetensors, register, save_pretrained, save_safetensors
+from .saving.integrity import verify_checkpoint
 from .saving.shard_reading import register_sharded_loading
 from .tensors import expert_operators, operators  # noqa: F401  (registration)
 from .tensors.intscale_tensor import IntScaleTensor
@@ -58,6 +59,7 @@ __all__ = [
     "save_safetensors",
     "trace_node",
     "tune",
+    "verify_checkpoint",
 ]
 
 register()

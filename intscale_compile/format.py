@@ -18,6 +18,8 @@ counts for nothing: kernels must not read an activation there.
 
 The tiled packing holds the same bytes as ``[N / 64][Kp / P][64 rows][P / 2 bytes]`` (``N`` padded to 64 with codes 0),
 and the group scales and zero points as ``[N / 64][G][64 rows]``; all of them keep the weight's number of dimensions.
+
+Every stored part is contiguous, with the strides of a new tensor (:func:`contiguous`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+VERSION = 1  # stored with every model; it grows when older releases would read a file wrongly
 TILE_N = 64
 INT32_MAX = 2**31 - 1
 ACTIVATION_MAX = 127
@@ -132,6 +135,20 @@ def is_permutation(order: Tensor, size: int) -> bool:
     if order.is_floating_point() or order.dtype == torch.bool or order.numel() != size:
         return False
     return bool(torch.equal(order.reshape(-1).long().sort().values, torch.arange(size, device=order.device)))
+
+
+def contiguous(part: Tensor) -> Tensor:
+    """``part`` with the strides of a new tensor of its shape, so that all stored parts of one shape are laid out alike.
+
+    ``Tensor.contiguous`` leaves the strides of dimensions of size 1 as they are: those of ``[1, N].t()`` stay ``(1, N)``,
+    and compiled code that was made for ``(1, 1)`` refuses them.
+    """
+    wanted, step = [], 1
+    for size in reversed(part.shape):
+        wanted.append(step)
+        step *= max(1, size)
+    part = part.contiguous()
+    return part if list(part.stride()) == wanted[::-1] else part.reshape(-1).view(part.shape)
 
 
 def accumulator_bound(codes: Tensor, group_scale: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_
 from .clipping import on_integer_grid
 from .config import CalibrationConfig, as_calibration_config
 from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stages, weights_of
+from .restoring import restored_on_failure
 from .resume import Checkpoint
 from .rotation import NotRotatableError, rotate
 from .smoothing import EQUALIZATIONS, ActivationPolicy, smooth_awq, smooth_fptq
@@ -56,6 +57,7 @@ def calibrate(
     *,
     checkpoint_dir: Union[str, Path, None] = None,
     progress: bool = True,
+    restore: bool = True,
 ) -> CalibrationReport:
     """Quantize a transformers decoder or encoder in place, layer by layer.
 
@@ -70,6 +72,8 @@ def calibrate(
             ``model.config.intscale_calibration_config``.
         checkpoint_dir: finished blocks are stored there; the same call goes on where an interrupted one stopped.
         progress: show a bar, with the loss of each block.
+        restore: a call that fails or is interrupted leaves the model as it was. That takes a copy of the model in host
+            memory until the end; False: none is kept, and the model of a failed call must be loaded anew.
 
     Returns:
         The losses of the blocks and the names of the weights.
@@ -85,6 +89,21 @@ def calibrate(
     _check_model(model)
     report = CalibrationReport(chosen)
     store = Checkpoint.open(checkpoint_dir, chosen, digest_of(batches), model) if checkpoint_dir is not None else None
+    with restored_on_failure(model, restore):
+        _calibrate_blocks(model, batches, chosen, report, store, progress)
+        _finish(model, chosen)
+    return report
+
+
+def _calibrate_blocks(
+    model: nn.Module,
+    batches: list,
+    chosen: CalibrationConfig,
+    report: CalibrationReport,
+    store: Optional[Checkpoint],
+    progress: bool,
+) -> None:
+    """Every block of every stack, one after the other; in place."""
     order = stacks(model)
     with torch.no_grad(), _bar(sum(map(len, order)), progress) as bar, eager_experts(model):
         sizes = _rotated(model, chosen)
@@ -98,8 +117,6 @@ def calibrate(
                 bar.update(1)
         if chosen.scales == "integer":
             make_integer(model)
-    _finish(model, chosen)
-    return report
 
 
 def _rotated(model: nn.Module, chosen: CalibrationConfig) -> dict[str, int]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import IntScaleConfig
-from ..errors import CalibrationError
+from ..errors import CalibrationError, CheckpointError
+from ..stored_files import first_line, read_json, regular_file, whole_file
 from ..tensors.intscale_tensor import IntScaleTensor
 from .config import CalibrationConfig
 from .solve import Codes, FloatScaleWeight, frozen, set_integer
@@ -62,7 +63,7 @@ class Checkpoint:
         now = {"configuration": config.to_dict(), "data": data, "model": _fingerprint(model)}
         path = folder / STATE
         if path.is_file():
-            before = json.loads(path.read_text())
+            before = read_json(path)
             for part, value in now.items():
                 if before.get(part) != value:
                     raise CalibrationError(
@@ -70,18 +71,31 @@ class Checkpoint:
                     )
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(now, indent=1))
+            with whole_file(path) as part:
+                part.write_text(json.dumps(now, indent=1))
         return cls(folder)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.pt"
 
     def load(self, name: str) -> Optional[StoredBlock]:
-        """The block's parameters, or None where it is not finished."""
+        """The block's parameters, or None where it is not finished.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
         if not self._path(name).is_file():
             return None
-        stored = torch.load(self._path(name), map_location="cpu", weights_only=True)
-        return StoredBlock(stored["parameters"], stored["weights"])
+        path = regular_file(self._path(name))
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            return StoredBlock(dict(stored["parameters"]), list(stored["weights"]))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error} Delete the file, and the block is calibrated again.") from error
+        except Exception as error:  # whatever torch makes of a damaged file
+            raise CheckpointError(
+                f"{path}: it cannot be read ({first_line(error)}): delete it, and the block is calibrated again."
+            ) from error
 
     def save(self, name: str, block: nn.Module) -> None:
         """Store a finished block; the file appears under its name once it is whole."""
@@ -96,9 +110,8 @@ class Checkpoint:
                 parameters[key] = value.detach().cpu()
             if isinstance(value, (FloatScaleWeight, IntScaleTensor)):
                 weights.append(key)
-        part = self._path(name).with_suffix(".part")
-        torch.save({"parameters": parameters, "weights": weights}, part)
-        part.replace(self._path(name))
+        with whole_file(self._path(name)) as part:
+            torch.save({"parameters": parameters, "weights": weights}, part)
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 from .bench import GemmTiming, bench_gemms
 from .evaluation import Evaluation, evaluate, stdlib_texts, token_sequences
-from .inspection import inspect_model, plan, products
+from .inspection import inspect_model, plan, products, verify_folder
 from .link import LinkRun
 from .loading import load_model, load_tokenizer, meta_model, source_folder
 from .quantizing import QuantizeSummary, parse_fields, quantize_folder
@@ -27,4 +27,5 @@ __all__ = [
     "source_folder",
     "stdlib_texts",
     "token_sequences",
+    "verify_folder",
 ]

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .loading import first_line, is_quantized
+from ..stored_files import first_line
+from .loading import is_quantized
 
 STDLIB = Path(__file__).with_name("stdlib_modules.txt")  # names of modules
 
@@ -54,20 +55,28 @@ def stdlib_texts() -> list[str]:
     """Sources of some modules of the running Python's standard library, those of ``benchmarks/perplexity.py``."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = (root / name for name in STDLIB.read_text().split())  # other Pythons lack some
-    return [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()]
+    return [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
 
 
 def read_texts(paths: Iterable[Union[str, Path]]) -> list[str]:
     """The text of each file.
 
     Raises:
-        ConfigError: a file does not exist or is empty.
+        ConfigError: a file does not exist, is empty, or is not text in UTF-8.
     """
     texts = []
     for path in map(Path, paths):
         if not path.is_file():
             raise ConfigError(f"{path}: there is no such file: give a text file.")
-        texts.append(path.read_text(encoding="utf-8", errors="replace"))
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: byte {error.start} is not UTF-8, and replaced characters would be measured as text: convert the file, "
+                "for example with iconv."
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"{path}: it cannot be read: {first_line(error)}.") from error
         if not texts[-1].strip():
             raise ConfigError(f"{path} is empty: give a file with text.")
     return texts

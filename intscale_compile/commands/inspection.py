@@ -14,10 +14,11 @@ from ..config import IntScaleConfig
 from ..errors import ConfigError
 from ..explanation import Explanation, LayerReport, explain
 from ..reasons import Reason
+from ..saving.integrity import Verification, verify_checkpoint
 from ..tensors.expert_layers import expert_stacks
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import is_conv1d, left_alone_by_default
-from .loading import is_quantized
+from .loading import PathLike, is_quantized, source_folder
 
 
 def inspect_model(
@@ -51,6 +52,19 @@ def inspect_model(
         config.use_cache = False
     options = None if how is None else {"intscale.config": how}
     return explain(model, options=options, measure=measure, input_ids=ids, **more)
+
+
+def verify_folder(name: PathLike) -> Verification:
+    """Compare all stored data of a model with the checksums that were written when it was saved; nothing is run.
+
+    Args:
+        name: folder or hub name.
+
+    Raises:
+        ConfigError: there is no such model.
+        CheckpointError: something differs; the message names the first such parameters.
+    """
+    return verify_checkpoint(source_folder(name))
 
 
 def random_ids(model: Any, tokens: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -9,9 +10,10 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..importing import ImportReport
-from ..importing.checkpoint_files import FORMATS, quantization_config, read_json
-from ..importing.model import _model_class, from_quantized
+from ..importing.checkpoint_files import FORMATS, quantization_config
+from ..importing.model import architecture, from_quantized
 from ..importing.torchao_tensors import convert_from_torchao
+from ..stored_files import INDEX, SINGLE, first_line, read_json, reading, weight_files
 from ..tensors.intscale_tensor import IntScaleTensor
 
 PathLike = Union[str, Path]
@@ -66,6 +68,11 @@ def stored_method(folder: Path) -> Optional[str]:
     return quantization_config(folder)["quant_method"]
 
 
+def stored_by_us(folder: Path) -> bool:
+    """Whether the quantized checkpoint in a folder holds weights of ours."""
+    return '"IntScaleConfig"' in json.dumps(read_json(folder / "config.json").get("quantization_config"))
+
+
 def load_model(
     name: PathLike,
     *,
@@ -105,13 +112,11 @@ def is_quantized(model: torch.nn.Module) -> bool:
 
 
 def _from_pretrained(folder: Path, dtype: Optional[torch.dtype]) -> Any:
-    from safetensors import SafetensorError
-
-    model_class = _model_class(_config(folder))
-    try:
+    model_class = architecture(_config(folder))
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        weight_files(folder)  # regular files of this folder: transformers would wait for a pipe, and follow ../
+    with reading(folder):
         model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{folder}: {len(missing)} weights are missing, first {missing[0]}: the checkpoint is incomplete."
@@ -124,7 +129,7 @@ def _config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever wrong types in the file led to
         raise ConfigError(f"{folder}: transformers cannot read its config.json: {first_line(error)}") from error
 
 
@@ -139,7 +144,7 @@ def meta_model(name: PathLike) -> Any:
         raise ConfigError(f"{name} is quantized already ({method}): inspect it with its weights.")
     config = _config(folder)
     with torch.device("meta"):
-        return _model_class(config)._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32).eval()
+        return architecture(config)._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32).eval()
 
 
 def load_tokenizer(name: PathLike) -> Any:
@@ -178,9 +183,3 @@ def usable_device(name: str) -> torch.device:
         raise ConfigError(
             f"device={name!r} cannot be used here ({reason}): use cpu, or see intscale doctor."
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """An error of transformers or the hub in one line: they say what matters first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

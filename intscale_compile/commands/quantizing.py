@@ -21,11 +21,21 @@ from ..explanation import LayerReport
 from ..explanation.blocks import repeated_blocks
 from ..importing.export import save_compressed_tensors
 from ..saving.checkpoint import save_pretrained
+from ..stored_files import whole_folder
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import linears_and_experts
 from .evaluation import read_texts, token_sequences
 from .inspection import products
-from .loading import PathLike, is_quantized, load_model, load_tokenizer, source_folder, stored_method, weight_bytes
+from .loading import (
+    PathLike,
+    is_quantized,
+    load_model,
+    load_tokenizer,
+    source_folder,
+    stored_by_us,
+    stored_method,
+    weight_bytes,
+)
 
 EXPORTS = ("compressed-tensors",)
 
@@ -117,7 +127,7 @@ def quantize_folder(
     folder = source_folder(source)
     method, config, calibration = stored_method(folder), None, None
     if method is not None:
-        _check_import(source, preset, fields)
+        _check_import(source, preset, fields, export, ours=stored_by_us(folder))
     elif preset is not None:
         calibration = _Calibration.of(preset, fields, folder, data, sequences, tokens)
         config = calibration.options.base_config
@@ -133,6 +143,7 @@ def quantize_folder(
             calibration.options,
             checkpoint_dir=checkpoint_dir,
             progress=progress,
+            restore=False,  # the model is nobody else's
         )
         summary.losses, summary.config = report.losses, calibration.options.to_dict()
     elif config is not None:
@@ -220,9 +231,16 @@ def _check(preset: Optional[str], data: Sequence, export: Optional[str], target:
         raise ConfigError(f"{target} exists and is not an empty folder: name another one, or remove it first.")
 
 
-def _check_import(source: PathLike, preset: Optional[str], fields: dict[str, Any]) -> None:
+def _check_import(
+    source: PathLike, preset: Optional[str], fields: dict[str, Any], export: Optional[str], ours: bool
+) -> None:
     if preset is not None:
         raise ConfigError(f"{source} is quantized already: leave --preset out, or start from the original model.")
+    if ours and (fields or export is None):
+        raise ConfigError(
+            f"{source} is quantized by intscale already: use it as it is, write it for other engines with --export "
+            f"{EXPORTS[0]} and no fields, or start from the original model."
+        )
     if unused := set(fields) - {"scale_bits", "amplifier"}:
         raise ConfigError(
             f"{source} is quantized already and its codes are taken over: {sorted(unused)} cannot be changed, only "
@@ -243,14 +261,15 @@ def _save(
     model: Any, folder: Path, target: Path, config: Optional[IntScaleConfig], export: Optional[str],
     summary: QuantizeSummary,
 ) -> None:  # fmt: skip
-    target.mkdir(parents=True, exist_ok=True)
-    if export is None:
-        save_pretrained(model, target, config)
-    else:
-        report = save_compressed_tensors(model, target)
-        worst = min(report.layers, key=lambda layer: layer.snr_db)
-        summary.notes.append(f"compressed-tensors: float scales rounded, least {worst.snr_db:.1f} dB in {worst.name}")
-    try:
-        load_tokenizer(folder).save_pretrained(target)
-    except ConfigError:
-        summary.notes.append("no tokenizer: the model has none that transformers can read")
+    with whole_folder(target) as part:  # a failure leaves nothing that would stand in the way of another try
+        if export is None:
+            save_pretrained(model, part, config)
+        else:
+            report = save_compressed_tensors(model, part)
+            worst = min(report.layers, key=lambda layer: layer.snr_db)
+            note = f"compressed-tensors: float scales rounded, least {worst.snr_db:.1f} dB in {worst.name}"
+            summary.notes.append(note)
+        try:
+            load_tokenizer(folder).save_pretrained(part)
+        except ConfigError:
+            summary.notes.append("no tokenizer: the model has none that transformers can read")

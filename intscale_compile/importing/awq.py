@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .layers import QuantizedLayer, check_group_size, check_part, groups_of, nibbles, require
+from .layers import QuantizedLayer, check_group_size, check_part, groups_of, nibbles, require, require_symmetric
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -50,7 +50,8 @@ class AwqFormat:
         """Unpack one layer.
 
         Raises:
-            CheckpointError: a tensor is missing, or shapes or dtypes do not fit each other.
+            CheckpointError: a tensor is missing, shapes or dtypes do not fit each other, or there are zero points other than
+                8 where ``zero_point`` is false.
         """
         qweight, scales = parts["qweight"], parts["scales"]
         require(qweight.dim() == 2, name, f"qweight has {qweight.dim()} dimensions, not 2")
@@ -60,9 +61,11 @@ class AwqFormat:
         check_part(name, "qweight", qweight, torch.int32, (in_features, words))
         check_part(name, "scales", scales, None, (groups, words * 8))
         zero_point = None
-        if self._zero_point:
+        if "qzeros" in parts:
             check_part(name, "qzeros", parts["qzeros"], torch.int32, (groups, words))
             zero_point = _columns(parts["qzeros"])
+            if not self._zero_point:
+                require_symmetric(name, "qzeros", zero_point, "zero_point=false")
         return QuantizedLayer("awq", _columns(qweight), scales.float().t().contiguous(), zero_point, self._group_size)
 
 

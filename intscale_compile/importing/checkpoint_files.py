@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, IntScaleError
+from ..stored_files import first_line, open_safetensors, read_json, reading, weight_files
 from ..tensors.intscale_tensor import IntScaleTensor
 from .awq import AwqFormat
 from .compressed import CompressedTensorsFormat
@@ -19,7 +20,7 @@ from .gptq import GptqFormat
 from .layers import LayerFormat, ScaleOptions, to_intscale
 from .report import ImportReport
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 FORMATS: dict[str, Callable[[Mapping[str, Any]], LayerFormat]] = {
     "gptq": GptqFormat,
     "awq": AwqFormat,
@@ -39,21 +40,6 @@ def checkpoint_folder(path: Union[str, Path], revision: Optional[str] = None) ->
     return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        CheckpointError: it does not.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: it holds no JSON object.")
-    return content
-
-
 def quantization_config(folder: Path) -> dict[str, Any]:
     """How the checkpoint says that it is quantized: ``config.json``, or AutoGPTQ's own file.
 
@@ -63,7 +49,7 @@ def quantization_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json").get("quantization_config")
     if config is None and (folder / "quantize_config.json").is_file():
         config = {"quant_method": "gptq", **read_json(folder / "quantize_config.json")}
-    if not isinstance(config, dict) or not config.get("quant_method"):
+    if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str) or not config["quant_method"]:
         raise ConfigError(
             f"{folder}: config.json has no quantization_config with a quant_method: the model is not quantized; load it "
             "with transformers and use quantize_."
@@ -78,41 +64,40 @@ def layer_format(config: Mapping[str, Any]) -> LayerFormat:
         ConfigError: there is none, or it cannot read this variant.
     """
     method = config["quant_method"]
-    if method not in FORMATS:
+    if not isinstance(method, str) or method not in FORMATS:
         raise ConfigError(
             f"quant_method={method!r} cannot be imported: {', '.join(map(repr, (*FORMATS, 'torchao')))} can. Load the model "
             "in high precision and use quantize_."
         )
-    return FORMATS[method](config)
+    try:
+        return FORMATS[method](config)
+    except (
+        TypeError,
+        AttributeError,
+        ValueError,
+        KeyError,
+        RecursionError,
+        re.error,
+    ) as error:  # values of other types
+        if isinstance(error, IntScaleError):
+            raise
+        raise ConfigError(
+            f"quantization_config cannot be read: {first_line(error)}: a value in it has another type than {method} writes."
+        ) from error
 
 
 class CheckpointFiles:
-    """The safetensors files of a folder, read tensor by tensor.
+    """The safetensors files of a folder, read tensor by tensor; nothing outside of the folder is opened.
 
     Raises:
-        CheckpointError: no safetensors files, an index that names missing files, or unreadable ones.
+        CheckpointError: no safetensors files, an index that names missing files or files elsewhere, or unreadable ones.
     """
 
     def __init__(self, folder: Path):
-        from safetensors import SafetensorError, safe_open
-
-        names = [SINGLE] if (folder / SINGLE).is_file() else sorted(set(self._index(folder).values()))
         self._files: dict[str, Any] = {}
-        for name in names:
-            try:
-                file = safe_open(folder / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{folder / name}: {error}") from error
+        for path in weight_files(folder):
+            file = open_safetensors(path)
             self._files.update(dict.fromkeys(file.keys(), file))
-
-    @staticmethod
-    def _index(folder: Path) -> dict[str, str]:
-        if not (folder / INDEX).is_file():
-            raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} is there.")
-        found = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-            raise CheckpointError(f"{folder / INDEX}: it has no weight_map.")
-        return found
 
     def __iter__(self):
         return iter(self._files)
@@ -122,12 +107,8 @@ class CheckpointFiles:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
-        from safetensors import SafetensorError
-
-        try:
+        with reading(name):
             return self._files[name].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{name}: {error}") from error
 
 
 class StoredTensor:
@@ -166,6 +147,7 @@ class StoredLayers:
 
     Raises:
         CheckpointError: a layer lacks tensors.
+        ConfigError: some experts of a layer are quantized and others are not.
     """
 
     def __init__(
@@ -186,6 +168,7 @@ class StoredLayers:
             raise CheckpointError(
                 f"no tensor of the checkpoint ends in .{reader.required[0]}: nothing is quantized in it."
             )
+        self._check_experts()
 
     def _group(self) -> dict[str, dict[str, str]]:
         """Names of the stored tensors of every quantized layer, by the last part of the name."""
@@ -201,6 +184,19 @@ class StoredLayers:
             if missing:
                 raise CheckpointError(f"{layer}: {missing[0]} is missing; the checkpoint is incomplete.")
         return groups
+
+    def _check_experts(self) -> None:
+        """Raise ``ConfigError`` where some experts of a layer are quantized and others are not: they cannot be stacked."""
+        quantized = {_EXPERT.sub(".experts.*.", name): name for name in self.layers if _EXPERT.search(name)}
+        for key in self._files:
+            layer = key.removesuffix(".weight")
+            other = quantized.get(_EXPERT.sub(".experts.*.", layer))
+            if layer != key and layer not in self.layers and other is not None and _EXPERT.search(layer):
+                raise ConfigError(
+                    f"{layer} is not quantized, but {other} is, and the experts of a layer become one stack: quantize all "
+                    "experts of a layer or none (take it off the list of ignored modules), or load the model in high "
+                    "precision and use quantize_."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Entries that transformers reads as it reads slices of safetensors files."""
@@ -219,11 +215,15 @@ class StoredLayers:
         with self._lock:
             try:
                 tensors = {part: self._files.read(key).to(self._device) for part, key in parts.items()}
-                tensor, row = to_intscale(self._reader.read(name, tensors), name, self._dtype, self._options)
+                with reading(name):
+                    layer = self._reader.read(name, tensors)
+                tensor, row = to_intscale(layer, name, self._dtype, self._options)
             except BaseException as error:
                 self.error = self.error or error
                 raise
             self.report.layers.append(row)
+            if layer.note:
+                self.report.notes.append(f"{name}: {layer.note}")
             if tensor.input_order is not None:
                 self.ordered.append(name)
         return tensor

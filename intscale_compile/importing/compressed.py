@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .layers import QuantizedLayer, check_group_size, check_part, groups_of, nibbles, require
+from .layers import QuantizedLayer, check_group_size, check_part, groups_of, nibbles, require, require_symmetric
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"
 
@@ -108,7 +108,8 @@ class CompressedTensorsFormat:
         """Unpack one layer.
 
         Raises:
-            CheckpointError: tensors are missing, or shapes or dtypes do not fit each other.
+            CheckpointError: tensors are missing, shapes or dtypes do not fit each other, or there are zero points in a
+                symmetric scheme.
             ConfigError: no scheme selects the layer, or its groups are scattered.
         """
         scheme = self._of_layer(name)
@@ -124,10 +125,13 @@ class CompressedTensorsFormat:
         scale = parts["weight_scale"]
         scale = scale.unsqueeze(-1) if scale.dim() == 1 else scale
         check_part(name, "weight_scale", scale, None, (out_features, groups))
-        zero_point = None
-        if not weights.get("symmetric", True):
-            require("weight_zero_point" in parts, name, "weight_zero_point is missing in an asymmetric scheme")
+        symmetric, zero_point = weights.get("symmetric", True), None
+        require(symmetric or "weight_zero_point" in parts, name, "weight_zero_point is missing in an asymmetric scheme")
+        if "weight_zero_point" in parts:
             zero_point = _zero_point(name, parts["weight_zero_point"], out_features, groups)
+            if symmetric:  # some releases store zeros all the same
+                require_symmetric(name, "weight_zero_point", zero_point, "symmetric=true")
+                zero_point = None
         activation_scale = None
         if _is_static(scheme.get("input_activations")):
             require("input_scale" in parts, name, "input_scale is missing in a scheme with static activations")
@@ -166,6 +170,8 @@ def _codes(name: str, parts: Mapping[str, Tensor], storage: str) -> Tensor:
 
 
 def _zero_point(name: str, stored: Tensor, out_features: int, groups: int) -> Tensor:
+    if stored.dim() == 1:  # per channel
+        stored = stored.unsqueeze(-1)
     if stored.dtype == torch.int8:  # "int-quantized" does not pack them
         check_part(name, "weight_zero_point", stored, torch.int8, (out_features, groups))
         return stored

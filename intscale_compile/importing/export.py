@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..stored_files import whole_folder
 from ..tensors.from_codes import scale_rounding_snr
 from ..tensors.intscale_tensor import IntScaleTensor
 from .compressed import PACKED, PLAIN
@@ -57,7 +58,8 @@ def save_compressed_tensors(
     Codes and zero points are stored as they are. A group's float scale is ``row_scale * group_scale``, rounded to
     ``scale_dtype``: the report says what that cost; 16-bit scales of a bf16 model cost less than what rounding the
     weights did by more than 30 dB. Layers with ``weight_bits=8`` become int-quantized per-channel int8.
-    Activations are declared as int8, dynamic per token, or with their static scale.
+    Activations are declared as int8, dynamic per token, or with their static scale. The files appear in ``folder`` once all
+    of them are written: a failed call leaves it as it was.
 
     Args:
         model: a transformers model after ``quantize_``, ``calibrate`` or ``from_quantized``.
@@ -72,6 +74,7 @@ def save_compressed_tensors(
     Raises:
         ConfigError: the model is not a transformers model, no weight is quantized, or a weight has a form that
             compressed-tensors cannot express: the message names the layer.
+        CheckpointError: the folder cannot be written.
     """
     from transformers import PreTrainedModel
 
@@ -93,9 +96,9 @@ def save_compressed_tensors(
     if not schemes:
         raise ConfigError("save_compressed_tensors: no weight of the model is quantized; call quantize_ first.")
     report.unquantized = unquantized_linears(model)
-    with _as_plain(model):
-        model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_SIZE)
-    _add_to_config(Path(folder), _quantization_config(schemes, report.unquantized))
+    with whole_folder(folder) as part, _as_plain(model):
+        model.save_pretrained(part, state_dict=state, max_shard_size=SHARD_SIZE)
+        _add_to_config(part, _quantization_config(schemes, report.unquantized))
     return report
 
 

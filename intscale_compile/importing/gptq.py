@@ -15,13 +15,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .layers import QuantizedLayer, check_group_size, check_part, groups_of, nibbles, order_of_groups, require
+from .layers import (
+    QuantizedLayer,
+    check_group_size,
+    check_part,
+    groups_of,
+    nibbles,
+    order_of_groups,
+    require,
+    require_symmetric,
+)
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # added to stored zero points
 
@@ -45,29 +54,36 @@ class GptqFormat:
             raise ConfigError(
                 f"GPTQ checkpoint_format={layout!r} is packed for one kernel: save it as 'gptq' or 'gptq_v2' with GPTQModel."
             )
-        self._zero_offset = ZERO_OFFSETS[layout]
+        self._layout = layout
         self._config = config
         self._of_layer("quantization_config")  # errors before anything is read
 
-    def _of_layer(self, name: str) -> int:
-        """Group size of a layer; GPTQModel's ``dynamic`` may give it settings of its own."""
+    def _of_layer(self, name: str) -> tuple[int, Optional[bool]]:
+        """Group size of a layer and whether it is symmetric, if that is said.
+
+        GPTQModel's ``dynamic`` may give a layer settings of its own.
+        """
         chosen = {"bits": self._config.get("bits"), "group_size": self._config.get("group_size", -1)}
+        chosen["sym"] = self._config.get("sym")
         for pattern, changes in (self._config.get("dynamic") or {}).items():
             if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
                 chosen.update(changes)
                 break
         if chosen["bits"] != 4:
             raise ConfigError(f"{name}: GPTQ with bits={chosen['bits']!r} cannot be imported: 4 bits can.")
-        return check_group_size(name, chosen["group_size"])
+        if chosen["sym"] not in (True, False, None):
+            raise ConfigError(f"{name}: GPTQ with sym={chosen['sym']!r}: it is true or false.")
+        return check_group_size(name, chosen["group_size"]), chosen["sym"]
 
     def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantizedLayer:
         """Unpack one layer.
 
         Raises:
-            CheckpointError: shapes or dtypes do not fit each other; groups of other sizes.
+            CheckpointError: shapes or dtypes do not fit each other; groups of other sizes; zero points other than 8 where
+                ``sym`` is true.
             ConfigError: bits other than 4; a group size that we cannot make.
         """
-        group_size = self._of_layer(name)
+        group_size, symmetric = self._of_layer(name)
         qweight, scales, qzeros = parts["qweight"], parts["scales"], parts["qzeros"]
         require(qweight.dim() == 2, name, f"qweight has {qweight.dim()} dimensions, not 2")
         in_features, out_features = qweight.shape[0] * 8, qweight.shape[1]
@@ -81,8 +97,24 @@ class GptqFormat:
             order = order_of_groups(name, "g_idx", parts["g_idx"], group_size)
         codes = nibbles(qweight.t()).to(torch.int8) - 8
         codes = codes if order is None else codes[:, order]
-        # The offset of 1 wraps: a zero point of 0 was stored as 15.
-        zeros = (nibbles(qzeros)[:, :out_features] + self._zero_offset) & 15
-        zero_point = (zeros.to(torch.int8) - 8).t().contiguous()
+        zero_point, note = self._zero_points(name, nibbles(qzeros)[:, :out_features], symmetric)
         scale = scales.float().t().contiguous()
-        return QuantizedLayer("gptq", codes, scale, zero_point, group_size, input_order=order)
+        return QuantizedLayer("gptq", codes, scale, zero_point, group_size, input_order=order, note=note)
+
+    def _zero_points(self, name: str, stored: Tensor, symmetric: Optional[bool]) -> tuple[Tensor, str]:
+        """Zero points int8 ``[N, G]`` of stored ones uint8 ``[G, N]``, and what to say of them.
+
+        The formats differ in an offset, and some tools write one and name the other. Where a checkpoint says that it is
+        symmetric, all zero points are 8, which settles the offset; without ``sym``, 9 for all groups cannot be meant either.
+        """
+        offset, note = ZERO_OFFSETS[self._layout], ""
+        others = {v: layout for layout, v in ZERO_OFFSETS.items() if v != offset}
+        for other, layout in others.items():
+            if symmetric is not False and bool((stored == 8 - other).all()):
+                offset = other
+                note = f"zero points are stored as {layout!r} stores them, not as {self._layout!r}; read as 8 for all groups"
+        zeros = (stored + offset) & 15  # the offset of 1 wraps: a zero point of 0 was stored as 15
+        zero_point = (zeros.to(torch.int8) - 8).t().contiguous()
+        if symmetric:
+            require_symmetric(name, "qzeros", zero_point, "sym=true")
+        return zero_point, note

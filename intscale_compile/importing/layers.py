@@ -39,6 +39,7 @@ class QuantizedLayer:
         weight_bits: 4 or 8.
         activation_scale: static scale of the activation; None: dynamic, per token.
         input_order: input feature of every column of ``codes``, integers ``[K]``; None: columns are in the features' order.
+        note: what the user should know of how it was read; empty: nothing.
     """
 
     format: str
@@ -49,6 +50,7 @@ class QuantizedLayer:
     weight_bits: int = 4
     activation_scale: Optional[float] = None
     input_order: Optional[Tensor] = None
+    note: str = ""
 
 
 class LayerFormat(Protocol):
@@ -76,6 +78,16 @@ def require(ok: bool, name: str, what: str) -> None:
     """Raise ``CheckpointError`` that names the layer unless ``ok``."""
     if not ok:
         raise CheckpointError(f"{name}: {what}; the checkpoint is damaged, or its quantization_config is not its own.")
+
+
+def require_symmetric(name: str, part: str, zero_point: Tensor, what: str) -> None:
+    """Raise ``CheckpointError`` where stored zero points int8, on the scale of signed codes, are not those of ``what``."""
+    if bool(zero_point.any()):
+        least, most = int(zero_point.min()) + 8, int(zero_point.max()) + 8
+        raise CheckpointError(
+            f"{name}: its {part} holds zero points from {least} to {most} where {what} in quantization_config means 8 for all "
+            "groups; one of them is wrong: correct quantization_config, or get the checkpoint again."
+        )
 
 
 def check_part(name: str, part: str, tensor: Tensor, dtype: Optional[torch.dtype], shape: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
+from ..stored_files import first_line, reading, weight_files
 from ..tensors.intscale_tensor import IntScaleTensor
 from .checkpoint_files import CheckpointFiles, StoredLayers, checkpoint_folder, layer_format, quantization_config
 from .layers import ScaleOptions
@@ -59,15 +60,19 @@ def from_quantized(
         return model_or_path, convert_from_torchao(model_or_path, scale_bits=scale_bits, amplifier=amplifier)
     folder = checkpoint_folder(model_or_path, revision)
     stored = quantization_config(folder)
-    config = _plain_config(folder)
-    model_class = _model_class(config)
+    config = plain_config(folder)
+    model_class = architecture(config)
     if stored["quant_method"] == "torchao":
-        model = model_class.from_pretrained(folder, dtype=dtype or "auto").to(device)
+        model = _loaded(model_class, folder, dtype).to(device)
         report = convert_from_torchao(model, scale_bits=scale_bits, amplifier=amplifier)
         _forget_quantization(model)
         return model, report
     reader = layer_format(stored)
     dtype = dtype or getattr(config, "dtype", None) or torch.float16
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(
+            f"{folder}: config.json has dtype={dtype!r}, which is none of PyTorch's: correct it, or pass dtype."
+        )
     layers = StoredLayers(
         CheckpointFiles(folder), reader, ScaleOptions(scale_bits, amplifier), dtype, torch.device(device)
     )
@@ -76,6 +81,11 @@ def from_quantized(
     _add_generation_config(model, folder)
     layers.report.layers.sort(key=lambda row: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", row.name)])
     layers.report.unquantized = unquantized_linears(model)
+    layers.report.notes.sort()
+    if layers.report.notes:
+        log.warning(
+            "from_quantized: %s (%d such notes in the report)", layers.report.notes[0], len(layers.report.notes)
+        )
     return model, layers.report
 
 
@@ -85,30 +95,55 @@ def unquantized_linears(model: nn.Module) -> list[str]:
     return [name for name, module in linears if not isinstance(module.weight, IntScaleTensor)]
 
 
-def _plain_config(folder: Path) -> Any:
-    """The model's configuration without what says that it is quantized."""
+def plain_config(folder: Path) -> Any:
+    """The model's configuration without what says that it is quantized.
+
+    Raises:
+        ConfigError: transformers cannot read it.
+    """
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(f"{folder}: transformers cannot read this config.json: {error}") from error
+    except Exception as error:  # whatever wrong types in the file led to
+        raise ConfigError(
+            f"{folder}: transformers cannot read this config.json: {type(error).__name__}: {first_line(error)}: correct it, "
+            "or get it again."
+        ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
-def _model_class(config: Any) -> Any:
-    """The class that ``config.json`` names."""
+def architecture(config: Any) -> Any:
+    """The class that ``config.json`` names.
+
+    Raises:
+        ConfigError: it names none that transformers has.
+    """
     import transformers
 
-    for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+    names = getattr(config, "architectures", None)
+    for name in names if isinstance(names, (list, tuple)) else ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
     raise ConfigError(
-        f"config.json names the architectures {config.architectures}, of which transformers {transformers.__version__} has "
+        f"config.json names the architectures {names}, of which transformers {transformers.__version__} has "
         "none: name one that it has, or install another release."
     )
+
+
+def _loaded(model_class: Any, folder: Path, dtype: Optional[torch.dtype]) -> Any:
+    """A model of torchao's tensors, as transformers loads it."""
+    weight_files(folder)
+    with reading(folder):
+        model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+    if missing := sorted(info.get("missing_keys") or ()):
+        raise CheckpointError(
+            f"{folder}: {len(missing)} weights are missing, first {missing[0]}: the checkpoint is incomplete."
+        )
+    return model
 
 
 def _load(model_class: Any, config: Any, layers: StoredLayers, dtype: torch.dtype) -> Any:
@@ -131,7 +166,10 @@ def _load(model_class: Any, config: Any, layers: StoredLayers, dtype: torch.dtyp
                 f"{experts[0]}: its groups are scattered over the input features (GPTQ act-order, desc_act=True), in an order of "
                 "each expert's own, so experts cannot be stacked. Quantize with desc_act=False, or with static_groups=True."
             ) from error
-        raise CheckpointError(f"transformers cannot load this checkpoint: {error}") from error
+        raise CheckpointError(
+            f"transformers cannot load this checkpoint: {type(error).__name__}: {first_line(error)}; tensors of one layer "
+            "that it stacks or joins must be quantized alike, and config.json must be this model's."
+        ) from error
     if layers.error is not None:
         raise layers.error
     _check_loading(info, layers)
@@ -183,4 +221,5 @@ def _add_generation_config(model: Any, folder: Path) -> None:
     if model.can_generate() and (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with reading(folder / "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)

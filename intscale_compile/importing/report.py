@@ -35,18 +35,19 @@ class ConvertedLayer:
 class ImportReport:
     """Every weight that was converted, in order, and the linear layers that stayed in high precision.
 
-    Printing it gives a table.
+    ``notes`` say what the user should know of single weights. Printing it gives a table.
     """
 
     layers: list[ConvertedLayer] = field(default_factory=list)
     unquantized: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; an infinite ``snr_db`` becomes None."""
         layers = [asdict(layer) for layer in self.layers]
         for layer in layers:
             layer["snr_db"] = layer["snr_db"] if math.isfinite(layer["snr_db"]) else None
-        return {"layers": layers, "unquantized": list(self.unquantized)}
+        return {"layers": layers, "unquantized": list(self.unquantized), "notes": list(self.notes)}
 
     def __str__(self) -> str:
         head = ("layer", "format", "group", "zero points", "scale rounding, dB", "proof headroom, bits")
@@ -58,6 +59,8 @@ class ImportReport:
             lines.append(f"{len(self.layers)} weights; least: {_decibels(worst.snr_db)} dB in {worst.name}")
         if self.unquantized:
             lines.append(f"{len(self.unquantized)} linear layers in high precision: {', '.join(self.unquantized[:4])}")
+        if self.notes:
+            lines.append(self.notes[0] + (f" (and {len(self.notes) - 1} more notes)" if len(self.notes) > 1 else ""))
         return "\n".join(lines)
 
 

@@ -59,6 +59,19 @@ CONVERSIONS = PrivateName(
     "loading parts that torchao's own tensors do not have",
     "from_pretrained cannot load weights with an input order: use intscale_compile.load_safetensors",
 )
+FILE_WRITING = PrivateName(
+    "transformers.modeling_utils:safe_save_file",
+    "checksums in the files that save_pretrained writes",
+    "they have none and cannot be verified: use intscale_compile.save_safetensors",
+    parameters=("tensors", "filename", "metadata"),
+)
+PREPARING = PrivateName(
+    "transformers.quantizers.quantizer_torchao:TorchAoHfQuantizer._process_model_before_weight_loading",
+    "checking the headers of a quantized checkpoint before it is read",
+    "from_pretrained does not check format versions and checksums of headers: use intscale inspect --verify first",
+    parameters=("model", "checkpoint_files"),
+    own=True,
+)
 # Arguments of the hooks are used in these forms.
 PrivateName(
     "transformers.core_model_loading:WeightConverter.__init__",
@@ -92,7 +105,7 @@ PrivateName(
     "gates of experts in the implementation intscale",
 )
 PrivateName("transformers:PreTrainedModel._from_config", "a model without weights")
-HOOKED = (LOADING, SHARDING, DESERIALIZING, STATE, CONVERSIONS)
+HOOKED = (LOADING, FILE_WRITING, SHARDING, DESERIALIZING, STATE, PREPARING, CONVERSIONS)
 _ENTRANCE = "transformers.modeling_utils"  # every model imports it
 
 

@@ -21,9 +21,12 @@ from ..errors import CheckpointError, ShardingError
 from ..integrations.torch import is_dtensor, local_tensor
 from ..integrations.transformers import RENAMING, hook_loading
 from ..parallel.sharding import Layout, chunk
+from ..stored_files import PathLike, open_safetensors, reading
 from ..tensors.activation_parts import PER_WEIGHT
 from ..tensors.fields import DATA_NAMES
-from .checkpoint import PathLike, stored_tensor
+from .checked_loading import checking_files, checking_result, keeping_errors, marking, sealing
+from .checkpoint import stored_tensor, tensor_names
+from .integrity import check_header, check_metadata, read_entry, stored_key
 from .shard_writing import gather_shards, is_divided
 
 
@@ -86,7 +89,7 @@ def stored_parts(
     headers = {name: header for name, text in metadata.items() if (header := _header(text)) is not None}
     parts: dict[str, dict[str, str]] = {}  # keys by name and part
     if name_of is None:
-        known = {_key(name, part): (name, part) for name in headers for part in DATA_NAMES}
+        known = {stored_key(name, part): (name, part) for name in headers for part in DATA_NAMES}
         owners = {key: known[key] for key in slices if key in known}
     else:
         names = {key: name_of(key) for key in slices}
@@ -102,11 +105,6 @@ def stored_parts(
     return found
 
 
-def _key(name: str, part: str) -> str:
-    module, _, leaf = name.rpartition(".")
-    return f"{module}._{leaf}_{part}"
-
-
 def _part(key: str, name: str) -> str:
     return key.rpartition(".")[2].removeprefix(f"_{name.rpartition('.')[2]}_")
 
@@ -114,7 +112,7 @@ def _part(key: str, name: str) -> str:
 def _header(text: str) -> Optional[dict]:
     try:
         header = json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return None
     return header if isinstance(header, dict) and header.get("_type") == "IntScaleTensor" else None
 
@@ -148,27 +146,26 @@ def read_shards(
         rank, ranks: which shard of how many.
 
     Raises:
-        CheckpointError: the file is damaged.
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, or a newer release wrote it.
         ShardingError: a tensor cannot be divided so.
     """
-    from safetensors import SafetensorError, safe_open
-
     state: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+    with open_safetensors(path) as file, reading(path):
+        metadata = file.metadata() or {}
+        read_entry(metadata, path)  # a newer format before anything else
+        names = tensor_names(metadata, path)
+        for name in names:
+            check_header(metadata[name], f"{path}: {name.removeprefix('.')}")
+        check_metadata(metadata, path)
+        with reading(f"{path}: a header"):
             parts = stored_parts({key: file.get_slice(key) for key in file.keys()}, metadata)
-            for name in json.loads(metadata["tensor_names"]):
-                public = name.removeprefix(".")
-                dim, packed, copies = divided.get(public, (None, 1, 1))
-                cut = None if dim is None else (dim, packed)
+        for name in names:
+            public = name.removeprefix(".")
+            dim, packed, copies = divided.get(public, (None, 1, 1))
+            cut = None if dim is None else (dim, packed)
+            with reading(f"{path}: {public}"):
                 state[public] = _read_shard(name, parts, metadata, cut, rank // copies, ranks // copies, path)
-    except FileNotFoundError:
-        raise
-    except KeyError as error:
-        raise CheckpointError(f"{path}: no {error} in it: it is incomplete, or no file of save_safetensors.") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
     return state
 
 
@@ -177,8 +174,12 @@ def _read_shard(
     ranks: int, path: PathLike,
 ) -> Tensor:  # fmt: skip
     if _header(metadata[name]) is None:
+        if name not in stored:
+            raise CheckpointError(f"{path}: {name.removeprefix('.')}: data missing; the file is incomplete.")
         return _read(stored[name], name, divided, rank, ranks)
-    keys = {part: _key(name, part) for part in DATA_NAMES}
+    keys = {part: stored_key(name, part) for part in DATA_NAMES}
+    if keys["qdata"] not in stored:
+        raise CheckpointError(f"{path}: {name.removeprefix('.')}: qdata is missing; the file is incomplete.")
     parts = {key: _read(stored[key], name, divided, rank, ranks) for part, key in keys.items() if key in stored}
     shape = list(stored[keys["qdata"]].get_shape())
     if divided is not None:
@@ -212,10 +213,12 @@ def register_sharded_loading() -> None:
     """Let ``from_pretrained(..., tp_plan="auto")`` read quantized checkpoints shard by shard, and ``save_pretrained`` gather."""
     hook_loading(
         {
-            "convert_and_load_state_dict_in_model": _reading_shards,
+            "convert_and_load_state_dict_in_model": lambda load: checking_result(_reading_shards(load)),
+            "safe_save_file": sealing,
             "shard_tensor": _of_whole_parts,
-            "convert": _with_local_headers,
-            "get_state_dict_and_metadata": _gathering,
+            "convert": lambda convert: keeping_errors(_with_local_headers(convert)),
+            "get_state_dict_and_metadata": lambda get_state: marking(_gathering(get_state)),
+            "_process_model_before_weight_loading": checking_files,
             "get_weight_conversions": _with_all_parts,
         }
     )

@@ -33,7 +33,8 @@ def with_activation_scale(weight: IntScaleTensor, scale: Union[Tensor, float, No
         raise WeightError(f"the activation scale has shape {tuple(given.shape)}: give one number, or {shape}.")
     if not bool((torch.isfinite(given) & (given > 0)).all()):
         raise WeightError("the activation scale is not a positive finite number: calibrate with other inputs.")
-    return weight.replaced(act_pre_scale=given.expand(shape).contiguous() if given.numel() == 1 else given.clone())
+    given = given.expand(shape) if given.numel() == 1 else given.clone()
+    return weight.replaced(act_pre_scale=fmt.contiguous(given))
 
 
 def with_rotation(weight: IntScaleTensor, size: int) -> IntScaleTensor:

@@ -79,10 +79,10 @@ def integer_weight(
         integers, row_scale = _amplified(weight, amplifier, name)
         bits = max(1, int(integers.max()).bit_length())
     return IntegerWeight(
-        weight.codes,
-        integers.to(torch.uint8 if bits <= 8 else torch.int16),
-        row_scale.clamp(min=SMALLEST_STEP).to(torch.float32),
-        weight.zero_point,
+        fmt.contiguous(weight.codes),
+        fmt.contiguous(integers.to(torch.uint8 if bits <= 8 else torch.int16)),
+        fmt.contiguous(row_scale.clamp(min=SMALLEST_STEP).to(torch.float32)),
+        None if weight.zero_point is None else fmt.contiguous(weight.zero_point),
         bits,
     )
 

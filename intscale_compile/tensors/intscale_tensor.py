@@ -351,8 +351,9 @@ class IntScaleTensor(TorchAOBaseTensor):
         return flat
 
     def __getstate__(self) -> dict:
-        """What is stored: without what is kept beside the parts and follows from them."""
-        return {name: value for name, value in self.__dict__.items() if name not in KEPT}
+        """What is stored: without what is kept beside the parts and follows from them; with the format version."""
+        state = {name: value for name, value in self.__dict__.items() if name not in KEPT}
+        return {**state, "_format_version": fmt.VERSION}
 
     def _stable_hash_for_caching(self) -> str:
         parts = [(n, tuple(getattr(self, n).shape), str(getattr(self, n).dtype)) for n in self.data_names]
@@ -377,6 +378,12 @@ class IntScaleTensor(TorchAOBaseTensor):
         torch._utils._set_obj_state(self, state)
         for name in KEPT:  # never from a file: nothing would check it
             self.__dict__.pop(name, None)
+        version = self.__dict__.pop("_format_version", 1)  # version 0.1.0 stored none
+        if version not in range(1, fmt.VERSION + 1):
+            raise CheckpointError(
+                f"a stored IntScaleTensor has format version {version!r}; this release reads versions up to {fmt.VERSION}: "
+                "install a newer intscale_compile."
+            )
         for name, absent in ABSENT.items():  # files from before these parts existed
             self.__dict__.setdefault(name, absent)
         missing = [n for n in (*self.tensor_data_names, *self.tensor_attribute_names) if not hasattr(self, n)]

@@ -55,9 +55,8 @@ def quantize_weight(weight: Tensor, config: IntScaleConfig) -> QuantizedWeight:
         scale_bits = max(1, int(group_scale.max()).bit_length())
     else:
         scale_bits = 1 if group_size == -1 else config.scale_bits
-    return QuantizedWeight(
-        codes.reshape(*lead, -1), group_scale.reshape(*lead, -1), row_scale.reshape(*lead, 1), scale_bits
-    )
+    parts = [part.reshape(*lead, -1) for part in (codes, group_scale, row_scale)]
+    return QuantizedWeight(*map(fmt.contiguous, parts), scale_bits)
 
 
 def _quantize_rows(chunk: Tensor, config: IntScaleConfig, amplifier: int | None) -> tuple[Tensor, Tensor, Tensor]:

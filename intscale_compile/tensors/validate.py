@@ -40,11 +40,18 @@ def _check_attributes(tensor: IntScaleTensor, name: str) -> None:
     _require(isinstance(block_size, (list, tuple)) and len(block_size) > 0, name, f"block_size is {block_size!r}")
     dims = tensor.qdata.dim()
     _require(len(block_size) == dims, name, f"block_size is {block_size!r} where codes have {dims} dimensions")
+    whole = all(type(size) is int for size in block_size) and all(size == 1 for size in block_size[:-1])
+    _require(whole, name, f"block_size is {block_size!r}")
     _require(tensor.group_size in GROUP_SIZES, name, f"group size {tensor.group_size!r} is not one of {GROUP_SIZES}")
-    _require(tensor.packing_format in ("plain", "tiled"), name, f"packing format {tensor.packing_format!r} is unknown")
+    packing = tensor.packing_format
+    _require(
+        isinstance(packing, str) and packing in ("plain", "tiled"),
+        name,
+        f"packing format {tensor.packing_format!r} is unknown",
+    )
     for field in ("in_features", "out_features", "scale_bits"):
         value = getattr(tensor, field)
-        _require(isinstance(value, int) and value > 0, name, f"{field} is {value!r}")
+        _require(type(value) is int and value > 0, name, f"{field} is {value!r}")
     _require(isinstance(tensor.transposed, bool), name, f"transposed is {tensor.transposed!r}")
     _require(tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1, name, f"it claims the dtype {tensor.dtype}")
     _require(tensor.scale_bits <= 16, name, f"scale_bits is {tensor.scale_bits}")
@@ -110,5 +117,20 @@ def _check_values(tensor: IntScaleTensor, name: str) -> None:
     if tensor.input_order is not None:
         known = fmt.is_permutation(tensor.input_order, tensor.in_features)
         _require(known, name, f"its input order is no permutation of {tensor.in_features} features")
+    _require(not _codes_in_padding(tensor), name, f"codes beyond its {tensor.in_features} input features are not 0")
     bound = int(tensor.accumulator_bound().max())
     _require(bound <= fmt.INT32_MAX, name, f"the int32 accumulator could reach {bound}, over 2**31 - 1")
+
+
+def _codes_in_padding(tensor: IntScaleTensor) -> bool:
+    """Whether a code of the padding is not 0: then the weight has more input features than it says."""
+    padded = fmt.padded_in_features(tensor.in_features, tensor.group_size)
+    if padded == tensor.in_features:
+        return False
+    columns = fmt.code_block_columns(tensor.group_size, tensor.weight_bits)
+    qdata = tensor.qdata
+    if tensor.packing_format == "tiled":
+        qdata = fmt.untile_rows(qdata, tensor.out_features, columns)
+    last = qdata[..., (tensor.in_features // fmt.pack_block(tensor.group_size)) * columns :]  # blocks with padding
+    codes = last if tensor.weight_bits == 8 else fmt.unpack_int4(last, tensor.group_size)
+    return bool(codes[..., tensor.in_features - padded :].any())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from intscale_compile.calibration.capture import StackInputs, batches_of, captur
 from intscale_compile.calibration.layers import blocks, stacks, weights_of
 from intscale_compile.calibration.pipeline import make_integer
 from intscale_compile.calibration.solve import Codes, FloatScaleWeight, fake_quantize
-from intscale_compile.errors import CalibrationError, WeightError
+from intscale_compile.errors import CalibrationError, CheckpointError, WeightError
 from tests.support.calibration import logits_of, small_model
 
 from_preset = CalibrationConfig.from_preset
@@ -310,6 +311,67 @@ def test_resuming_gives_the_same_bits(model, data, tmp_path, monkeypatch, scales
         resumed = calibrated(model, data, chosen, checkpoint_dir=tmp_path)
     assert same_weights(whole, resumed) and torch.equal(whole(data).logits, resumed(data).logits)
     assert len(quantized) == 7 and all(name.startswith("model.layers.1.") for name in quantized)
+
+
+def everything(model):
+    """Values of parameters, hooks, attributes and configuration of a model."""
+    modules = {
+        name: (sorted(vars(m)), [len(v) for v in vars(m).values() if isinstance(v, dict)])
+        for name, m in model.named_modules()
+    }
+    return (
+        {name: (p.detach().clone(), sorted(vars(p))) for name, p in model.named_parameters(remove_duplicate=False)},
+        modules,
+        model.config.to_dict(),
+    )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, WeightError])
+@pytest.mark.parametrize("name", ["best", "llama3", "fptq"])
+def test_a_call_that_fails_leaves_the_model_as_it_was(name, error, data, monkeypatch):
+    """Rotation and smoothing change weights in place, and the first block is quantized when the second one fails."""
+    model = tiny_llama()
+    model.lm_head.weight = model.model.embed_tokens.weight  # the rotation gives it a weight of its own
+    model.config.tie_word_embeddings = True
+    embedding = model.model.embed_tokens.weight
+    before, process = everything(model), pipeline._Block.process
+
+    def failing(self):
+        if self.place == 1:
+            raise error("now")
+        process(self)
+
+    monkeypatch.setattr(pipeline._Block, "process", failing)
+    changes = {} if name == "fptq" else {"tuning_steps": 2}
+    with pytest.raises(error):
+        calibrate(model, data[:2], from_preset(name, **changes), progress=False)
+    after = everything(model)
+    assert after[1:] == before[1:]
+    for key, (value, attributes) in before[0].items():
+        assert after[0][key][1] == attributes and torch.equal(after[0][key][0], value), key
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert next(model.parameters()) is embedding, "itself, as something still holds it"
+
+
+def test_nothing_is_kept_where_nothing_is_to_be_restored(model, data, monkeypatch):
+    monkeypatch.setattr("intscale_compile.calibration.restoring._State", None)
+    calibrate(model, data, CalibrationConfig(**SHORT), restore=False, progress=False)
+
+
+def test_a_damaged_block_is_said(model, data, tmp_path):
+    calibrate(copy.deepcopy(model), data, CalibrationConfig(**SHORT), checkpoint_dir=tmp_path, progress=False)
+    assert not [path.name for path in tmp_path.iterdir() if path.suffix not in (".json", ".pt")]
+    block = tmp_path / "model.layers.1.pt"
+    for content in (block.read_bytes()[:1000], b"", torch_bytes({"parameters": 3}), torch_bytes([])):
+        block.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"model.layers.1.pt: .*block is calibrated again"):
+            calibrate(copy.deepcopy(model), data, CalibrationConfig(**SHORT), checkpoint_dir=tmp_path, progress=False)
+
+
+def torch_bytes(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 def test_resuming_with_something_else_is_refused(model, data, tmp_path):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from intscale_compile.commands import (
     stdlib_texts,
     token_sequences,
 )
-from intscale_compile.commands.evaluation import evaluate_tasks
+from intscale_compile.commands.evaluation import evaluate_tasks, read_texts
 from intscale_compile.commands.inspection import packed_bytes
 from intscale_compile.errors import CheckpointError, ConfigError
 from tests.support.cli import CHECKOUT, in_process, save_small_llama
@@ -222,6 +225,64 @@ def test_export_and_import_again(capsys, llama, quantized, tmp_path):
     assert code == 0 and "imported with its codes" in stdout
 
 
+def test_a_quantized_model_is_exported(capsys, quantized, tmp_path):
+    """One that intscale quantized is written for other engines; the codes are the same."""
+    pytest.importorskip("compressed_tensors")
+    code, _, stderr = in_process(capsys, "quantize", quantized, tmp_path / "out", "--export", "compressed-tensors")
+    assert code == 0, stderr
+    name = "model.layers.1.mlp.up_proj.weight"
+    codes = [dict(load_model(folder)[0].named_parameters())[name].codes for folder in (quantized, tmp_path / "out")]
+    assert torch.equal(*codes)
+
+
+@pytest.mark.parametrize("export", [None, "compressed-tensors"])
+def test_a_save_that_fails_leaves_nothing(export, llama, tmp_path, monkeypatch):
+    """So the next try finds no folder in its way."""
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.safe_save_file", None)
+        with pytest.raises(TypeError):
+            quantize_folder(llama, tmp_path / "out", export=export, progress=False)
+    assert not list(tmp_path.iterdir())
+    quantize_folder(llama, tmp_path / "out", export=export, progress=False)
+    assert load_model(tmp_path / "out")
+
+
+def test_verify(capsys, quantized, llama, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    out = shutil.copytree(quantized, tmp_path / "out")
+    code, stdout, _ = in_process(capsys, "inspect", out, "--verify")
+    assert code == 0 and re.fullmatch(r"\d+ tensors in 1 files are what was saved\n", stdout)
+    path, key = out / "model.safetensors", "model.layers.1.mlp.up_proj._weight_qdata"
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors[key][3, 5] ^= 1
+    save_file(tensors, path, metadata=metadata)
+    code, stdout, stderr = in_process(capsys, "inspect", out, "--verify", "--json")
+    assert code == 1 and stdout == "" and len(stderr.splitlines()) == 1
+    assert "model.layers.1.mlp.up_proj.weight: qdata: the data differ from their checksum" in stderr
+    code, stdout, _ = in_process(capsys, "inspect", llama, "--verify", "--json")
+    assert code == 1 and json.loads(stdout) == {"files": 1, "tensors": 0, "without_checksums": ["model.safetensors"]}
+
+
+def test_text_that_is_not_utf_8(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Füße".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin.txt: byte 1 is not UTF-8.*convert the file"):
+        read_texts([tmp_path / "latin.txt"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json"])
+def test_a_pipe_is_not_waited_for(name, llama, tmp_path):
+    for path in llama.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises((CheckpointError, ConfigError)):
+        load_model(tmp_path)
+
+
 def test_preset(capsys, llama, text, tmp_path):
     out = tmp_path / "out"
     options = ["--preset", "gptq", "--data", text, "--sequences", 2, "--tokens", 32, "-c", "damping=0.05", "--json"]
@@ -303,6 +364,9 @@ WRONG = {
     "quantize {llama} {out} --dtype float8": "use float32, bfloat16, float16 or auto",
     "quantize {llama}": "Missing argument",
     "quantize {quantized} {out} --preset gptq --data {text}": "is quantized already",
+    "quantize {quantized} {out}": "is quantized by intscale already: use it as it is",
+    "quantize {quantized} {out} --export compressed-tensors -c scale_bits=8": "and no fields",
+    "inspect {quantized} --verify --plan": "--verify reads files and runs nothing",
     "inspect {llama} --tokens 4096": "use 1 to 128",
     "inspect {llama} --tokens 0": "--tokens",
     "inspect {quantized} -c group_size=32": "leave it out",

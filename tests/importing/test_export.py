@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 
-from intscale_compile import IntScaleConfig, IntScaleTensor, from_quantized, save_compressed_tensors
+from intscale_compile import IntScaleConfig, IntScaleTensor, from_quantized, save_compressed_tensors, save_pretrained
 from intscale_compile.errors import ConfigError
 from intscale_compile.saving.checkpoint import attach_quantizer
 from tests.support.quantized_checkpoints import quantize_groups, snr_db, tiny_llama
@@ -186,3 +186,41 @@ def test_what_cannot_be_expressed_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not Linear"):
         save_compressed_tensors(nn.Linear(32, 32), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_was_loaded_quantized(tmp_path):
+    """transformers keeps how it put the weights together; exporting must not ask it to take packed ones apart."""
+    model = tiny_llama()
+    quantize_(model, IntScaleConfig(**QUICK))
+    save_compressed_tensors(model, tmp_path / "direct")
+    save_pretrained(model, tmp_path / "ours")
+    save_compressed_tensors(model, tmp_path / "saved before")
+    loaded = type(model).from_pretrained(tmp_path / "ours")
+    save_compressed_tensors(loaded, tmp_path / "loaded")
+    assert loaded.hf_quantizer is not None, "as it was"
+    wanted = tensors_of(tmp_path / "direct")
+    for folder in ("saved before", "loaded"):
+        found = tensors_of(tmp_path / folder)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted), folder
+        configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("direct", folder)]
+        assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def test_a_failed_export_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    """The old model, what else is in the folder, and nothing beside it; the next try replaces the model."""
+    model = tiny_llama(num_hidden_layers=1)
+    quantize_(model, IntScaleConfig(**QUICK))
+    folder = tmp_path / "out"
+    save_compressed_tensors(model, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model-00001-of-00002.safetensors").write_text("of an earlier model in two files")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr("intscale_compile.importing.export._add_to_config", None)
+        with pytest.raises(TypeError):
+            save_compressed_tensors(model, folder, scale_dtype=torch.float16)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    save_compressed_tensors(model, folder, scale_dtype=torch.float16)
+    assert {path.name for path in folder.iterdir()} == {name for name in before if "of-00002" not in name}
+    assert (folder / "model.safetensors").read_bytes() != before["model.safetensors"]

@@ -100,3 +100,16 @@ def test_stacks_are_not_exported(tmp_path):
         ConfigError, match="experts.gate_up_proj: compressed-tensors stores weights of linear layers only"
     ):
         save_compressed_tensors(imported, tmp_path / "out")
+
+
+def test_one_expert_that_is_not_quantized(tmp_path):
+    """Experts become one stack: the error names the one that differs, and what to do."""
+    model = tiny_moe("mixtral")
+    originals, state, config = written(model, tmp_path, "gptq", True)
+    name = "model.layers.1.block_sparse_moe.experts.2.w1"
+    assert name in originals
+    state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+    state[f"{name}.weight"] = originals[name].weight.float()
+    save_folder(model.config, tmp_path, state, config)
+    with pytest.raises(ConfigError, match=rf"{name} is not quantized, but .* one stack: quantize all experts"):
+        from_quantized(tmp_path)

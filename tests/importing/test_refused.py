@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -179,6 +180,135 @@ def test_scattered_compressed_groups(compressed):
     change_tensors(compressed, lambda s: s.update({f"{LAYER}.weight_g_idx": torch.zeros(384, dtype=torch.int32)}))
     with pytest.raises(ConfigError, match=rf"{LAYER}: its groups are scattered"):
         from_quantized(compressed)
+
+
+# --- zero points that the configuration denies -------------------------------------------------------------------------
+
+
+def symmetric_gptq(source, folder, stored, **config):
+    """A symmetric checkpoint whose stored zero points are those of the layout ``stored``."""
+
+    def parts(name, weight):
+        layer = quantize_groups(weight, 128, True)
+        return layer, gptq_parts(layer, stored)
+
+    return write_checkpoint(source, folder, "gptq", parts, {**GPTQ, "sym": True, **config})
+
+
+@pytest.mark.parametrize(
+    "label, stored", [("gptq", "gptq_v2"), (None, "gptq_v2"), ("gptq_v2", "gptq"), ("gptq", "gptq")]
+)
+def test_symmetric_gptq_with_the_zero_points_of_the_other_layout(label, stored, source, tmp_path, caplog):
+    """Symmetric means 8 for every group, which says how zero points were stored, whatever the label says."""
+    checkpoint = symmetric_gptq(source, tmp_path, stored, checkpoint_format=label)
+    model, report = from_quantized(tmp_path)
+    for name, original in checkpoint.originals.items():
+        weight = model.get_submodule(name).weight
+        assert weight.zero_point is None and torch.equal(weight.codes.long() + 8, original.codes), name
+    expected = 0 if (label or "gptq") == stored else len(checkpoint.originals)
+    assert len(report.notes) == expected and ("read as 8 for all groups" in str(report)) == bool(expected)
+    assert ("read as 8" in caplog.text) == bool(expected)
+
+
+def test_asymmetric_gptq_keeps_its_zero_points(source, tmp_path):
+    """9 for all groups is what an asymmetric checkpoint may hold; and what one without ``sym`` does not."""
+    checkpoint = symmetric_gptq(source, tmp_path, "gptq_v2", sym=False)
+    name = next(iter(checkpoint.originals))
+    assert bool((from_quantized(tmp_path)[0].get_submodule(name).weight.zero_point == 1).all())
+
+
+def test_symmetric_gptq_with_other_zero_points(gptq):
+    change_config(gptq, lambda c: c.update(sym=True))
+    change_tensors(gptq, replaced("qzeros", lambda t: t + 1))
+    with pytest.raises(CheckpointError, match=rf"{LAYER}: its qzeros holds zero points from 8 to 9 where sym=true"):
+        from_quantized(gptq)
+
+
+def test_awq_without_zero_points_that_has_some(awq):
+    change_config(awq, lambda c: c.update(zero_point=False))
+    with pytest.raises(CheckpointError, match=r"qzeros holds zero points from \d+ to \d+ where zero_point=false"):
+        from_quantized(awq)
+
+
+def test_awq_without_zero_points_that_stores_those_of_symmetric_codes(source, tmp_path):
+    def parts(name, weight):
+        layer = quantize_groups(weight, 128, True)
+        return layer, awq_parts(layer)
+
+    config = {"bits": 4, "group_size": 128, "zero_point": False}
+    checkpoint = write_checkpoint(source, tmp_path, "awq", parts, config)
+    model, _ = from_quantized(tmp_path)
+    for name, original in checkpoint.originals.items():
+        assert torch.equal(model.get_submodule(name).weight.codes.long() + 8, original.codes)
+
+
+def test_symmetric_compressed_tensors_with_zero_points(compressed):
+    change_config(compressed, lambda c: scheme_of(c)["weights"].update(symmetric=True))
+    with pytest.raises(
+        CheckpointError, match=r"weight_zero_point holds zero points from \d+ to \d+ where symmetric=true"
+    ):
+        from_quantized(compressed)
+    change_tensors(  # those of symmetric codes, as some releases store them
+        compressed, lambda s: [t.fill_(-2004318072) for name, t in s.items() if name.endswith("zero_point")]
+    )
+    weight = from_quantized(compressed)[0].get_submodule(LAYER).weight
+    assert weight.zero_point is None
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_read_outside_of_the_folder(gptq, tmp_path):
+    (gptq / "model.safetensors").rename(gptq.parent / "elsewhere.safetensors")
+    names = load_file(gptq.parent / "elsewhere.safetensors")
+    for name in ("../elsewhere.safetensors", str(gptq.parent / "elsewhere.safetensors"), "..", "", 5, None):
+        (gptq / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+        with pytest.raises(CheckpointError, match="not inside of it: nothing is read there"):
+            from_quantized(gptq)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json"])
+def test_a_pipe_is_not_waited_for(name, gptq):
+    if name.endswith("index.json"):
+        (gptq / "model.safetensors").unlink()
+    (gptq / name).unlink(missing_ok=True)
+    os.mkfifo(gptq / name)
+    with pytest.raises(CheckpointError, match=f"{name}: it is not a regular file"):
+        from_quantized(gptq)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "text, message",
+    [("[" * 200_000, "nested too deeply"), ("\udcff{}", "no JSON"), ("{", "no JSON"), ("null", "no JSON object")],
+)
+def test_json_that_cannot_be_read(name, text, message, gptq):
+    if name.endswith("index.json"):
+        (gptq / "model.safetensors").unlink()
+    (gptq / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=message):
+        from_quantized(gptq)
+
+
+WRONG_TYPES = [
+    {"architectures": 5}, {"architectures": [5]}, {"architectures": {"a": 1}}, {"architectures": ["AutoConfig"]},
+    {"hidden_size": "wide"}, {"hidden_size": [64]}, {"num_attention_heads": 0}, {"num_hidden_layers": None}, {"dtype": "float12"},
+    {"dtype": 7}, {"dtype": "nn"}, {"quantization_config": 3}, {"quantization_config": {"quant_method": ["gptq"]}},
+    {"model_type": 5}, {"model_type": ["llama"]}, {"vocab_size": -1}, {"rope_parameters": "long"}, {"hidden_act": 3},
+]  # fmt: skip
+WRONG_TYPES += [
+    {"quantization_config": {"quant_method": "gptq", **GPTQ, **wrong}}
+    for wrong in ({"bits": []}, {"group_size": "128"}, {"group_size": True},
+                  {"dynamic": 5}, {"dynamic": {"(": {}}}, {"dynamic": {"+:.*": 5}}, {"sym": "yes"})
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG_TYPES, ids=str)
+def test_wrong_types_in_config(wrong, gptq):
+    config = json.loads((gptq / "config.json").read_text())
+    (gptq / "config.json").write_text(json.dumps(config | wrong))
+    with pytest.raises((ConfigError, CheckpointError)):
+        from_quantized(gptq)
 
 
 def test_damaged_files(gptq):

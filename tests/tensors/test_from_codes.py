@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from intscale_compile import IntScaleTensor
+from intscale_compile import IntScaleConfig, IntScaleTensor
 from intscale_compile.errors import ConfigError, OverflowProofError, WeightError
 from intscale_compile.tensors.from_codes import scale_rounding_snr
 
@@ -180,3 +181,38 @@ def test_bad_arguments(name):
     options = {key: value for key, value in options.items() if key not in parts}
     with pytest.raises(error, match=message):
         IntScaleTensor.from_codes(parts["codes"], parts["scale"], zero_point=parts["zero"], **options)
+
+
+def test_parts_are_laid_out_alike():
+    """``[1, N].t().contiguous()`` keeps the strides (1, N), which compiled code of another weight's layout refuses."""
+    codes = torch.randint(-8, 8, (128, 64), dtype=torch.int8).t()
+    scale, zero = torch.rand(1, 64).t() + 0.5, torch.randint(-8, 8, (1, 64), dtype=torch.int8).t()
+    strided = IntScaleTensor.from_codes(codes, scale, group_size=-1, zero_point=zero.contiguous())
+    dense = IntScaleTensor.from_hp(torch.randn(128, 64).t(), IntScaleConfig(group_size=-1))
+    for tensor in (strided, dense, strided.with_activation_scale(torch.rand(1, 1, 1).expand(1, 1, 1)[0])):
+        for name in tensor.data_names:
+            part = getattr(tensor, name)
+            assert part.stride() == torch.empty(part.shape).stride(), name
+    plain = IntScaleTensor.from_codes(codes, scale.clone(), group_size=-1, zero_point=zero.reshape(-1).view(64, 1))
+    assert torch.equal(plain.dequantize(), strided.dequantize())
+
+
+def test_merged_weights_per_channel_with_zero_points():
+    """Two of them that read one activation become one product."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(128, 64, bias=False), nn.Linear(128, 64, bias=False)
+            for layer in (self.q, self.k):
+                codes = torch.randint(-8, 8, (64, 128), dtype=torch.int8)
+                zero = torch.randint(-8, 8, (1, 64), dtype=torch.int8).t().contiguous()
+                weight = IntScaleTensor.from_codes(codes, torch.rand(64, 1) + 0.5, group_size=-1, zero_point=zero)
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+
+        def forward(self, x):
+            return self.q(x) + self.k(x)
+
+    model, x = Both(), torch.randn(3, 128)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="intscale")(x), model(x))

@@ -1,0 +1,202 @@
+"""Distrust of what transformers loads, and checksums in what it saves: ``from_pretrained`` ends in our errors.
+
+transformers catches the errors of single weights, logs them and raises one of its own; a folder without its
+``quantization_config`` it fills with random weights, and says so in a note. What wraps its functions here checks the
+metadata of all files before anything is read, keeps the first error of a weight and raises it in the end. All of it takes
+part only where a checkpoint holds weights of ours. ``shard_reading`` installs the wrappers.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Optional
+
+from ..config import IntScaleConfig
+from ..errors import CheckpointError
+from ..stored_files import open_safetensors, reading, regular_file
+from .checkpoint import innermost, tensor_names
+from .integrity import ENTRY, check_header, check_metadata, read_entry, stored_key, with_checksums, with_version
+
+LOADING = "_intscale_loading"  # attribute of transformers' quantizer
+_PART = re.compile(r"\._(\w+)_qdata$")
+
+
+# --- saving -------------------------------------------------------------------------------------------------------------
+
+
+def marking(get_state: Callable) -> Callable:
+    """Around ``get_state_dict_and_metadata``: the format version and digests of the headers go into the metadata."""
+
+    @functools.wraps(get_state)
+    def marked(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        state, metadata = get_state(self, model, *args, **kwargs)
+        ours = any('"IntScaleTensor"' in text for text in metadata.values())
+        return state, with_version(metadata) if ours else metadata
+
+    return marked
+
+
+def sealing(save: Callable) -> Callable:
+    """Around safetensors' ``save_file``: digests of the tensors of a file go into its metadata."""
+
+    @functools.wraps(save)
+    def sealed(tensors: Any, filename: Any, metadata: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if metadata and ENTRY in metadata:
+            metadata = with_checksums(tensors, metadata)
+        return save(tensors, filename, metadata, *args, **kwargs)
+
+    return sealed
+
+
+@dataclass
+class _Loading:
+    """One call of ``from_pretrained``: the names of all stored tensors, and the first error of a weight."""
+
+    names: set[str]
+    error: Optional[CheckpointError] = None
+
+    def __deepcopy__(self, memo: dict) -> _Loading:
+        return self  # transformers copies its quantizer for every weight
+
+
+# --- before anything is read ----------------------------------------------------------------------------------------------
+
+
+def checking_files(prepare: Callable) -> Callable:
+    """Around ``_process_model_before_weight_loading`` of the quantizer: every header of ours is checked first.
+
+    The errors are raised to the caller of ``from_pretrained``.
+    """
+
+    @functools.wraps(prepare)
+    def checked(self: Any, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
+        files = list(checkpoint_files or ())
+        if self.pre_quantized and files and all(str(file).endswith(".safetensors") for file in files):
+            folder = str(getattr(model.config, "_name_or_path", "") or "")
+            setattr(self, LOADING, _Loading(_checked_files(files, _is_ours(self.quantization_config), folder)))
+        return prepare(self, model, checkpoint_files=checkpoint_files, **kwargs)
+
+    return checked
+
+
+def _is_ours(quantization_config: Any) -> bool:
+    """Whether ``config.json`` says that weights are ours."""
+    quant_type = getattr(quantization_config, "quant_type", None)
+    kinds = getattr(quant_type, "fqn_to_config", None)
+    return any(isinstance(kind, IntScaleConfig) for kind in (kinds.values() if kinds else [quant_type]))
+
+
+def _checked_files(files: Iterable[Any], ours: bool, folder: str) -> set[str]:
+    """Names of all stored tensors; empty where none is ours.
+
+    Raises:
+        CheckpointError: a file is not regular or lies elsewhere, or a header is damaged or of a newer release.
+    """
+    names: set[str] = set()
+    quantized: dict[str, tuple[dict, Path]] = {}
+    keys: set[str] = set()
+    for path in map(Path, files):
+        _check_place(path, folder)
+        regular_file(path)
+        with open_safetensors(path) as file, reading(path):
+            metadata, found = file.metadata() or {}, set(file.keys())
+        known = ours or ENTRY in metadata or any('"IntScaleTensor"' in text for text in metadata.values())
+        if not known:
+            continue
+        read_entry(metadata, path)  # a newer format before anything else
+        for name in tensor_names(metadata, path):
+            names.add(name)
+            header = check_header(metadata[name], f"{path}: {name}")
+            if header is not None:
+                quantized[name] = header, path
+        check_metadata(metadata, path)
+        keys |= found
+    for name, (header, path) in quantized.items():
+        parts = [part for part in header["_tensor_data_names"] if stored_key(name, part) in keys]
+        lost = sorted(set(header["_tensor_data_names"]) - set(parts))
+        if parts and lost:  # where none is there, the keys have names that transformers changes
+            raise CheckpointError(f"{path}: {name}: {lost[0]} is missing; the checkpoint is incomplete.")
+    return names
+
+
+def _check_place(path: Path, folder: str) -> None:
+    """Raise ``CheckpointError`` where an index named a file outside of the folder that is loaded."""
+    rest = str(path)[len(folder) :] if folder and str(path).startswith(folder) else ""
+    if ".." in PurePath(rest).parts:
+        raise CheckpointError(f"{path}: the index of the checkpoint names a file outside of its folder.")
+
+
+# --- while and after weights are built --------------------------------------------------------------------------------------
+
+
+def keeping_errors(convert: Callable) -> Callable:
+    """Around ``TorchAoDeserialize.convert``: an error becomes ours, with the parameter's name, and the first one is kept."""
+
+    @functools.wraps(convert)
+    def kept(self: Any, input_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return convert(self, input_dict, *args, **kwargs)
+        except Exception as error:
+            loading: Optional[_Loading] = getattr(self.hf_quantizer, LOADING, None)
+            if loading is None or not loading.names:
+                raise
+            ours = CheckpointError(f"{kwargs.get('full_layer_name')}: {innermost(error)}")
+            loading.error = loading.error or ours
+            raise ours from error
+
+    return kept
+
+
+def checking_result(load: Callable) -> Callable:
+    """Around the function that fills the model: raises what was kept, and where stored weights are missing after it."""
+
+    @functools.wraps(load)
+    def checked(model: Any, state_dict: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        quantizer = load_config.hf_quantizer
+        loading: Optional[_Loading] = getattr(quantizer, LOADING, None)
+        if loading is None and not getattr(quantizer, "metadata", None):
+            _check_not_quantized(state_dict)
+        result = load(model, state_dict, load_config, *args, **kwargs)
+        _forget_deserializing(model)
+        if loading is not None:
+            if loading.error is not None:
+                raise loading.error
+            tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+            if missing := sorted((loading.names & set(getattr(result[0], "missing_keys", ()))) - tied):
+                raise CheckpointError(
+                    f"{missing[0]}: its data are missing ({len(missing)} such tensors); the checkpoint is incomplete."
+                )
+        return result
+
+    return checked
+
+
+def _check_not_quantized(state_dict: Any) -> None:
+    """Raise where quantized weights would be left lying, and random ones taken instead."""
+    for key in state_dict:
+        found = _PART.search(key)
+        if found and f"{key[: found.start()]}._{found[1]}_per_tensor_scale" in state_dict:
+            raise CheckpointError(
+                f"{key[: found.start()]}.{found[1]} is stored quantized, but config.json has no quantization_config that says "
+                "so: the file was changed after it was saved; get it again, or save the model again."
+            )
+
+
+def _forget_deserializing(model: Any) -> None:
+    """A loaded model keeps how its weights were put together, to take them apart when it is saved.
+
+    Packed weights are not taken apart, and there is nothing that would: transformers would fail where it saves. What joins
+    experts and the like stays.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [known for known in conversions if not _deserializes(known)]
+
+
+def _deserializes(conversion: Any) -> bool:
+    operations: Optional[list] = getattr(conversion, "operations", None)
+    return any(type(operation).__name__ == "TorchAoDeserialize" for operation in operations or ())

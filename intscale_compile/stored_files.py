@@ -1,0 +1,223 @@
+"""Files of a checkpoint: read with distrust, and written whole.
+
+Whatever a file holds, what reads it ends in ``CheckpointError``; names in a checkpoint never lead out of its folder, and
+only regular files are opened, so that a pipe cannot keep a reader waiting. What is written appears under its name once it
+is whole: a failed save leaves what was there before, and nothing beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any, Union
+
+from .errors import CheckpointError, IntScaleError
+
+PathLike = Union[str, Path]
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line: what matters is said first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Whatever goes wrong while ``what`` is read is a ``CheckpointError`` that names it.
+
+    Our own errors, ``FileNotFoundError`` and ``MemoryError`` pass as they are.
+    """
+    try:
+        yield
+    except (IntScaleError, FileNotFoundError, MemoryError):
+        raise
+    except RecursionError as error:
+        raise CheckpointError(f"{what}: it is nested too deeply to be read; the checkpoint is damaged.") from error
+    except Exception as error:
+        raise CheckpointError(
+            f"{what}: {type(error).__name__}: {first_line(error)}; the checkpoint is damaged."
+        ) from error
+
+
+def regular_file(path: PathLike) -> Path:
+    """``path``, if it is a regular file or a link to one.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        CheckpointError: it is a folder, a pipe, a device or the like, or cannot be looked at.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {first_line(error)}.") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: it is not a regular file; the checkpoint is damaged, or not one.")
+    return Path(path)
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """The path of the file ``name`` of a checkpoint.
+
+    Raises:
+        CheckpointError: the name is not text, or leads out of the folder.
+    """
+    parts = PurePath(name).parts if isinstance(name, str) else ()
+    if not parts or ".." in parts or PurePath(name).is_absolute() or "\0" in name or "\\" in name:
+        raise CheckpointError(f"{folder}: it names a file {name!r}, which is not inside of it: nothing is read there.")
+    return folder / name
+
+
+def parse_json(text: Union[str, bytes], what: object) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        CheckpointError: it is not JSON, or nested too deeply.
+    """
+    with reading(what):
+        try:
+            return json.loads(text)
+        except (ValueError, TypeError) as error:  # also text that is not UTF-8
+            raise CheckpointError(f"{what}: it is no JSON: {first_line(error)}.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        CheckpointError: it does not, cannot be read, or is not there.
+    """
+    try:
+        text = regular_file(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {first_line(error)}.") from error
+    content = parse_json(text, path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: it holds no JSON object.")
+    return content
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Which file of a folder holds which tensor, as its index says; every file is inside of the folder.
+
+    Raises:
+        CheckpointError: there is no index, it has no ``weight_map``, or that names something else than files of the folder.
+    """
+    if not (folder / INDEX).exists():
+        raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} is there.")
+    found = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{folder / INDEX}: it has no weight_map.")
+    for name in found.values():
+        inside(folder, name)
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, in order of their names; each is a regular file inside of it.
+
+    Raises:
+        CheckpointError: there are none, the index names files outside, one is missing or not regular.
+    """
+    names = [SINGLE] if (folder / SINGLE).exists() else sorted(set(weight_map(folder).values()))
+    try:
+        return [regular_file(inside(folder, name)) for name in names]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename}: it is missing; the checkpoint is incomplete.") from error
+
+
+def open_safetensors(path: PathLike, device: str = "cpu") -> Any:
+    """``safetensors.safe_open`` of a regular file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is not a safetensors file, or truncated.
+    """
+    from safetensors import safe_open
+
+    regular_file(path)
+    with reading(path):
+        return safe_open(path, framework="pt", device=device)
+
+
+@contextlib.contextmanager
+def whole_file(path: PathLike) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it becomes ``path`` at the end, or is removed where the block fails.
+
+    Raises:
+        CheckpointError: it cannot be written: no such folder, no space.
+    """
+    path = Path(path)
+    with _writing(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+    part = Path(name)
+    try:
+        with _writing(path):
+            yield part
+            mask = os.umask(0)
+            os.umask(mask)
+            part.chmod(0o666 & ~mask)  # as of any new file; mkstemp gives it to its owner only
+            part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(folder: PathLike) -> Iterator[Path]:
+    """A new folder beside ``folder`` to write to; what is in it moves into ``folder`` at the end.
+
+    Where the block fails, ``folder`` is as it was, and nothing lies beside it. Files of the same name are replaced one by
+    one, weights first and ``config.json`` last; weight files of an earlier model that the new one lacks are removed.
+    """
+    folder = Path(folder)
+    with _writing(folder):
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.absolute().parent))
+    try:
+        yield part
+        with _writing(folder):
+            folder.mkdir(exist_ok=True)
+            _move(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _move(part: Path, folder: Path) -> None:
+    weights_first = sorted(
+        part.iterdir(), key=lambda p: (p.name == "config.json", not p.name.startswith("model"), p.name)
+    )
+    for path in weights_first:
+        if path.is_dir():
+            (folder / path.name).mkdir(exist_ok=True)
+            _move(path, folder / path.name)
+        else:
+            path.replace(folder / path.name)
+    names = {path.name for path in weights_first}
+    if names & {SINGLE, INDEX}:  # a model was written: files of another one must not be read with it
+        for path in list(folder.iterdir()):
+            weights = path.name in (SINGLE, INDEX) or _SHARD.fullmatch(path.name)
+            if weights and path.name not in names:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: it cannot be written: {first_line(error)}.") from error
