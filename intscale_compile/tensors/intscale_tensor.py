@@ -15,6 +15,7 @@ from ..errors import CheckpointError, ConfigError, UnsupportedOpError
 from ..integrations.torchao import check_unpickled
 from ..kernels.dequantize import WEIGHT_OP
 from ..kernels.hadamard import hadamard_transform
+from ..stored_files import reading
 from . import activation_parts
 from .eager import eager_linear
 from .fields import ABSENT, ALL_NAMES, ATTRIBUTE_NAMES, DATA_NAMES, TensorParts
@@ -375,11 +376,12 @@ class IntScaleTensor(TorchAOBaseTensor):
 
     def _set_checked_state(self, state) -> None:
         """Unpickling, also by ``torch.load``: the stored parts are checked."""
-        torch._utils._set_obj_state(self, state)
+        with reading("a stored IntScaleTensor"):
+            torch._utils._set_obj_state(self, state)
         for name in KEPT:  # never from a file: nothing would check it
             self.__dict__.pop(name, None)
         version = self.__dict__.pop("_format_version", 1)  # version 0.1.0 stored none
-        if version not in range(1, fmt.VERSION + 1):
+        if type(version) is not int or not 1 <= version <= fmt.VERSION:
             raise CheckpointError(
                 f"a stored IntScaleTensor has format version {version!r}; this release reads versions up to {fmt.VERSION}: "
                 "install a newer intscale_compile."

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .. import format as fmt
 from ..config import GROUP_SIZES, is_wire_format
 from ..errors import CheckpointError
+from ..stored_files import reading
 from .fields import ABSENT, DATA_NAMES, QDATA_DTYPES, SCALE_DTYPES
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ def _require(ok: bool, name: str, what: str) -> None:
 
 def validate_tensor(tensor: IntScaleTensor, name: str) -> None:
     """Raise ``CheckpointError`` unless the parts of ``tensor`` fit together and lie in range."""
-    _check_attributes(tensor, name)
-    _check_shapes(tensor, name)
-    if tensor.qdata.device.type != "meta" and not isinstance(tensor.qdata, FakeTensor):
-        _check_values(tensor, name)
+    with reading(name):  # parts of wrong types may fail anywhere
+        _check_attributes(tensor, name)
+        _check_shapes(tensor, name)
+        if tensor.qdata.device.type != "meta" and not isinstance(tensor.qdata, FakeTensor):
+            _check_values(tensor, name)
 
 
 def _check_attributes(tensor: IntScaleTensor, name: str) -> None:
@@ -95,6 +97,9 @@ def _check_shapes(tensor: IntScaleTensor, name: str) -> None:
         _require(
             found == shape, name, f"{part} has shape {found} where {n} x {k} weights in groups of {g} need {shape}"
         )
+    matrix = (k, n) if tensor.transposed else (n, k)
+    found = tuple(tensor.shape)
+    _require(found == (*lead, *matrix), name, f"it claims the shape {found} where its parts make {(*lead, *matrix)}")
 
 
 def _check_values(tensor: IntScaleTensor, name: str) -> None:
