@@ -148,7 +148,7 @@ def contiguous(part: Tensor) -> Tensor:
         wanted.append(step)
         step *= max(1, size)
     part = part.contiguous()
-    return part if list(part.stride()) == wanted[::-1] else part.reshape(-1).view(part.shape)
+    return part if list(part.stride()) == wanted[::-1] else part.clone(memory_format=torch.contiguous_format)
 
 
 def accumulator_bound(codes: Tensor, group_scale: Tensor) -> Tensor:

@@ -163,16 +163,27 @@ def checking_result(load: Callable) -> Callable:
         result = load(model, state_dict, load_config, *args, **kwargs)
         _forget_deserializing(model)
         if loading is not None:
-            if loading.error is not None:
-                raise loading.error
-            tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-            if missing := sorted((loading.names & set(getattr(result[0], "missing_keys", ()))) - tied):
-                raise CheckpointError(
-                    f"{missing[0]}: its data are missing ({len(missing)} such tensors); the checkpoint is incomplete."
-                )
+            _check_report(loading, result[0], model, getattr(load_config, "ignore_mismatched_sizes", False))
         return result
 
     return checked
+
+
+def _check_report(loading: _Loading, report: Any, model: Any, other_sizes: bool) -> None:
+    """Raise what was kept, and where transformers reports tensors as missing or of another shape that were stored."""
+    if loading.error is not None:
+        raise loading.error
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if missing := sorted((loading.names & set(getattr(report, "missing_keys", ()))) - tied):
+        raise CheckpointError(
+            f"{missing[0]}: its data are missing ({len(missing)} such tensors); the checkpoint is incomplete."
+        )
+    others = [] if other_sizes else sorted(map(str, getattr(report, "mismatched_keys", None) or ()))
+    if loading.names and others:
+        raise CheckpointError(
+            f"{others[0]}: its shape is not that of the model's parameter ({len(others)} such tensors); the checkpoint is "
+            "damaged, or config.json is another model's."
+        )
 
 
 def _check_not_quantized(state_dict: Any) -> None:

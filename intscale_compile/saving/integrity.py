@@ -52,7 +52,7 @@ def with_checksums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 
 def tensor_digest(tensor: Tensor) -> str:
     """16 hexadecimal digits that follow from the dtype, shape and bytes of a plain tensor."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = fmt.contiguous(tensor.detach().cpu()).reshape(-1).view(torch.uint8).numpy()
     return _digest(f"{tensor.dtype} {list(tensor.shape)} ".encode(), data)
 
 

@@ -155,8 +155,12 @@ def read_shards(
         metadata = file.metadata() or {}
         read_entry(metadata, path)  # a newer format before anything else
         names = tensor_names(metadata, path)
+        unused = set(file.keys())
         for name in names:
-            check_header(metadata[name], f"{path}: {name.removeprefix('.')}")
+            header = check_header(metadata[name], f"{path}: {name.removeprefix('.')}")
+            unused -= {name} if header is None else {stored_key(name, part) for part in header["_tensor_data_names"]}
+        if unused:
+            raise CheckpointError(f"{path}: data without a name in the header: {sorted(unused)[:3]}.")
         check_metadata(metadata, path)
         with reading(f"{path}: a header"):
             parts = stored_parts({key: file.get_slice(key) for key in file.keys()}, metadata)
