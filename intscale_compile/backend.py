@@ -123,7 +123,7 @@ def after_users_pass(ours: QuantizeCollectives, patches: Mapping[str, Any]) -> A
 
 
 def note_collectives(rewrite: GraphRewrite, collectives: QuantizeCollectives, files: Sequence[str] = ()) -> None:
-    """Put down what the pass over collectives did; where Inductor had the graph in its cache, what the generated code calls."""
+    """Record what the pass over collectives did; where Inductor had the graph in its cache, what the generated code calls."""
     rewrite.collectives = tuple(collectives.reports) if collectives.ran else None
     if collectives.ran or files:
         rewrite.counts[collectives.name] = collectives.count if collectives.ran else collectives.calls_in(files)

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: read with distrust, and written whole.
+"""Files of a checkpoint: checked when they are read, and written whole.
 
 Whatever a file holds, what reads it ends in ``CheckpointError``; names in a checkpoint never lead out of its folder, and
 only regular files are opened, so that a pipe cannot keep a reader waiting. What is written appears under its name once it

@@ -187,7 +187,7 @@ def test_bound_counts_int8_code_minus_128():
 
 
 def test_default_scale_bits_need_no_proof_up_to_140000_features():
-    """DESIGN section 3: 4-bit scales cannot overflow for any K <= 140 000."""
+    """4-bit scales cannot overflow for any K <= 140 000."""
     assert fmt.INT32_MAX >= 127 * 8 * 15 * 140_000
     codes = torch.full((1, 140_032), -8, dtype=torch.int8)
     scale = torch.full((1, 140_032 // 32), 15, dtype=torch.uint8)

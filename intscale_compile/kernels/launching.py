@@ -1,9 +1,9 @@
 """How our launchers start a kernel, and how the same launchers name the kernels that a call would start.
 
-Every launcher goes through :func:`launch`. In the context :func:`collected` nothing is started: each call is put down with
+Every launcher goes through :func:`launch`. In the context :func:`collected` nothing is started: each call is recorded with
 arguments that have the types of the real ones, so that a kernel compiled from it is the kernel that the real call looks for.
 A launcher may then be called with fake tensors. In the context :func:`recorded` nothing is started either, and arguments are
-put down as they are: ``prepared`` makes a sequence of launches of them that is started without the launcher from then on.
+recorded as they are: ``prepared`` makes a sequence of launches of them that is started without the launcher from then on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Launch:
 
 
 class Recording:
-    """Launches put down with their real arguments.
+    """Launches recorded with their real arguments.
 
     Attributes:
         launches: ``(kernel, grid, positional arguments, keyword arguments)``.
@@ -55,7 +55,7 @@ class Recording:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """Start ``kernel`` on ``grid``; under :func:`collected` and :func:`recorded` only put the launch down."""
+    """Start ``kernel`` on ``grid``; under :func:`collected` and :func:`recorded` only record the launch."""
     if _state.found is not None:
         _state.found.append(Launch(kernel, tuple(_without_memory(a) for a in args), kwargs))
     elif _state.recording is not None:

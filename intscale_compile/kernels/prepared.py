@@ -1,7 +1,7 @@
 """Launches that are prepared once and started many times: the lean path of eager calls on a GPU.
 
 The first call with operands of some form (shapes, strides, dtypes, alignment, numbers) runs the ordinary launchers under
-:func:`~.launching.recorded`: nothing starts, but kernels, grids and arguments are put down. What Triton compiles for them and
+:func:`~.launching.recorded`: nothing starts, but kernels, grids and arguments are recorded. What Triton compiles for them and
 every parameter but the addresses is kept, under a key that holds all of the form. A later call allocates the results, looks
 up the addresses of its operands and starts the kernels. No address is ever kept, so that nothing can be stale: a weight may be
 written in place, or have its parts exchanged. A call that does anything beside allocating and launching is not prepared.

@@ -141,7 +141,7 @@ class GraphRewrite:
 
     def release(self) -> None:
         """Let go of weights and fake tensors once the graph is compiled: AOTAutograd keeps the graph module for good, a fx
-        graph remembers erased nodes, and a fake tensor's mode holds references to parameters that ``Module.to`` trips over.
+        graph remembers erased nodes, and a fake tensor's mode holds references to parameters that make ``Module.to`` fail.
         """
         for node in (*self._nodes, *self.graph.nodes):
             node.meta.clear()

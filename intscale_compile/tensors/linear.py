@@ -78,7 +78,7 @@ def quantize_activation(
     """int8 codes and fp32 token scales of ``x``, rotated in blocks of ``rotation`` where that is not 0, or gathered in the
     order ``input_order``.
 
-    Our ops in eager mode; where a compiler looks on, the aten form of the quantizers. The third result is the tensor that
+    Our ops in eager mode; while a graph is traced, the aten form of the quantizers. The third result is the tensor that
     the gradient of the product goes to: ``x``, rotated or gathered, or None where autograd does not watch.
     """
     watched = torch.is_grad_enabled() and x.requires_grad

@@ -1,4 +1,4 @@
-"""Checks on stored quantized data: a checkpoint may be truncated, altered, or come with a header that lies."""
+"""Checks on stored quantized data: a checkpoint may be truncated or altered, and its header may contradict its data."""
 
 from __future__ import annotations
 

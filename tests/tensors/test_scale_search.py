@@ -97,7 +97,7 @@ def test_codes_are_rounded_against_the_integer_scale():
 
 @pytest.mark.parametrize("distribution", ["gaussian", "student"])
 def test_better_than_absmax_and_close_to_float_clipping(distribution):
-    """DESIGN section 3: the integer scales cost at most 0.1 dB against the best float scale, and beat absmax / 7.5."""
+    """The integer scales cost at most 0.1 dB against the best float scale, and beat absmax / 7.5."""
     weight = matrix(distribution)
     integer, absmax = snr_of(weight), snr(weight, float_scale(weight, [1.0]))
     clipping = snr(weight, float_scale(weight, CLIPPING))
@@ -114,7 +114,7 @@ def tiny_llama_weights(models_dir):
 
 
 def test_trained_weights_are_within_a_tenth_of_a_decibel_of_float_clipping(models_dir):
-    """The figures of DESIGN section 3 on two layers of a trained model, every matrix, not the average."""
+    """The known figures on two layers of a trained model, every matrix, not the average."""
     weights = list(tiny_llama_weights(models_dir))
     assert len(weights) == 14
     for name, weight in weights:
