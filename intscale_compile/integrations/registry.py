@@ -170,7 +170,9 @@ class PrivateName:
         if function is not None and not getattr(function, _WRAPPED, False):
             wrapped = functools.wraps(function)(wrapper(function))
             setattr(wrapped, _WRAPPED, True)
-            setattr(self._owner(), self.attribute, wrapped)
+            owner = self._owner()
+            is_static = isinstance(inspect.getattr_static(owner, self.attribute), staticmethod)
+            setattr(owner, self.attribute, staticmethod(wrapped) if is_static else wrapped)
 
     def _owner(self) -> Any:
         module, _, path = self.target.partition(":")

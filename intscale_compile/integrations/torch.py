@@ -194,6 +194,12 @@ def mark_static_input(node: fx.Node) -> None:
     node._dynamo_source = LocalSource(f"__{node.name}")  # type: ignore[attr-defined]
 
 
+def differentiates(graph: fx.Graph) -> bool:
+    """Whether a graph enters a transform of torch.func that differentiates."""
+    enter = {torch._C._functorch._grad_increment_nesting, torch._C._functorch._jvp_increment_nesting}
+    return any(node.op == "call_function" and node.target in enter for node in graph.nodes)
+
+
 def outermost_module() -> Optional[nn.Module]:
     """The outermost module whose call is under way in this thread: found by ``self`` in the frames below, or None."""
     outermost, frame = None, sys._getframe()
@@ -330,6 +336,14 @@ _COMPILED_WITH = PrivateName(
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+CHECKPOINT_PROPERTIES = PrivateName(
+    "torch.distributed.checkpoint.metadata:TensorProperties.create_from_tensor",
+    "refusing quantized weights in torch.distributed.checkpoint, which would lose parts of them",
+    "it does not refuse them: use intscale_compile.tensor_parallel.save_shards",
+    parameters=("tensor",),
+)
 
 
 def storage_use_count(memory: Any) -> int:

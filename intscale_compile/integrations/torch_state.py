@@ -29,3 +29,12 @@ def is_plain(x: Any) -> bool:
 def gpu_index(x: Tensor) -> int:
     """Index of the CUDA device that ``x`` is on, -1 on any other."""
     return x.get_device() if x.is_cuda else -1
+
+
+def differentiates() -> bool:
+    """Whether a transform of torch.func that differentiates (grad, vjp, jvp and what is made of them) is under way."""
+    if _functorch() is None:
+        return False
+    kinds = torch._C._functorch.TransformType
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() in (kinds.Grad, kinds.Jvp) for interpreter in stack)

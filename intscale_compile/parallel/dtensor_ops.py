@@ -6,11 +6,16 @@ are those of any quantized weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchao.utils import fill_defaults
 
 from ..errors import ShardingError, UnsupportedOpError
+from ..integrations.after_import import after_import
+from ..integrations.torch import CHECKPOINT_PROPERTIES
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.operators import stored_dim
 from .sharding import Layout, shard_features
@@ -43,13 +48,31 @@ def _(func, types, args, kwargs):
     return tensor.replaced(**{name: torch.empty_like(getattr(tensor, name)) for name in tensor.data_names})
 
 
-@implements([aten.is_pinned.default, torch.ops._c10d_functional.all_gather_into_tensor.default])
-def _(func, types, args, kwargs):
-    """What ``torch.distributed.checkpoint`` and ``DTensor.full_tensor`` ask first: both would lose parts of a weight."""
-    raise UnsupportedOpError(
-        f"IntScaleTensor: {func} is not defined on packed data; to save or gather a sharded model use "
+def _no_gathering(what: Any) -> UnsupportedOpError:
+    return UnsupportedOpError(
+        f"IntScaleTensor: {what} is not defined on packed data; to save or gather a sharded model use "
         "intscale_compile.tensor_parallel.gather_shards or save_shards."
     )
+
+
+@implements(torch.ops._c10d_functional.all_gather_into_tensor.default)
+def _(func, types, args, kwargs):
+    """What ``DTensor.full_tensor`` asks first: it would lose parts of a weight."""
+    raise _no_gathering(func)
+
+
+def _refuse_checkpoints(create: Callable) -> Callable:
+    """``torch.distributed.checkpoint`` asks for a tensor's properties before it writes it: it would lose parts of a weight."""
+
+    def create_from_tensor(tensor: Tensor) -> Any:
+        if isinstance(tensor, IntScaleTensor):
+            raise _no_gathering("torch.distributed.checkpoint")
+        return create(tensor)
+
+    return create_from_tensor
+
+
+after_import("torch.distributed.checkpoint.metadata", lambda module: CHECKPOINT_PROPERTIES.wrap(_refuse_checkpoints))
 
 
 def _same_layout(tensors: list[IntScaleTensor]) -> None:

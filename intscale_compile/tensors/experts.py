@@ -13,7 +13,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedOpError
+from ..integrations.torch_state import differentiates
 from ..kernels.quantize_per_token import check_activation
 from ..kernels.w4a8_grouped import GROUPED_OP
 from ..ops import KERNEL_ABI
@@ -57,6 +58,10 @@ def grouped_linear(
     if x.dim() != 2 or x.shape[-1] != weight.in_features:
         raise InputError(
             f"the activation has shape {tuple(x.shape)}, expected [rows, {weight.in_features}] for {weight!r}."
+        )
+    if differentiates():
+        raise UnsupportedOpError(
+            "IntScaleTensor: torch.func's grad, vjp and jvp are not defined through experts; use torch.autograd.grad."
         )
     static = weight.activation_scale
     if static is not None:

@@ -65,17 +65,18 @@ class IntScaleTensor(TorchAOBaseTensor):
     optional_tensor_data_names = [name for name in DATA_NAMES if name in ABSENT]
     optional_tensor_attribute_names = [name for name in ATTRIBUTE_NAMES if name in ABSENT]
 
-    def __new__(cls, *args, **kwargs):  # noqa: D102  (TensorParts has the arguments, the class says what they are)
-        parts = TensorParts(*args, **kwargs)
+    # TensorParts has the arguments, the class says what they are. Or one tensor, as nn.Parameter takes it.
+    def __new__(cls, *args, requires_grad: bool = False, **kwargs):  # noqa: D102
+        parts = _parts_of(*args, **kwargs)
         n, k = parts.out_features, parts.in_features
         shape = (*parts.qdata.shape[:-2], *((k, n) if parts.transposed else (n, k)))
         return torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=parts.dtype, device=parts.qdata.device, requires_grad=False
+            cls, shape, dtype=parts.dtype, device=parts.qdata.device, requires_grad=requires_grad
         )
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, requires_grad: bool = False, **kwargs):
         super().__init__()
-        for name, value in TensorParts(*args, **kwargs)._asdict().items():
+        for name, value in _parts_of(*args, **kwargs)._asdict().items():
             if name != "dtype":
                 setattr(self, name, value)
 
@@ -399,6 +400,13 @@ class IntScaleTensor(TorchAOBaseTensor):
 check_unpickled(IntScaleTensor, IntScaleTensor._set_checked_state)
 # torch pickles classes by module and name: the public path keeps files readable when modules move.
 IntScaleTensor.__module__ = "intscale_compile"
+
+
+def _parts_of(*args, **kwargs) -> TensorParts:
+    """What a tensor is made of: given by itself, or as those of another (accelerate writes ``type(weight)(weight)``)."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], IntScaleTensor):
+        return TensorParts(**{name: getattr(args[0], name) for name in ALL_NAMES})
+    return TensorParts(*args, **kwargs)
 
 
 def _stacked(experts: Iterator[IntScaleTensor], count: int) -> IntScaleTensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..integrations.torch_state import differentiates
 from ..kernels.hadamard import HADAMARD_OP, HADAMARD_QUANTIZE_OP
 from ..kernels.quantize_per_token import OP as QUANTIZE_OP
 from ..kernels.quantize_per_token import check_activation, quantize_per_token_aten
@@ -16,6 +17,7 @@ from ..kernels.w4a8_linear import LINEAR_OP
 from ..ops import KERNEL_ABI, register_inductor
 from .eager import eager_linear
 from .intscale_tensor import IntScaleTensor
+from .transforms import transformed
 
 
 def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> Tensor:
@@ -53,6 +55,8 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
         raise InputError(f"the bias has shape {tuple(bias.shape)}, the weight {weight.out_features} output features.")
     if x.device != weight.device:
         raise InputError(f"the activation is on {x.device}, the weight on {weight.device}: move them together.")
+    if differentiates():
+        return transformed(linear, x, weight, bias)
     xq, token_scale, watched = quantize_activation(x, weight.rotation, weight.activation_scale, weight.input_order)
     return LINEAR_OP(
         xq,

@@ -11,7 +11,6 @@ from torchao.utils import fill_defaults
 
 from .. import format as fmt
 from ..errors import UnsupportedOpError
-from ..kernels.cpu_gemm import forget
 from .activation_parts import PER_WEIGHT, same_part
 from .fields import DATA_NAMES
 from .intscale_tensor import IntScaleTensor
@@ -24,11 +23,13 @@ PLAIN_MEND = "use weight.to_packing('plain') first, or weight.dequantize()"
 DENSE_MEND = "use weight.dequantize() first"
 
 
-def _refuse(what: str, mend: str = PLAIN_MEND) -> UnsupportedOpError:
+def refuse(what: str, mend: str = PLAIN_MEND) -> UnsupportedOpError:
+    """The error of an operator that has no exact meaning on packed data, with the mend."""
     return UnsupportedOpError(f"IntScaleTensor: {what}; {mend}.")
 
 
-def _view(func, args, kwargs, tensor: IntScaleTensor):
+def as_view(func, args, kwargs, tensor: IntScaleTensor):
+    """``tensor`` as the result of an operator that returns a view or a copy of its first argument."""
     return return_and_correct_aliasing(func, args, kwargs, tensor)
 
 
@@ -44,22 +45,23 @@ def _(func, types, args, kwargs):
         None,
     )[:3]
     if not isinstance(weight, IntScaleTensor) or isinstance(x, IntScaleTensor):
-        raise _refuse("linear takes a quantized weight and a plain activation", "dequantize the other operand")
+        raise refuse("linear takes a quantized weight and a plain activation", "dequantize the other operand")
     return linear(x, weight, bias)
 
 
 def _operands(args, kwargs, *names):
     """Operands of a product, positional or by name; ``out=`` is refused rather than ignored."""
     if kwargs.get("out") is not None:
-        raise _refuse("a product with out=", "use the result that it returns")
+        raise refuse("a product with out=", "use the result that it returns")
     return (*args, *(kwargs[name] for name in names if name in kwargs))
 
 
 def _matmul(x, weight, bias=None):
     if isinstance(x, IntScaleTensor) or not isinstance(weight, IntScaleTensor):
-        raise _refuse("only the right operand of a product may be a quantized weight", "write x @ weight.t()")
+        raise refuse("only the right operand of a product may be a quantized weight", "write x @ weight.t()")
     if not weight.transposed:
-        raise _refuse("x @ weight would reduce over the output dimension", "write x @ weight.t()")
+        mend = "write x @ weight.t(), and leave quantized weights out of what torch.func differentiates"
+        raise refuse("x @ weight would reduce over the output dimension", mend)
     return linear(x, weight.transpose(-2, -1), bias)
 
 
@@ -74,7 +76,7 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     bias, x, weight = _operands(args, kwargs, "input", "mat1", "mat2")[:3]
     if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
-        raise _refuse("addmm with beta or alpha other than 1", "scale its result instead")
+        raise refuse("addmm with beta or alpha other than 1", "scale its result instead")
     # A bias vector goes into the product, so that it is added before the one rounding, as in a compiled graph.
     is_vector = isinstance(weight, IntScaleTensor) and tuple(bias.shape) == (weight.shape[-1],)
     return _matmul(x, weight, bias) if is_vector else _matmul(x, weight) + bias
@@ -97,7 +99,7 @@ def _slice(func, args, kwargs):
     start, end, step = slice(start, end, step).indices(length)
     end = max(start, end)
     if (start, end, step) == (0, length, 1):
-        return _view(func, args, kwargs, tensor.replaced())
+        return as_view(func, args, kwargs, tensor.replaced())
     if stored == tensor.dim() - 1:
         return _slice_features(func, args, kwargs, tensor, start, end, step)
     columns = {name: getattr(tensor, name) for name in tensor.data_names}
@@ -106,29 +108,29 @@ def _slice(func, args, kwargs):
         if tensor.packing_format == "tiled" and (
             step != 1 or start % fmt.TILE_N or (end % fmt.TILE_N and end != length)
         ):
-            raise _refuse(f"rows {start}:{end}:{step} of tiled packing are not whole tiles of {fmt.TILE_N}")
+            raise refuse(f"rows {start}:{end}:{step} of tiled packing are not whole tiles of {fmt.TILE_N}")
         rows = len(range(start, end, step))
         ends = {name: part.shape[stored] if end == length else end for name, part in columns.items()}
         parts = {name: aten.slice.Tensor(part, stored, start, ends[name], step) for name, part in columns.items()}
-        return _view(func, args, kwargs, tensor.replaced(**parts, out_features=rows))
+        return as_view(func, args, kwargs, tensor.replaced(**parts, out_features=rows))
     parts = {name: aten.slice.Tensor(part, stored, start, end, step) for name, part in columns.items()}
-    return _view(func, args, kwargs, tensor.replaced(**parts))
+    return as_view(func, args, kwargs, tensor.replaced(**parts))
 
 
 def _require_no_order(tensor: IntScaleTensor, what: str) -> None:
     if tensor.input_order is not None:
-        raise _refuse(f"{what} of a weight with an input order", DENSE_MEND)
+        raise refuse(f"{what} of a weight with an input order", DENSE_MEND)
 
 
 def _slice_features(func, args, kwargs, tensor: IntScaleTensor, start: int, end: int, step: int):
     _require_no_order(tensor, f"input features {start}:{end}")
     align = fmt.k_alignment(tensor.group_size)
     if tensor.packing_format == "tiled" or step != 1 or start % align or (end % align and end != tensor.in_features):
-        raise _refuse(
+        raise refuse(
             f"input features {start}:{end}:{step} of {tensor.packing_format} packing are not multiples of {align}"
         )
     if tensor.rotation and (start % tensor.rotation or end % tensor.rotation):
-        raise _refuse(f"input features {start}:{end} cut through blocks of rotation={tensor.rotation}", DENSE_MEND)
+        raise refuse(f"input features {start}:{end} cut through blocks of rotation={tensor.rotation}", DENSE_MEND)
     last = tensor.dim() - 1
     padded_end = start + fmt.padded_in_features(end - start, tensor.group_size)
     per_column = 1 if tensor.weight_bits == 8 else 2
@@ -138,7 +140,7 @@ def _slice_features(func, args, kwargs, tensor: IntScaleTensor, start: int, end:
         part = getattr(tensor, name)
         if part is not None:
             parts[name] = aten.slice.Tensor(part, last, start // tensor.group_size, padded_end // tensor.group_size)
-    return _view(func, args, kwargs, tensor.replaced(**parts, in_features=end - start))
+    return as_view(func, args, kwargs, tensor.replaced(**parts, in_features=end - start))
 
 
 @implements(aten.slice.Tensor)
@@ -160,7 +162,7 @@ def _(func, types, args, kwargs):
 def _require_stack(tensor: IntScaleTensor, dim: int, what: str) -> None:
     if tensor.dim() != 3 or dim % 3 != 0:
         shape = tuple(tensor.shape)
-        raise _refuse(f"{what} works along dimension 0 of a stack, not dimension {dim} of {shape}", DENSE_MEND)
+        raise refuse(f"{what} works along dimension 0 of a stack, not dimension {dim} of {shape}", DENSE_MEND)
 
 
 def _select(tensor: IntScaleTensor, dim: int, index: int) -> IntScaleTensor:
@@ -171,7 +173,7 @@ def _select(tensor: IntScaleTensor, dim: int, index: int) -> IntScaleTensor:
 
 @implements(aten.select.int)
 def _(func, types, args, kwargs):
-    return _view(func, args, kwargs, _select(*args))
+    return as_view(func, args, kwargs, _select(*args))
 
 
 @implements(aten.unbind.int)
@@ -186,10 +188,10 @@ def _(func, types, args, kwargs):
 def _gather_rows(tensor: IntScaleTensor, dim: int, index: torch.Tensor) -> IntScaleTensor:
     stored = stored_dim(tensor, dim)
     if stored == tensor.dim() - 1 or index.dim() != 1 or index.dtype == torch.bool:
-        raise _refuse("indexing takes one 1-D integer index along experts or output rows", DENSE_MEND)
+        raise refuse("indexing takes one 1-D integer index along experts or output rows", DENSE_MEND)
     is_rows = stored == tensor.dim() - 2
     if is_rows and tensor.packing_format == "tiled":
-        raise _refuse("single rows of tiled packing cannot be gathered")
+        raise refuse("single rows of tiled packing cannot be gathered")
     names = [name for name in tensor.data_names if not (is_rows and name in PER_WEIGHT)]
     parts = {name: aten.index_select.default(getattr(tensor, name), stored, index) for name in names}
     return tensor.replaced(**parts, **({"out_features": index.shape[0]} if is_rows else {}))
@@ -200,7 +202,7 @@ def _(func, types, args, kwargs):
     tensor, indices = args
     used = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(used) != 1:
-        raise _refuse("indexing takes one 1-D integer index along experts or output rows", DENSE_MEND)
+        raise refuse("indexing takes one 1-D integer index along experts or output rows", DENSE_MEND)
     return _gather_rows(tensor, *used[0])
 
 
@@ -213,8 +215,8 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     tensor, dim0, dim1 = fill_defaults(args, 3, [-2, -1])
     if {dim0 % tensor.dim(), dim1 % tensor.dim()} != {tensor.dim() - 2, tensor.dim() - 1}:
-        raise _refuse(f"only the last two dimensions can be transposed, not {dim0} and {dim1}", DENSE_MEND)
-    return _view(func, args, kwargs, tensor.replaced(transposed=not tensor.transposed))
+        raise refuse(f"only the last two dimensions can be transposed, not {dim0} and {dim1}", DENSE_MEND)
+    return as_view(func, args, kwargs, tensor.replaced(transposed=not tensor.transposed))
 
 
 @implements([aten.permute.default, aten.numpy_T.default])
@@ -223,10 +225,10 @@ def _(func, types, args, kwargs):
     order = [d % tensor.dim() for d in args[1]] if len(args) > 1 else list(reversed(range(tensor.dim())))
     identity = list(range(tensor.dim()))
     if order == identity:
-        return _view(func, args, kwargs, tensor.replaced())
+        return as_view(func, args, kwargs, tensor.replaced())
     if order != [*identity[:-2], identity[-1], identity[-2]]:
-        raise _refuse(f"permute to {order}: only the last two dimensions can be exchanged", DENSE_MEND)
-    return _view(func, args, kwargs, tensor.replaced(transposed=not tensor.transposed))
+        raise refuse(f"permute to {order}: only the last two dimensions can be exchanged", DENSE_MEND)
+    return as_view(func, args, kwargs, tensor.replaced(transposed=not tensor.transposed))
 
 
 @implements(aten.cat.default)
@@ -235,20 +237,20 @@ def _(func, types, args, kwargs):
     dim = kwargs.get("dim", dim)
     first = tensors[0]
     if not all(isinstance(t, IntScaleTensor) for t in tensors):
-        raise _refuse("cat of quantized and plain tensors", "quantize or dequantize all of them")
+        raise refuse("cat of quantized and plain tensors", "quantize or dequantize all of them")
     same = ("block_size", "in_features", "transposed", "dtype", "weight_bits", "rotation")
     for name in same:
         if any(getattr(t, name) != getattr(first, name) for t in tensors):
-            raise _refuse(f"cat of weights that differ in {name}", "quantize them with one configuration")
+            raise refuse(f"cat of weights that differ in {name}", "quantize them with one configuration")
     stored = stored_dim(first, dim)
     if stored == first.dim() - 1:
-        raise _refuse("cat along input features: every part has row scales of its own", "concatenate before quantizing")
+        raise refuse("cat along input features: every part has row scales of its own", "concatenate before quantizing")
     is_rows = stored == first.dim() - 2
     if not is_rows:
         for tensor in tensors:
             _require_no_order(tensor, "a stack of experts")
     if any((t.act_pre_scale is None) != (first.act_pre_scale is None) for t in tensors):
-        raise _refuse("cat of weights with static and with dynamic activation scales", "calibrate all of them alike")
+        raise refuse("cat of weights with static and with dynamic activation scales", "calibrate all of them alike")
     return concatenate(tensors, stored) if is_rows else _concatenate_experts(tensors)
 
 
@@ -256,7 +258,7 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     tensors, dim = fill_defaults(args, 2, [0])
     if kwargs.get("dim", dim) != 0 or not all(isinstance(t, IntScaleTensor) and t.dim() == 2 for t in tensors):
-        raise _refuse("stack of anything but matrices along a new first dimension")
+        raise refuse("stack of anything but matrices along a new first dimension")
     return aten.cat.default([_as_stack(tensor) for tensor in tensors], 0)
 
 
@@ -284,9 +286,9 @@ def concatenate(tensors, stored: int) -> IntScaleTensor:
 def _require_one_activation(tensors) -> None:
     """Rows that are joined read one activation, which is gathered and quantized once."""
     if any(not same_part(t, tensors[0], "act_pre_scale") for t in tensors[1:]):
-        raise _refuse("cat of rows with different static activation scales", "calibrate them with one input")
+        raise refuse("cat of rows with different static activation scales", "calibrate them with one input")
     if any(not same_part(t, tensors[0], "input_order") for t in tensors[1:]):
-        raise _refuse("cat of rows with different input orders", DENSE_MEND)
+        raise refuse("cat of rows with different input orders", DENSE_MEND)
 
 
 def _joined_names(tensors) -> list[str]:
@@ -323,7 +325,7 @@ def _(func, types, args, kwargs):
     dim, start, parts = kwargs.get("dim", dim), 0, []
     length = tensor.shape[dim]
     if sum(sizes) != length:
-        raise _refuse(f"split of dimension {dim} of size {length} into {list(sizes)}", "give sizes that sum to it")
+        raise refuse(f"split of dimension {dim} of size {length} into {list(sizes)}", "give sizes that sum to it")
     for size in sizes:
         parts.append(aten.slice.Tensor(tensor, dim, start, start + size, 1))
         start += size
@@ -338,20 +340,20 @@ def _(func, types, args, kwargs):
         known = -torch.Size(size).numel()
         size[size.index(-1)] = tensor.numel() // max(known, 1)
     if tuple(size) == tuple(tensor.shape):
-        return _view(func, args, kwargs, tensor.replaced())
+        return as_view(func, args, kwargs, tensor.replaced())
     merges = size[-1] == tensor.in_features and len(size) in (2, 3) and not tensor.transposed
     plain = tensor.packing_format == "plain"
     whole_tiles = plain or not merges or tensor.out_features % fmt.TILE_N == size[-2] % fmt.TILE_N == 0
     if not merges or torch.Size(size).numel() != tensor.numel() or not whole_tiles:
-        raise _refuse(
+        raise refuse(
             f"view of {tuple(tensor.shape)} as {tuple(size)}: only experts and output rows can be merged or split"
         )
     if tensor.act_pre_scale is not None:
-        raise _refuse("view of a weight with a static activation scale, which is one per expert", DENSE_MEND)
+        raise refuse("view of a weight with a static activation scale, which is one per expert", DENSE_MEND)
     _require_no_order(tensor, f"view as {tuple(size)}")
     parts = {n: getattr(tensor, n).view(*size[:-1], getattr(tensor, n).shape[-1]) for n in tensor.data_names}
     block_size = [1] * (len(size) - 1) + [tensor.group_size]
-    return _view(func, args, kwargs, tensor.replaced(**parts, out_features=size[-2], block_size=block_size))
+    return as_view(func, args, kwargs, tensor.replaced(**parts, out_features=size[-2], block_size=block_size))
 
 
 @implements_torch_function(torch.Tensor.share_memory_)
@@ -359,45 +361,3 @@ def _(func, types, args, kwargs):
     for name in args[0].data_names:
         getattr(args[0], name).share_memory_()
     return args[0]
-
-
-# --- copies -----------------------------------------------------------------------------------------------------------
-
-
-@implements(aten.copy_.default)
-def _(func, types, args, kwargs):
-    target, source = args[:2]
-    if not isinstance(target, IntScaleTensor) or not isinstance(source, IntScaleTensor):
-        raise _refuse("copy_ between a quantized and a plain tensor", "use IntScaleTensor.from_hp or dequantize()")
-    source = source.to_packing(target.packing_format)
-    for name in ("shape", "block_size", "transposed", "weight_bits", "rotation", "data_names"):
-        if getattr(target, name) != getattr(source, name):
-            raise _refuse(f"copy_ from {name} {getattr(source, name)} into {getattr(target, name)}", "make them alike")
-    if source.scale_bits > target.scale_bits or source.scale.dtype != target.scale.dtype:
-        raise _refuse(f"copy_ of {source.scale_bits}-bit scales into {target.scale_bits} bits", "make them alike")
-    for name in target.data_names:
-        part = getattr(target, name)
-        if name in PER_WEIGHT:  # siblings may share theirs: the copy gets one of its own
-            setattr(target, name, getattr(source, name).to(part.device, copy=True))
-            continue
-        part.copy_(getattr(source, name))
-        if type(part) is torch.Tensor and not part.is_inference():
-            torch.autograd.graph.increment_version(part)  # autograd does not see what happens in here
-    forget(target.qdata)
-    return target
-
-
-@implements(aten._to_copy.default)
-def _(func, types, args, kwargs):
-    tensor = args[0]
-    options = tensor._get_to_kwargs(*args[1:], **{k: v for k, v in kwargs.items() if k != "memory_format"})
-    device, dtype = torch.device(options["device"]), options["dtype"]
-    if not dtype.is_floating_point:
-        raise _refuse(f"conversion to {dtype}", "a quantized weight claims a floating point dtype")
-    move = lambda part: part.to(device, non_blocking=options["non_blocking"], copy=True)  # noqa: E731
-    parts = {name: move(getattr(tensor, name)) for name in tensor.data_names}
-    moved = tensor.replaced(**parts, dtype=dtype)
-    # A GPU reads tiles faster; at rest, on a CPU, rows are plain.
-    if device.type != tensor.device.type and device.type in ("cuda", "cpu"):
-        moved = moved.to_packing("tiled" if device.type == "cuda" else "plain")
-    return _view(func, args, kwargs, moved)

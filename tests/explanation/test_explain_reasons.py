@@ -118,6 +118,9 @@ MODELS = {
     Reason.DEVICE: lambda: (nn.Linear(64, 64, device="meta"), {}, torch.randn(4, 64, device="meta")),
     Reason.LEFT_OPERAND: lambda: Holder(lambda x, w: w @ x.t(), torch.randn(32, 64)),
     Reason.WEIGHT_RANK: lambda: Holder(lambda x, w: x @ w, torch.randn(64)),
+    Reason.DIFFERENTIATED: lambda: Holder(
+        lambda x, w: torch.func.grad(lambda v: F.linear(v, w).sum())(x), torch.randn(32, 64)
+    ),
     Reason.SCALED_ADDMM: lambda: Holder(
         lambda x, w, b: torch.addmm(b, x, w, alpha=2), torch.randn(64, 32), torch.randn(32)
     ),

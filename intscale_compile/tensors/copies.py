@@ -1,0 +1,94 @@
+"""Copies of an ``IntScaleTensor``, comparison of two, and where its memory is. Importing this module registers them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UnsupportedOpError
+from ..kernels.cpu_gemm import forget
+from .activation_parts import PER_WEIGHT
+from .intscale_tensor import IntScaleTensor
+from .operators import DENSE_MEND, as_view, refuse
+
+aten = torch.ops.aten
+implements = IntScaleTensor.implements
+implements_torch_function = IntScaleTensor.implements_torch_function
+SAME_LAYOUT = ("shape", "block_size", "transposed", "weight_bits", "rotation", "data_names")
+
+
+@implements(aten.copy_.default)
+def _(func, types, args, kwargs):
+    target, source = args[:2]
+    if not isinstance(target, IntScaleTensor) or not isinstance(source, IntScaleTensor):
+        raise refuse("copy_ between a quantized and a plain tensor", "use IntScaleTensor.from_hp or dequantize()")
+    source = source.to_packing(target.packing_format)
+    for name in SAME_LAYOUT:
+        if getattr(target, name) != getattr(source, name):
+            raise refuse(f"copy_ from {name} {getattr(source, name)} into {getattr(target, name)}", "make them alike")
+    if source.scale_bits > target.scale_bits or source.scale.dtype != target.scale.dtype:
+        raise refuse(f"copy_ of {source.scale_bits}-bit scales into {target.scale_bits} bits", "make them alike")
+    for name in target.data_names:
+        part = getattr(target, name)
+        if name in PER_WEIGHT:  # siblings may share theirs: the copy gets one of its own
+            setattr(target, name, getattr(source, name).to(part.device, copy=True))
+            continue
+        part.copy_(getattr(source, name))
+        if type(part) is torch.Tensor and not part.is_inference():
+            torch.autograd.graph.increment_version(part)  # autograd does not see what happens in here
+    forget(target.qdata)
+    return target
+
+
+@implements(aten._to_copy.default)
+def _(func, types, args, kwargs):
+    tensor = args[0]
+    options = tensor._get_to_kwargs(*args[1:], **{k: v for k, v in kwargs.items() if k != "memory_format"})
+    device, dtype = torch.device(options["device"]), options["dtype"]
+    if not dtype.is_floating_point:
+        raise refuse(f"conversion to {dtype}", "a quantized weight claims a floating point dtype")
+    move = lambda part: part.to(device, non_blocking=options["non_blocking"], copy=True)  # noqa: E731
+    parts = {name: move(getattr(tensor, name)) for name in tensor.data_names}
+    moved = tensor.replaced(**parts, dtype=dtype)
+    # A GPU reads tiles faster; at rest, on a CPU, rows are plain.
+    if device.type != tensor.device.type and device.type in ("cuda", "cpu"):
+        moved = moved.to_packing("tiled" if device.type == "cuda" else "plain")
+    return as_view(func, args, kwargs, moved)
+
+
+@implements(aten.equal.default)
+def _(func, types, args, kwargs):
+    """Whether two weights are stored equal, in either packing; a quantized weight never equals a plain tensor."""
+    one, other = args
+    if not isinstance(one, IntScaleTensor) or not isinstance(other, IntScaleTensor):
+        return False
+    if one.dtype != other.dtype or any(getattr(one, name) != getattr(other, name) for name in SAME_LAYOUT):
+        return False
+    other = other.to_packing(one.packing_format)
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in one.data_names)
+
+
+@implements(aten.is_pinned.default)
+def _(func, types, args, kwargs):
+    return all(func(getattr(args[0], name), *args[1:], **kwargs) for name in args[0].data_names)
+
+
+@implements(aten._pin_memory.default)
+def _(func, types, args, kwargs):
+    parts = {name: func(getattr(args[0], name), *args[1:], **kwargs) for name in args[0].data_names}
+    return args[0].replaced(**parts)
+
+
+@implements(aten.expand.default)
+def _(func, types, args, kwargs):
+    tensor, sizes = args[0], list(args[1])
+    if len(sizes) != tensor.dim() or any(size not in (-1, have) for size, have in zip(sizes, tensor.shape)):
+        raise refuse(f"expand of {tuple(tensor.shape)} to {tuple(sizes)}, which repeats packed data", DENSE_MEND)
+    return as_view(func, args, kwargs, tensor.replaced())
+
+
+@implements_torch_function([torch.Tensor.numpy, torch.Tensor.__array__])
+def _(func, types, args, kwargs):
+    raise UnsupportedOpError(
+        "IntScaleTensor: a quantized weight is no NumPy array, so accelerate's disk_offload cannot store it; offload to the CPU "
+        "(accelerate.cpu_offload), or use weight.dequantize() first."
+    )
