@@ -17,7 +17,9 @@ from typing import Any, Optional
 
 from ..config import IntScaleConfig
 from ..errors import CheckpointError
+from ..integrations.torch import is_dtensor
 from ..stored_files import open_safetensors, reading, regular_file
+from ..tensors.intscale_tensor import IntScaleTensor
 from .checkpoint import innermost, tensor_names
 from .integrity import ENTRY, check_header, check_metadata, read_entry, stored_key, with_checksums, with_version
 
@@ -139,7 +141,9 @@ def keeping_errors(convert: Callable) -> Callable:
     @functools.wraps(convert)
     def kept(self: Any, input_dict: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return convert(self, input_dict, *args, **kwargs)
+            made = convert(self, input_dict, *args, **kwargs)
+            _check_shapes(made, kwargs.get("model"))
+            return made
         except Exception as error:
             loading: Optional[_Loading] = getattr(self.hf_quantizer, LOADING, None)
             if loading is None or not loading.names:
@@ -149,6 +153,20 @@ def keeping_errors(convert: Callable) -> Callable:
             raise ours from error
 
     return kept
+
+
+def _check_shapes(made: dict[str, Any], model: Any) -> None:
+    """Raise where a stored weight is not of the shape of the parameter whose place it takes."""
+    for name, tensor in made.items():
+        owner, _, leaf = name.rpartition(".")
+        expected = None if model is None else getattr(model.get_submodule(owner), leaf, None)
+        if not isinstance(tensor, IntScaleTensor) or expected is None or is_dtensor(expected):
+            continue
+        if tensor.shape != expected.shape:
+            raise CheckpointError(
+                f"it has shape {tuple(tensor.shape)} where config.json makes the model's {tuple(expected.shape)}: one of them "
+                "is not this model's."
+            )
 
 
 def checking_result(load: Callable) -> Callable:

@@ -262,6 +262,8 @@ DAMAGED_FOLDERS = {
     "a scale of 0": (file_change(lambda t, m: t[f"{UP}._weight_scale"].zero_()), f"{UP}.weight: a group scale is 0"),
     "a part too short": (file_change(lambda t, m: t.update({f"{UP}._weight_scale": t[f"{UP}._weight_scale"][:4].clone()})),
                          f"{UP}.weight: scale has shape"),
+    "other sizes": (config_change(lambda c: c.update(intermediate_size=96)),
+                    r"weight: it has shape \(64, 80\) where config.json makes"),
     "a file elsewhere": (outside, "the index of the checkpoint names a file outside of its folder"),
 }  # fmt: skip
 
