@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from intscale_compile.communication import all_gather, all_reduce, ops, reduce_scatter, transport  # noqa: E402
+from intscale_compile.communication import all_gather, all_reduce, cpu_codec, ops, reduce_scatter, transport  # noqa: E402
 from intscale_compile.communication.message import WireFormat  # noqa: E402
 from intscale_compile.communication.reference import (  # noqa: E402
     simulate_all_gather,
@@ -244,4 +244,6 @@ def collectives() -> dict:
 
 
 if __name__ == "__main__":
+    for spikes in (False, True):  # compiled once, not by every rank
+        cpu_codec.library(spikes)
     main(collectives)

@@ -130,8 +130,9 @@ def compiled() -> dict[str, object]:
 
 
 def main() -> None:
-    """``rank ranks store result check arguments...``"""
-    rank, ranks, store, result, name, *arguments = sys.argv[1:]
+    """``rank ranks folder check arguments...``"""
+    rank, ranks, folder, name, *arguments = sys.argv[1:]
+    store, result = f"{folder}/store", f"{folder}/result{rank}.pt"
     torch.cuda.set_device(int(rank))
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     dist.init_process_group(

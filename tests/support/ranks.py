@@ -1,11 +1,14 @@
-"""Several ranks on this machine: a script for each, a file as their store, and nothing that can hang."""
+"""Several ranks on this machine: a script for all, a file as their store, and nothing that can hang."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +17,84 @@ import torch
 SECONDS = 300.0  # two loaded cores; the groups' own timeouts end what hangs
 
 
-def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str) -> list[Any]:
-    """Run ``script rank ranks store result arguments...`` once for each rank; returns what each saved as its result."""
+def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, fork: bool = True) -> list[Any]:
+    """Run ``script`` as so many ranks; returns what each saved as its result.
+
+    Args:
+        script: calls :func:`main`.
+        ranks: how many.
+        folder: of the store, the results and what each rank prints.
+        arguments: of the script's function.
+        fork: import what the script imports once, and fork; not for GPUs, which a forked process may not be able to use.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    store, results = folder / "store", [folder / f"result{rank}.pt" for rank in range(ranks)]
+    numbers = ["all"] if fork else [str(rank) for rank in range(ranks)]
     processes = []
-    for rank in range(ranks):
-        command = [sys.executable, str(script), str(rank), str(ranks), str(store), str(results[rank]), *arguments]
-        with open(folder / f"log{rank}.txt", "w") as log:
-            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+    for number in numbers:
+        command = [sys.executable, str(script), number, str(ranks), str(folder), *arguments]
+        with open(folder / f"log_{number}.txt", "w") as log:
+            processes.append(
+                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            )
     end = time.monotonic() + SECONDS
     try:
         codes = [process.wait(max(0.1, end - time.monotonic())) for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks that it forked, too
                 process.wait()
-    logs = [(folder / f"log{rank}.txt").read_text()[-3000:] for rank in range(ranks)]
-    assert codes == [0] * ranks, "\n".join(f"rank {i}: {log}" for i, log in enumerate(logs))
-    return [torch.load(result, weights_only=False) for result in results]
+    logs = {path.stem: path.read_text()[-3000:] for path in sorted(folder.glob("log_*.txt"))}
+    assert codes == [0] * len(codes), "\n".join(f"{name}: {text}" for name, text in logs.items())
+    return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def main(function: Any) -> None:
-    """The body of a script: joins the group, calls ``function(*arguments)`` and saves what it returns."""
+def main(function: Callable[..., Any]) -> None:
+    """The body of a script: calls ``function(*arguments)`` as one rank, or in a fork for each."""
+    number, ranks, name, *arguments = sys.argv[1:]
+    folder = Path(name)
+    if number != "all":
+        _run(function, int(number), int(ranks), folder, arguments)
+        return
+    children = [_forked(function, rank, int(ranks), folder, arguments) for rank in range(int(ranks))]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(int(any(codes)))
+
+
+def _forked(function: Callable[..., Any], rank: int, ranks: int, folder: Path, arguments: list[str]) -> int:
+    """Process of a rank that runs in a fork of this one, which has no threads yet."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        log = os.open(folder / f"log_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        _run(function, rank, ranks, folder, arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return 0
+
+
+def _run(function: Callable[..., Any], rank: int, ranks: int, folder: Path, arguments: list[str]) -> None:
+    """Join the group, call the function and save what it returns."""
     import datetime
 
     import torch.distributed as dist
 
-    rank, ranks, store, result, *arguments = sys.argv[1:]
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(ranks),
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks,
         timeout=datetime.timedelta(seconds=60),
     )  # fmt: skip
     try:
-        torch.save(function(*arguments), result)
+        torch.save(function(*arguments), folder / f"result{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
