@@ -16,12 +16,7 @@ from .integrations.torch_names import check_import
 
 check_import()
 
-from . import (  # noqa: F401  (tensor_parallel is public; quantization registers itself)
-    communication,
-    errors,
-    quantization,
-    tensor_parallel,
-)
+from . import communication, errors, tensor_parallel  # noqa: F401  (public modules)
 from .calibration.config import CalibrationConfig
 from .calibration.pipeline import calibrate
 from .config import IntScaleConfig
@@ -34,6 +29,7 @@ from .importing.model import from_quantized
 from .importing.torchao_tensors import convert_from_torchao
 from .integrations.transformers import register_experts_implementation
 from .parallel import dtensor_ops  # noqa: F401  (registration)
+from .quantization import quantize
 from .saving.checkpoint import load_safetensors, register, save_pretrained, save_safetensors
 from .saving.integrity import verify_checkpoint
 from .saving.shard_reading import register_sharded_loading
@@ -54,6 +50,7 @@ __all__ = [
     "from_quantized",
     "linears_and_experts",
     "load_safetensors",
+    "quantize",
     "save_compressed_tensors",
     "save_pretrained",
     "save_safetensors",

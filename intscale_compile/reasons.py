@@ -8,7 +8,7 @@ import logging
 
 __all__ = ["Reason"]
 
-OUTPUT_NAMES = ("lm_head",)  # last part of the name of an output embedding
+OUTPUT_NAMES = ("lm_head", "lm_head.decoder")  # last parts of the name of an output embedding
 SMALLEST_FEATURES = 16  # below, padding to a tile costs more than four bits save
 log = logging.getLogger("intscale_compile")
 
@@ -41,6 +41,10 @@ class Reason(enum.Enum):
     )
     SHARDED_PLAIN = "sharded weight (DTensor) that is not quantized: call quantize_ before the model is sharded"
     FAKE_WEIGHT = "weight has no data at compile time (fake tensor)"
+    RAW_PARAMETER = (
+        "parameter or buffer of no linear layer, which quantize_ does not choose either: left in high precision; set the "
+        "option intscale.quantize_plain to include it"
+    )
     NON_FINITE = "weight has NaN or Inf entries: repair the checkpoint"
     WEIGHT_DTYPE = "weight dtype is not float32, bfloat16 or float16"
     ACTIVATION_DTYPE = "activation dtype is not float32, bfloat16 or float16"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..reasons import SMALLEST_FEATURES, log_once
 from ..tensors.intscale_tensor import IntScaleTensor
-from ..tensors.selection import LEFT_OUT
+from ..tensors.selection import mark_decided
 from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, statistics
 from .clipping import on_integer_grid
 from .config import CalibrationConfig, as_calibration_config
@@ -293,14 +293,11 @@ def _relative_error(output: list[Tensor], target: list[Tensor], name: str) -> fl
 
 
 def _finish(model: nn.Module, chosen: CalibrationConfig) -> None:
-    """Keep the configuration with the model, and mark the weights that were left out, so that the backend leaves them too."""
+    """Keep the configuration with the model, and mark the model, so that the backend leaves alone what was left out."""
     config = getattr(model, "config", None)
     if config is not None:
         setattr(config, CONFIG_ATTRIBUTE, chosen.to_dict())
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) and isinstance(weight, Tensor) and not isinstance(weight, IntScaleTensor):
-            setattr(weight, LEFT_OUT, True)
+    mark_decided(model)
 
 
 def _bar(total: int, shown: bool):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ..config import IntScaleConfig
 from ..errors import CalibrationError
 from ..tensors.intscale_tensor import IntScaleTensor
-from ..tensors.selection import linear_extra_repr
+from ..tensors.selection import show_quantized
 from ..tensors.weight_checks import check_weight
 from .clipping import choose_steps, code_range, into_groups, learn_steps, nearest_integer_steps, on_integer_grid
 from .config import CalibrationConfig
@@ -233,5 +232,4 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 def set_integer(module: nn.Module, parameter: str, tensor: Tensor) -> None:
     """Give a module a weight with integer scales, and a linear layer its description."""
     setattr(module, parameter, frozen(tensor))
-    if isinstance(module, nn.Linear):
-        module.extra_repr = types.MethodType(linear_extra_repr, module)  # type: ignore[method-assign]
+    show_quantized(module)

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError
 from ..stored_files import first_line, reading, weight_files
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.selection import mark_loaded
 from .checkpoint_files import CheckpointFiles, StoredLayers, checkpoint_folder, layer_format, quantization_config
 from .layers import ScaleOptions
 from .report import ImportReport
@@ -176,6 +177,7 @@ def _load(model_class: Any, config: Any, layers: StoredLayers, dtype: torch.dtyp
     for parameter in model.parameters():
         if isinstance(parameter, IntScaleTensor):
             parameter.requires_grad_(False)
+    mark_loaded(model)
     return model
 
 

@@ -11,6 +11,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from ..errors import ConfigError
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.selection import mark_loaded
 from .layers import QuantizedLayer, ScaleOptions, check_group_size, check_part, groups_of, require, to_intscale
 from .report import ImportReport
 
@@ -51,6 +52,7 @@ def convert_from_torchao(model: nn.Module, *, scale_bits: int = 8, amplifier: Un
         raise ConfigError("convert_from_torchao: no linear layer of the model has a weight that torchao quantized.")
     for module, tensor in found:
         module.weight = nn.Parameter(tensor, requires_grad=False)
+    mark_loaded(model)
     return report
 
 

@@ -72,6 +72,12 @@ PREPARING = PrivateName(
     parameters=("model", "checkpoint_files"),
     own=True,
 )
+LOADED = PrivateName(
+    "transformers.quantizers.quantizer_torchao:TorchAoHfQuantizer.postprocess_model",
+    "marking a model that was loaded quantized",
+    "call a loaded model as a whole, where its quantized weights say that the plain ones were left out",
+    parameters=("model",),
+)
 # Arguments of the hooks are used in these forms.
 PrivateName(
     "transformers.core_model_loading:WeightConverter.__init__",
@@ -105,7 +111,7 @@ PrivateName(
     "gates of experts in the implementation intscale",
 )
 PrivateName("transformers:PreTrainedModel._from_config", "a model without weights")
-HOOKED = (LOADING, FILE_WRITING, SHARDING, DESERIALIZING, STATE, PREPARING, CONVERSIONS)
+HOOKED = (LOADING, FILE_WRITING, SHARDING, DESERIALIZING, STATE, PREPARING, CONVERSIONS, LOADED)
 _ENTRANCE = "transformers.modeling_utils"  # every model imports it
 
 

@@ -19,6 +19,7 @@ from ..tensors.intscale_tensor import IntScaleTensor
 from .collective_report import CollectiveReport
 from .packed_weights import Packed, WeightSource
 from .settings import Settings
+from .whole_models import WholeModels
 
 EXAMPLE = "example_value"  # where Dynamo keeps a node's fake tensor
 
@@ -70,6 +71,7 @@ class GraphRewrite:
         counts: how often each pass matched.
         seconds: how long each pass took.
         unlike: pairs of weights that read one activation and are not merged, by how they read it.
+        models: the models that the graph is a part of.
         collectives: what became of each collective; None where Inductor had the graph in its cache, so that the pass over
             collectives did not run.
     """
@@ -85,6 +87,7 @@ class GraphRewrite:
     seconds: dict[str, float] = field(default_factory=dict)
     unlike: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     collectives: Optional[tuple[CollectiveReport, ...]] = ()
+    models: WholeModels = field(init=False)
     fake_mode: Any = None
     _packed_nodes: dict[tuple, fx.Node] = field(default_factory=dict)
     _last_input: Optional[fx.Node] = None
@@ -94,6 +97,7 @@ class GraphRewrite:
     def __post_init__(self) -> None:
         self._nodes = list(self.graph.nodes)
         self.input_index = {node: i for i, node in enumerate(self.placeholders())}
+        self.models = WholeModels(self.input_index)
         inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
         self._last_input = inputs[-1] if inputs else None
         # The mode that the nodes' tensors belong to; by now Dynamo has put a fresh one into its tracing context.
@@ -146,6 +150,7 @@ class GraphRewrite:
         for node in (*self._nodes, *self.graph.nodes):
             node.meta.clear()
         self.candidates.clear()
+        self.models.release()
 
     def call(
         self,

@@ -21,7 +21,6 @@ from ..integrations.torch import differentiates, is_dtensor, is_static_input, lo
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from ..tensors.expert_layers import ROUTER_CLASS, ROUTER_NAMES
 from ..tensors.intscale_tensor import IntScaleTensor
-from ..tensors.selection import LEFT_OUT
 from .base import Candidate, GraphRewrite, Pass, example, writes_in_place
 from .other_products import other_products
 from .packed_weights import WeightSource
@@ -294,28 +293,35 @@ def _plain_reason(candidate: Candidate, tensor: Tensor, weights: WeightFinder, g
         return Reason.SHARDED_FORM if isinstance(local_tensor(tensor), IntScaleTensor) else Reason.SHARDED_PLAIN
     if type(tensor) not in (torch.nn.Parameter, Tensor, torch.nn.Buffer):
         return Reason.FOREIGN_SUBCLASS
-    if id(tensor) in weights.embeddings:
-        return Reason.TIED_EMBEDDING
-    if candidate.name.split(".")[-2:-1] and candidate.name.split(".")[-2] in OUTPUT_NAMES:
-        return Reason.OUTPUT_EMBEDDING
-    if _routes(candidate, weights):
-        return Reason.ROUTER
+    default = _default_reason(candidate, tensor, weights)
+    if default is not None and not (default is Reason.RAW_PARAMETER and quantize_plain):
+        return default
     if tensor.dtype not in FLOATS:
         return Reason.WEIGHT_DTYPE
     if tensor.device.type not in ("cpu", "cuda"):
         return Reason.DEVICE
     if min(candidate.shape) < SMALLEST_FEATURES:  # type: ignore[type-var, arg-type]
         return Reason.TOO_SMALL
-    if quantize_plain is False or (quantize_plain is None and (weights.any_quantized or is_left_out(tensor))):
+    decided = weights.any_quantized or weights.rewrite.models.decided(tensor)
+    if quantize_plain is False or (quantize_plain is None and decided):
         return Reason.NOT_SELECTED
     if tensor.requires_grad and grad_enabled:
         return Reason.REQUIRES_GRAD
     return None
 
 
-def is_left_out(tensor: Tensor) -> bool:
-    """Whether ``quantize_`` ran over the model of this weight and did not select it."""
-    return getattr(tensor, LEFT_OUT, False)
+def _default_reason(candidate: Candidate, tensor: Tensor, weights: WeightFinder) -> Optional[Reason]:
+    """Why a weight is left alone unless it is named: what ``quantize`` decides for its model, as far as the model is known."""
+    models = weights.rewrite.models
+    if id(tensor) in weights.embeddings:
+        return Reason.TIED_EMBEDDING
+    if (known := models.weight(tensor)) is not None:
+        return known.reason
+    if any(candidate.name.endswith(f".{name}.weight") for name in OUTPUT_NAMES):
+        return Reason.OUTPUT_EMBEDDING
+    if _routes(candidate, weights):
+        return Reason.ROUTER
+    return Reason.RAW_PARAMETER if models.known else None
 
 
 def _routes(candidate: Candidate, weights: WeightFinder) -> bool:

@@ -53,7 +53,7 @@ def _weights_of(node: fx.Node, weights: WeightFinder, reason: Reason) -> Iterato
         source, transposed = weights.resolve(used)
         if source is None or (tensor := weights.tensor(source)).dim() < 2:
             continue
-        shape = (tensor.shape[0], tensor[0].numel())
+        shape = (tensor.shape[0], tensor.numel() // tensor.shape[0])
         yield Candidate(node, source.name, None, used, None, source, transposed, shape, reason)
 
 

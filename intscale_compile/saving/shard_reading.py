@@ -24,6 +24,7 @@ from ..parallel.sharding import Layout, chunk
 from ..stored_files import PathLike, open_safetensors, reading
 from ..tensors.activation_parts import PER_WEIGHT
 from ..tensors.fields import DATA_NAMES
+from ..tensors.selection import mark_loaded
 from .checked_loading import checking_files, checking_result, keeping_errors, marking, sealing
 from .checkpoint import stored_tensor, tensor_names
 from .integrity import check_header, check_metadata, read_entry, stored_key
@@ -224,8 +225,20 @@ def register_sharded_loading() -> None:
             "get_state_dict_and_metadata": lambda get_state: marking(_gathering(get_state)),
             "_process_model_before_weight_loading": checking_files,
             "get_weight_conversions": _with_all_parts,
+            "postprocess_model": _marking,
         }
     )
+
+
+def _marking(postprocess: Callable) -> Callable:
+    """Marks a loaded model, so that the compiler leaves alone what is plain in it."""
+
+    def marked(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = postprocess(self, model, *args, **kwargs)
+        mark_loaded(model)
+        return result
+
+    return marked
 
 
 def _with_all_parts(get_conversions: Callable) -> Callable:

@@ -22,7 +22,10 @@ def expert_stacks(module: nn.Module) -> dict[str, bool]:
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and parameter.is_floating_point() and min(parameter.shape[1:]) >= SMALLEST_FEATURES
+        if not isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+        and parameter.dim() == 3
+        and parameter.is_floating_point()
+        and min(parameter.shape[1:]) >= SMALLEST_FEATURES
     }
     counts = {value for name, value in vars(module).items() if "expert" in name and isinstance(value, int)}
     by_class = "expert" in type(module).__name__.lower()
@@ -46,9 +49,14 @@ def _kept_transposed(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> b
 
 def router_linears(model: nn.Module) -> set[int]:
     """The ``nn.Linear`` modules (by id) that choose experts: those of a router class, and ``gate`` beside ``experts``."""
+    return {id(layer) for layer in router_modules(model) if isinstance(layer, nn.Linear)}
+
+
+def router_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module that takes part in choosing experts; the weight of a router may be a parameter of its own."""
     routers = []
     for module in model.modules():
         children = dict(module.named_children())
         routers += [children[name] for name in ROUTER_NAMES if name in children and "experts" in children]
         routers += [module] if ROUTER_CLASS.search(type(module).__name__) else []
-    return {id(layer) for router in routers for layer in router.modules() if isinstance(layer, nn.Linear)}
+    return [layer for router in routers for layer in router.modules()]

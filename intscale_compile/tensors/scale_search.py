@@ -226,7 +226,7 @@ def _amplified(groups: Tensor, absmax: Tensor, config: IntScaleConfig, amplifier
     scales = (steps * absmax * amplifier).round().clamp(min=1)
     if scales.max() > torch.iinfo(torch.int16).max:
         raise OverflowProofError(
-            f"amplifier={amplifier} makes a group scale of {int(scales.max())}, more than 16 bits: use a smaller one or 'row'."
+            f"amplifier={amplifier} makes a group scale of {float(scales.max()):.0f}, above 16 bits: use a smaller one or 'row'."
         )
     group_scale = torch.where(steps > 0, scales, torch.ones_like(scales)).to(torch.int16)
     _require_proof(codes, group_scale, f"use a smaller amplifier than {amplifier}, or 'row'")

@@ -1,15 +1,57 @@
-"""Which weights of a model are quantized: the kinds of layer that we know, and what is left alone unless it is named."""
+"""Which weights of a model are quantized: one description of the model, from which ``quantize``, torchao's ``quantize_``,
+``calibrate`` and the compiler decide alike.
+
+The rule. The weights of ``nn.Linear``, of GPT-2's ``Conv1D`` and stacks of expert weights are quantized. Left alone unless
+they are named: output embeddings, weights shared with an input embedding, routers, layers of fewer than 16 features, and
+weights that the code around a layer reads itself (as a left operand, in one operator with others, concatenated). A parameter
+that belongs to no such layer is left alone: nothing in a model says whether it is the weight of a product. Only where a model
+has no such layer at all, the compiler takes the parameters that it finds in products; ``quantize`` finds nothing there.
+
+A model that was quantized, or loaded quantized, is decided: what is plain in it was left out, and the compiler leaves it
+alone however the graph is cut. Each of its modules carries a mark, an attribute that copying and pickling keep. A model that
+has quantized weights and no marks, such as one that took a state dict, counts as decided while one of its modules is called.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Optional
 
+import torch
+from torch import Tensor, nn
+
+from ..integrations.torch import local_tensor
 from ..integrations.torchao import is_linear
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason
-from .expert_layers import expert_stacks, router_linears
+from .expert_layers import expert_stacks, router_modules
+from .intscale_tensor import IntScaleTensor
+from .weight_reads import stacks_in_a_loop, weight_reads
 
-LEFT_OUT = "_intscale_left_out"  # attribute of a parameter that a quantize_ call did not select
+DECIDED = "_intscale_decided"  # attribute of every module of a model whose weights were chosen
 ROTATION = "_intscale_rotation"  # attribute of a module that rotates its input: the size of the Hadamard blocks
+
+
+@dataclass
+class ModelWeight:
+    """A parameter or buffer of two or more dimensions.
+
+    Attributes:
+        tensor: the parameter itself.
+        owners: every module that holds it: the dotted name of the module, the module, and the parameter's name there.
+        reason: why it is left alone unless it is named; None: it is quantized.
+    """
+
+    tensor: Tensor
+    owners: list[tuple[str, nn.Module, str]] = field(default_factory=list)
+    reason: Optional[Reason] = None
+
+    @property
+    def name(self) -> str:
+        """Dotted name of the parameter, the first where it has several."""
+        module, _, leaf = self.owners[0]
+        return f"{module}.{leaf}" if module else leaf
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -26,27 +68,126 @@ def linears_and_experts(module: nn.Module, name: str = "") -> bool:
     return is_linear(module) or is_conv1d(module) or bool(expert_stacks(module))
 
 
-def left_alone_by_default(model: nn.Module) -> dict[int, Reason]:
-    """Modules (by id) that are left alone unless they are named: output embeddings, tied weights, routers, tiny layers."""
-    reasons = dict.fromkeys(router_linears(model), Reason.ROUTER)
-    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    output = None
-    if hasattr(model, "get_output_embeddings"):
-        try:
-            output = model.get_output_embeddings()  # type: ignore[operator]
-        except (NotImplementedError, AttributeError):
-            output = None
+def model_weights(model: nn.Module) -> dict[int, ModelWeight]:
+    """Every parameter and buffer of a model that may be the weight of a product, by id, with the default decision."""
+    found: dict[int, ModelWeight] = {}
+    reasons: dict[int, list[Reason]] = {}
+    special = _special_layers(model)
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) and id(weight) in tied:
-            reasons[id(module)] = Reason.TIED_EMBEDDING
-        elif module is output or name.rsplit(".", 1)[-1] in OUTPUT_NAMES:
-            reasons[id(module)] = Reason.OUTPUT_EMBEDDING
-        elif (isinstance(module, nn.Linear) or is_conv1d(module)) and min(module.weight.shape) < SMALLEST_FEATURES:
-            reasons[id(module)] = Reason.TOO_SMALL
-    return reasons
+        stacks = expert_stacks(module)
+        for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.dim() < 2:
+                continue
+            entry = found.setdefault(id(tensor), ModelWeight(tensor))
+            entry.owners.append((name, module, leaf))
+            reason = _reason(module, leaf, tensor, leaf in stacks, special.get(id(module)))
+            if reason is not None:
+                reasons.setdefault(id(tensor), []).append(reason)
+    has_layers = any(linears_and_experts(module) for module in model.modules())
+    for key, given in reasons.items():
+        found[key].reason = Reason.TIED_EMBEDDING if Reason.TIED_EMBEDDING in given else given[0]
+        if found[key].reason is Reason.RAW_PARAMETER and not has_layers:
+            found[key].reason = None
+    return found
 
 
-def linear_extra_repr(module: nn.Linear) -> str:
+def left_alone_by_default(model: nn.Module) -> dict[int, Reason]:
+    """Layers (by id) that are left alone unless they are named, with the reason."""
+    return {
+        id(module): weight.reason
+        for weight in model_weights(model).values()
+        for _, module, leaf in weight.owners
+        if weight.reason is not None and leaf == "weight" and linears_and_experts(module)
+    }
+
+
+def is_transposed(module: nn.Module, leaf: str) -> bool:
+    """Whether a module keeps a weight as ``[..., K, N]``."""
+    return is_conv1d(module) or expert_stacks(module).get(leaf, False)
+
+
+def _reason(module: nn.Module, leaf: str, tensor: Tensor, stacked: bool, special: Optional[Reason]) -> Optional[Reason]:
+    """Why a module's own weight is left alone by default, apart from what shares it."""
+    if isinstance(module, nn.Embedding):
+        return Reason.TIED_EMBEDDING  # as the weight of a product
+    if isinstance(module, (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)):
+        return Reason.ONE_OPERATOR
+    if stacked:
+        in_interface = isinstance(getattr(module, "is_transposed", None), bool)
+        return Reason.EXPERTS if not in_interface and leaf in stacks_in_a_loop(type(module)) else None
+    if leaf != "weight" or not (is_linear(module) or is_conv1d(module)):
+        return Reason.ROUTER if special is Reason.ROUTER else Reason.RAW_PARAMETER
+    if special is None and min(tensor.shape) < SMALLEST_FEATURES:
+        return Reason.TOO_SMALL
+    return special
+
+
+def _special_layers(model: nn.Module) -> dict[int, Reason]:
+    """Layers (by id) with a part of their own: output embeddings, routers, and those whose weight other code reads."""
+    special: dict[int, Reason] = {}
+    for module in model.modules():
+        for path, reason in weight_reads(type(module)).items():
+            if (child := _child(module, path)) is not None:
+                special[id(child)] = reason
+        if isinstance(module, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            special |= {id(module.linear1): Reason.ONE_OPERATOR, id(module.linear2): Reason.ONE_OPERATOR}
+    special |= {id(module): Reason.ROUTER for module in router_modules(model)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(name == known or name.endswith(f".{known}") for known in OUTPUT_NAMES):
+            special[id(module)] = Reason.OUTPUT_EMBEDDING
+        special |= {id(layer): Reason.OUTPUT_EMBEDDING for layer in _output_embeddings(module)}
+    return special
+
+
+def _child(module: nn.Module, path: str) -> Optional[nn.Module]:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers that a model calls its output embeddings: one, or several that belong together."""
+    ask = getattr(module, "get_output_embeddings", None)
+    if not callable(ask):
+        return
+    try:
+        output = ask()
+    except Exception:  # the model's own code: models without one raise whatever they like
+        return
+    if isinstance(output, nn.Module):
+        yield from output.modules()
+
+
+def mark_decided(model: nn.Module) -> None:
+    """Note on every module that its weights were chosen: what is plain in it now, the compiler leaves alone."""
+    for module in model.modules():
+        vars(module)[DECIDED] = True
+
+
+def mark_loaded(model: nn.Module) -> None:
+    """What :func:`mark_decided` does, and the descriptions of quantized layers, for a model that was loaded quantized."""
+    for module in model.modules():
+        if isinstance(getattr(module, "weight", None), IntScaleTensor):
+            show_quantized(module)
+    if is_decided(model):
+        mark_decided(model)
+
+
+def is_decided(model: nn.Module) -> bool:
+    """Whether the weights of a model were chosen: one of its modules is marked or has a quantized weight."""
+    if any(DECIDED in vars(module) for module in model.modules()):
+        return True
+    return any(isinstance(local_tensor(parameter), IntScaleTensor) for parameter in model.parameters())
+
+
+def show_quantized(module: nn.Module) -> None:
+    """Let the description of a linear layer say how its weight is quantized. Copying and pickling keep it."""
+    if isinstance(module, nn.Linear):
+        module.extra_repr = functools.partial(linear_extra_repr, module)  # type: ignore[method-assign]
+
+
+def linear_extra_repr(module: Any) -> str:
     """The description of a linear layer whose weight is quantized."""
-    return f"in_features={module.in_features}, out_features={module.out_features}, weight={module.weight!r}"
+    features = f"in_features={module.in_features}, out_features={module.out_features}, bias={module.bias is not None}"
+    return f"{features}, weight={module.weight!r}"

@@ -18,6 +18,7 @@ from intscale_compile.calibration.layers import blocks, stacks, weights_of
 from intscale_compile.calibration.pipeline import make_integer
 from intscale_compile.calibration.solve import Codes, FloatScaleWeight, fake_quantize
 from intscale_compile.errors import CalibrationError, CheckpointError, WeightError
+from intscale_compile.tensors.selection import DECIDED, is_decided
 from tests.support.calibration import logits_of, small_model
 
 from_preset = CalibrationConfig.from_preset
@@ -219,9 +220,8 @@ def test_other_families(family):
 
 def test_the_backend_leaves_out_what_calibrate_left_out(model, data):
     calibrate(model, data, CalibrationConfig(**SHORT), progress=False)
-    from intscale_compile.tensors.selection import LEFT_OUT
-
-    assert getattr(model.lm_head.weight, LEFT_OUT) is True
+    assert vars(model.lm_head)[DECIDED] and is_decided(model)
+    assert not isinstance(model.lm_head.weight, IntScaleTensor)
 
 
 def test_the_configuration_is_saved_with_the_model(model, data, tmp_path):

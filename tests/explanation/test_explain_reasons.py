@@ -100,6 +100,17 @@ class Unused(nn.Module):
         return self.used(x)
 
 
+class Raw(nn.Module):
+    """A parameter that is multiplied beside a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.proj = nn.Linear(64, 64), nn.Parameter(torch.randn(64, 32))
+
+    def forward(self, x):
+        return self.layer(x) @ self.proj
+
+
 # A model, or a model and options, or a model, options and input.
 MODELS = {
     Reason.OUTPUT_EMBEDDING: lambda: Head(False),
@@ -110,6 +121,7 @@ MODELS = {
     Reason.NOT_CONSTANT: lambda: Holder(lambda x, w: F.linear(x, w * 2), torch.randn(32, 64)),
     Reason.UNKNOWN_VIEW: lambda: Holder(lambda x, w: x @ w.view(64, 32), torch.randn(32, 64)),
     Reason.FOREIGN_SUBCLASS: foreign,
+    Reason.RAW_PARAMETER: Raw,
     Reason.NON_FINITE: lambda: Holder(lambda x, w: F.linear(x, w), torch.full((32, 64), float("inf"))),
     Reason.WEIGHT_DTYPE: lambda: Holder(lambda x, w: F.linear(x, w.float()), torch.randn(32, 64, dtype=torch.float64)),
     Reason.ACTIVATION_DTYPE: lambda: Holder(

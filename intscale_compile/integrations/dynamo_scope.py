@@ -1,0 +1,65 @@
+"""Modules behind a graph that Dynamo is compiling: those whose call is under way, and those that the traced code reaches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, Optional
+
+from torch import fx, nn
+
+from .registry import PrivateName
+
+TRANSLATOR = PrivateName(
+    "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx",
+    "finding the model of a graph by where its inputs come from",
+    "the model is found where one of its modules is being called",
+)
+
+
+def modules_in_use(nodes: Iterable[fx.Node]) -> list[nn.Module]:
+    """The outermost modules first: by the ``self`` of each call on the stack, then by where the inputs of the graph come from."""
+    found: list[nn.Module] = []
+    frame = sys._getframe()
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            found.append(module)
+        frame = frame.f_back  # type: ignore[assignment]
+    found.reverse()
+    scope = _traced_scope()
+    if scope is not None:
+        cache: dict[str, Any] = {}
+        found += [
+            m for node in nodes if (m := _first_module(getattr(node, "_dynamo_source", None), scope, cache)) is not None
+        ]
+    return list({id(module): module for module in found}.values())
+
+
+def _traced_scope() -> Optional[dict[str, Any]]:
+    """Local and global variables of the frame that Dynamo traces; None outside of a compilation."""
+    if "torch._dynamo.symbolic_convert" not in sys.modules or (current := TRANSLATOR.find()) is None:
+        return None
+    try:
+        frame = current()
+        return {"L": frame.f_locals, "G": frame.f_globals}
+    except (AttributeError, IndexError, AssertionError):
+        return None
+
+
+def _first_module(source: Any, scope: dict[str, Any], cache: dict[str, Any]) -> Optional[nn.Module]:
+    """The outermost module on the way to an input: of ``L['model'].layers[0].weight`` the model."""
+    chain = []
+    while source is not None:
+        chain.append(source)
+        source = getattr(source, "base", None)
+    for link in reversed(chain):
+        name = link.name() if callable(link.name) else link.name
+        if name not in cache:
+            try:
+                cache[name] = eval(name, dict(scope))
+            except Exception:  # a source that only Dynamo's guards can evaluate
+                cache[name] = None
+        if isinstance(cache[name], nn.Module):
+            return cache[name]
+    return None

@@ -1,0 +1,335 @@
+"""Both doors choose the same weights, however the graph is cut, and what was left out stays out in every copy of a model."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torchao.quantization import quantize_
+
+from intscale_compile import IntScaleConfig, IntScaleTensor, linears_and_experts, quantize
+from intscale_compile.compile.binding import copied
+from intscale_compile.passes import GraphRewrite
+from intscale_compile.passes.experts import experts
+from intscale_compile.passes.match import match
+from intscale_compile.passes.settings import Settings
+from intscale_compile.reasons import Reason
+from intscale_compile.tensors.selection import is_decided, left_alone_by_default, model_weights
+from intscale_compile.tensors.weight_reads import stacks_in_a_loop, weight_reads
+
+CONFIG = IntScaleConfig(group_size=32, scale_search="absmax")
+
+
+def chosen_by_quantize(model):
+    twin = copy.deepcopy(model)
+    quantize(twin, IntScaleConfig(scale_search="absmax"))
+    return {name for name, parameter in twin.named_parameters() if isinstance(parameter, IntScaleTensor)}
+
+
+def compiler_choices(model, *args, compile_parts=(), **kwargs):
+    """Names of the weights of all graphs with the reason that the compiler gives; nothing is compiled further."""
+    names = {id(tensor): name for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    found = {}
+
+    def backend(gm, example_inputs):
+        rewrite = GraphRewrite(copied(gm), example_inputs, Settings(config=CONFIG))
+        match(rewrite), experts(rewrite)
+        for candidate in rewrite.candidates:
+            if candidate.source is not None:
+                found[names[id(candidate.source.tensor(example_inputs))]] = candidate.reason
+        return gm.forward
+
+    torch._dynamo.reset()
+    for part in compile_parts:
+        part.compile(backend=backend)
+    called = model if compile_parts else torch.compile(model, backend=backend)
+    with torch.no_grad():
+        called(*args, **kwargs)
+    for part in compile_parts:
+        part._compiled_call_impl = None
+    torch._dynamo.reset()
+    return found
+
+
+def quantized(choices):
+    return {name for name, reason in choices.items() if reason is None}
+
+
+# --- the rule, in models of plain torch ---------------------------------------------------------------------------------
+
+
+class Broken(nn.Module):
+    """A model with every kind of weight, cut in two before the last ones."""
+
+    def __init__(self, tied=False):
+        super().__init__()
+        self.embed = nn.Embedding(64, 64)
+        self.layer, self.small, self.head = nn.Linear(64, 64), nn.Linear(64, 8), nn.Linear(64, 64, bias=False)
+        self.proj = nn.Parameter(torch.randn(64, 64) / 8)
+        self.register_buffer("filters", torch.randn(64, 64) / 8)
+        self.requires_grad_(False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, ids):
+        x = torch.tanh(self.layer(self.embed(ids)))
+        torch._dynamo.graph_break()
+        return self.head(x @ self.proj @ self.filters), self.small(x)
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_kinds_behind_a_graph_break(tied):
+    model = Broken(tied)
+    head = ("embed.weight", Reason.TIED_EMBEDDING) if tied else ("head.weight", Reason.OUTPUT_EMBEDDING)
+    found = compiler_choices(model, IDS)
+    assert found.pop("layer.weight") is None
+    raw = dict.fromkeys(("proj", "filters"), Reason.RAW_PARAMETER)
+    assert found == {**raw, "small.weight": Reason.TOO_SMALL, head[0]: head[1]}
+    assert chosen_by_quantize(model) == {"layer.weight"}
+
+
+def test_model_without_layers():
+    """Only the parameters of its products can be meant; quantize finds nothing, so both doors are the compiler's."""
+
+    class Hand(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.w
+
+    model = Hand()
+    quantize_(model, CONFIG, filter_fn=linears_and_experts)
+    assert compiler_choices(model, torch.randn(2, 64)) == {"w": None}
+
+
+class Mixer(nn.Module):
+    """Reads weights itself in every form that a quantized weight does not serve."""
+
+    def __init__(this):
+        super().__init__()
+        for name in ("left", "matmul", "method", "called", "right", "joined", "q", "k", "v", "o"):
+            setattr(this, name, nn.Linear(64, 64, bias=False))
+        this.inner = nn.ModuleDict({"deep": nn.Linear(64, 64)})
+        this.requires_grad_(False)
+
+    def forward(this, x):
+        y = (this.left.weight @ x.mT).mT.to(this.called.weight.dtype)
+        y = torch.matmul(this.matmul.weight, y.mT).mT + this.method.weight.to(y.dtype).matmul(y.mT).mT
+        return this.attend(y @ this.right.weight.t() + this.called(y) + F.linear(y, this.right.weight))
+
+    def attend(this, x):
+        x = x @ torch.cat([this.joined.weight.t(), x.new_zeros(64, 64)], dim=1)[:, :64]
+        return F.multi_head_attention_forward(
+            x, x, x, 64, 2, None, None, None, None, False, 0.0, this.o.weight, None, training=False, need_weights=False,
+            use_separate_proj_weight=True, q_proj_weight=this.q.weight, k_proj_weight=this.k.weight, v_proj_weight=this.v.weight,
+        )[0]  # fmt: skip
+
+
+def test_weights_that_the_code_around_a_layer_reads():
+    assert weight_reads(Mixer) == {
+        "left": Reason.LEFT_OPERAND,
+        "matmul": Reason.LEFT_OPERAND,
+        "method": Reason.LEFT_OPERAND,
+        "joined": Reason.NOT_CONSTANT,
+        **dict.fromkeys(("q", "k", "v", "o"), Reason.ONE_OPERATOR),
+    }
+    assert weight_reads(nn.Linear) == {} and weight_reads(int) == {}
+    model, x = Mixer(), torch.randn(3, 64)
+    found = compiler_choices(model, x)
+    assert quantized(found) == chosen_by_quantize(model) - {"inner.deep.weight"} == {"called.weight", "right.weight"}
+    twin = copy.deepcopy(model)
+    quantize(twin, CONFIG)
+    assert torch.isfinite(twin(x)).all()
+
+
+class LoopExperts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_experts, self.weight = 2, nn.Parameter(torch.randn(2, 64, 64) / 8, requires_grad=False)
+
+    def forward(self, x):
+        return sum(F.linear(x, self.weight[i]) for i in range(self.num_experts))
+
+
+def test_experts_in_a_loop_are_left_alone_by_both():
+    model = nn.Sequential(nn.Linear(64, 64), LoopExperts()).requires_grad_(False)
+    assert stacks_in_a_loop(LoopExperts) == {"weight"}
+    assert model_weights(model)[id(model[1].weight)].reason is Reason.EXPERTS
+    assert chosen_by_quantize(model) == quantized(compiler_choices(model, torch.randn(3, 64))) == {"0.weight"}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_encoder_layer_with_and_without_its_fast_path(fast):
+    """The compiler cannot look into torch's one operator for a whole layer; without it both take the two linears."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(64, 2, 96, batch_first=True)).eval().requires_grad_(False)
+    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        found = compiler_choices(model, torch.randn(2, 5, 64))
+        assert quantized(found) == chosen_by_quantize(model)
+        assert quantized(found) == (set() if fast else {"0.linear1.weight", "0.linear2.weight"})
+        quantize(model, CONFIG, lambda module, name: name.endswith(("linear1", "linear2", "out_proj")))  # named
+        assert torch.isfinite(model(torch.randn(2, 5, 64))).all()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+# --- marks ----------------------------------------------------------------------------------------------------------------
+
+
+def saved_whole(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def blocks():
+    return nn.Sequential(Block(), Block()).requires_grad_(False)
+
+
+def from_state_dict(model):
+    fresh = blocks()
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    return fresh
+
+
+COPIES = {"itself": lambda m: m, "deepcopy": copy.deepcopy, "torch.save": saved_whole, "state_dict": from_state_dict}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_left_out_layer_stays_out(name):
+    model = blocks()
+    quantize(model, CONFIG, lambda module, name: name == "0.layer")
+    twin, x = COPIES[name](model), torch.randn(3, 64)
+    wanted = {"0.layer.weight": None, "1.layer.weight": Reason.NOT_SELECTED}
+    assert is_decided(twin) and compiler_choices(twin, x) == wanted
+    assert compiler_choices(twin, x, compile_parts=list(twin)) == wanted, "block by block"
+    if name != "state_dict":  # nothing there says where the layer comes from
+        assert compiler_choices(twin[1], x) == {"layer.weight": Reason.NOT_SELECTED}, "by itself"
+
+
+def test_function_that_closes_over_a_model():
+    """No module's call is under way where the graph is compiled; where its inputs come from says which model it is."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
+    model.lm_head = model[1]  # a second name
+    reasons = []
+
+    def backend(gm, example_inputs):
+        rewrite = GraphRewrite(copied(gm), example_inputs, Settings(config=CONFIG))
+        match(rewrite)
+        reasons.extend(candidate.reason for candidate in rewrite.candidates)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(lambda x: F.linear(x, model[1].weight), backend=backend)(torch.randn(2, 64))
+    torch._dynamo.reset()
+    assert reasons == [Reason.OUTPUT_EMBEDDING]
+
+
+def test_parametrized_weight_does_not_stop_the_other_door():
+    model = nn.Sequential(nn.Linear(64, 64), nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))).requires_grad_(
+        False
+    )
+    assert parametrize.is_parametrized(model[1]) and "0.weight" in quantized(
+        compiler_choices(model, torch.randn(2, 64))
+    )
+
+
+# --- families of transformers -------------------------------------------------------------------------------------------
+
+
+def test_choices_over_all_families():
+    """One description, no compilation: what quantize takes, and the reasons of the rest, are those that are known of each
+    family; ``test_model_families`` compares the graphs with the same table."""
+    pytest.importorskip("transformers")
+    from tests.support.model_families import FAMILIES, linear_modules
+
+    for name, family in FAMILIES.items():
+        model = family.model(family.layers)
+        weights = {weight.name: weight.reason for weight in model_weights(model).values()}
+        linears = {f"{n}.weight" for n, m in linear_modules(model).items()} & set(weights)
+        rest = {n for n in family.rest if family.rest[n] not in ("CONVOLUTION", "TIED_EMBEDDING")}
+        assert {n for n in linears if weights[n] is None} == linears - rest, name
+        for weight in rest & set(weights):
+            assert weights[weight].name == family.rest[weight], name
+        assert len([n for n in weights if weights[n] is None]) == family.linears(family.layers), name
+        alone = left_alone_by_default(model)
+        layers = {n: model.get_submodule(n.removesuffix(".weight")) for n in rest & linears}
+        assert all(id(layer) in alone for layer in layers.values() if linears_and_experts(layer)), name
+
+
+TOKENS = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "use_cache": False, **TOKENS}
+
+
+def mamba(hf):
+    return hf.MambaForCausalLM(hf.MambaConfig(state_size=8, time_step_rank=16, **SMALL)), {
+        "backbone.layers.0.mixer.dt_proj.weight": Reason.LEFT_OPERAND,
+        "backbone.embeddings.weight": Reason.TIED_EMBEDDING,
+    }
+
+
+def reformer(hf):
+    config = hf.ReformerConfig(
+        feed_forward_size=96, num_attention_heads=2, attention_head_size=32, attn_layers=["local"], is_decoder=True,
+        axial_pos_embds=False, local_attn_chunk_length=4, max_position_embeddings=64, tie_word_embeddings=False, **SMALL,
+    )  # fmt: skip
+    return hf.ReformerModelWithLMHead(config), {"lm_head.decoder.weight": Reason.OUTPUT_EMBEDDING}
+
+
+def jetmoe(hf):
+    config = hf.JetMoeConfig(num_key_value_heads=2, kv_channels=16, intermediate_size=96, num_local_experts=4, **SMALL)
+    return hf.JetMoeForCausalLM(config), {
+        "model.layers.0.mlp.input_linear.weight": Reason.EXPERTS,
+        "model.layers.0.mlp.router.layer.weight": Reason.ROUTER,
+        "model.embed_tokens.weight": Reason.TIED_EMBEDDING,
+    }
+
+
+def rwkv(hf):
+    model = hf.RwkvForCausalLM(
+        hf.RwkvConfig(attention_hidden_size=64, context_length=32, **{**SMALL, "num_hidden_layers": 2})
+    )
+    return model, {"head.weight": Reason.OUTPUT_EMBEDDING}
+
+
+SPECIAL = {"mamba": mamba, "reformer": reformer, "jetmoe": jetmoe, "rwkv": rwkv}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_models(name):
+    model, left = SPECIAL[name](pytest.importorskip("transformers"))
+    described = {weight.name: weight.reason for weight in model_weights(model).values()}
+    assert {name: described[name] for name in left} == left
+
+
+@pytest.mark.parametrize("name", ["reformer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mamba", "jetmoe"))])
+def test_doors_of_special_models(name):
+    """Traced by Dynamo, not compiled."""
+    model, _ = SPECIAL[name](pytest.importorskip("transformers"))
+    model = model.eval().requires_grad_(False)
+    found = compiler_choices(model, input_ids=torch.arange(8).view(1, 8) + 3)
+    assert quantized(found) == chosen_by_quantize(model) and quantized(found)
