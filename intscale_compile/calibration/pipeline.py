@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..reasons import SMALLEST_FEATURES, log_once
+from ..reasons import log_once
+from ..tensors.expert_layers import expert_stacks
 from ..tensors.intscale_tensor import IntScaleTensor
-from ..tensors.selection import mark_decided
+from ..tensors.selection import linears_and_experts, mark_decided, model_weights
+from ..tensors.weight_checks import check_module
 from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, statistics
 from .clipping import on_integer_grid
 from .config import CalibrationConfig, as_calibration_config
@@ -63,7 +65,8 @@ def calibrate(
 
     The blocks are taken one after the other. What a block reads comes from the blocks before it as they are quantized,
     8-bit activations included; inside of a block later weights see what the quantized earlier ones make of it. Weights
-    outside of the blocks (embeddings, ``lm_head``) and routers stay as they are.
+    outside of the blocks (embeddings, ``lm_head``) and what ``quantize`` leaves alone (routers, tiny layers, weights that the
+    model reads itself) stay as they are.
 
     Args:
         model: any transformers model whose layers are in an ``nn.ModuleList``, in eval mode, not quantized.
@@ -105,6 +108,7 @@ def _calibrate_blocks(
 ) -> None:
     """Every block of every stack, one after the other; in place."""
     order = stacks(model)
+    left = _left_alone(model, [block for stack in order for _, block in stack])
     with torch.no_grad(), _bar(sum(map(len, order)), progress) as bar, eager_experts(model):
         sizes = _rotated(model, chosen)
         for stack in order:
@@ -112,11 +116,28 @@ def _calibrate_blocks(
             streams = _Streams(inputs, list(inputs.hidden), list(inputs.hidden))
             for place, (name, block) in enumerate(stack):
                 bar.set_postfix_str(name)
-                _Block(name, block, place, streams, chosen, report, store, sizes).process()
+                _Block(name, block, place, streams, chosen, report, store, sizes, left).process()
                 bar.set_postfix_str(f"{name}: {report.losses[name]:.2e}")
                 bar.update(1)
         if chosen.scales == "integer":
             make_integer(model)
+
+
+def _left_alone(model: nn.Module, layers: list[nn.Module]) -> set[tuple[int, str]]:
+    """Weights (module and name) that stay in high precision, as ``quantize`` decides.
+
+    Raises:
+        WeightError: one of the others cannot be quantized; nothing has been changed yet.
+    """
+    owners = [(owner, weight.reason) for weight in model_weights(model).values() for owner in weight.owners]
+    left = {(id(module), leaf) for (_, module, leaf), reason in owners if reason is not None}
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for name, module in model.named_modules():
+        if id(module) in inside and linears_and_experts(module):
+            for leaf in expert_stacks(module) or ("weight",):
+                if (id(module), leaf) not in left:
+                    check_module(module, leaf, f"{name}.{leaf}")
+    return left
 
 
 def _rotated(model: nn.Module, chosen: CalibrationConfig) -> dict[str, int]:
@@ -157,6 +178,7 @@ class _Block:
     report: CalibrationReport
     store: Optional[Checkpoint]
     rotations: dict[str, int]
+    left_alone: set[tuple[int, str]]
     original: Optional[nn.Module] = None
     policies: dict[str, ActivationPolicy] = field(default_factory=dict)
 
@@ -200,7 +222,7 @@ class _Block:
         for stage in stages(self.block, first):
             known: dict[int, Statistics] = {}  # weights with the same number of dimensions share what they read
             for weight in stage:
-                if weight.router or min(weight.weight.shape[-2:]) < SMALLEST_FEATURES:
+                if weight.router or (id(weight.module), weight.parameter) in self.left_alone:
                     continue
                 dims = weight.weight.dim()
                 if dims not in known and self.options.needs_statistics:
