@@ -16,7 +16,7 @@ from torchao.quantization import FqnToConfig
 
 from .registry import PrivateName
 
-_ALONE = "quantize_ hands over one module at a time, without what intscale_compile.quantize promises for the whole model: call that"
+_ALONE = "quantize_ hands over one module at a time, without what intscale_compile.quantize promises for a whole model: call that"
 WALK = PrivateName(  # (model, handler, filter_fn, prefix of names, device, (config,))
     "torchao.quantization.quant_api:_replace_with_custom_fn_if_matches_filter",
     "planning a quantize_ call whole",
