@@ -95,6 +95,11 @@ for _names, _when in ((AT_IMPORT, "import"), (AT_COMPILE, "compile")):
     for _target, _purpose in _names.items():
         PrivateName(_target, _purpose, when=_when)
 PrivateName(
+    "torch.nn:Module._parameters, _forward_pre_hooks",
+    "finding weights that are computed before each call",
+    probe=lambda: {"_parameters", "_forward_pre_hooks"} <= vars(torch.nn.Module()).keys(),
+)
+PrivateName(
     "torch.nn:Module._buffers",
     "dividing buffers among ranks",
     probe=lambda: isinstance(getattr(torch.nn.Module(), "_buffers", None), dict),

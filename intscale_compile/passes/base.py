@@ -150,7 +150,6 @@ class GraphRewrite:
         for node in (*self._nodes, *self.graph.nodes):
             node.meta.clear()
         self.candidates.clear()
-        self.models.release()
 
     def call(
         self,

@@ -302,7 +302,8 @@ def _plain_reason(candidate: Candidate, tensor: Tensor, weights: WeightFinder, g
         return Reason.DEVICE
     if min(candidate.shape) < SMALLEST_FEATURES:  # type: ignore[type-var, arg-type]
         return Reason.TOO_SMALL
-    decided = weights.any_quantized or weights.rewrite.models.decided(tensor)
+    choice = weights.rewrite.models.choice(tensor)
+    decided = weights.any_quantized or (choice is not None and choice.decided)
     if quantize_plain is False or (quantize_plain is None and decided):
         return Reason.NOT_SELECTED
     if tensor.requires_grad and grad_enabled:
@@ -315,8 +316,8 @@ def _default_reason(candidate: Candidate, tensor: Tensor, weights: WeightFinder)
     models = weights.rewrite.models
     if id(tensor) in weights.embeddings:
         return Reason.TIED_EMBEDDING
-    if (known := models.weight(tensor)) is not None:
-        return known.reason
+    if (choice := models.choice(tensor)) is not None:
+        return choice.reason
     if any(candidate.name.endswith(f".{name}.weight") for name in OUTPUT_NAMES):
         return Reason.OUTPUT_EMBEDDING
     if _routes(candidate, weights):

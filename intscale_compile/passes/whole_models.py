@@ -6,54 +6,58 @@ for the whole model, as ``quantize`` decides it (``tensors.selection``), so that
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Optional
+from typing import NamedTuple, Optional
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..integrations.dynamo_scope import modules_in_use
-from ..tensors.selection import ModelWeight, is_decided, model_weights
+from ..reasons import Reason
+from ..tensors.selection import is_decided, model_weights
+
+
+class Choice(NamedTuple):
+    """What is decided of one weight.
+
+    Attributes:
+        reason: why it is left alone unless it is named; None: it is quantized.
+        decided: whether the weights of its model were chosen, so that a plain one was left out.
+    """
+
+    reason: Optional[Reason]
+    decided: bool
 
 
 class WholeModels:
-    """Modules whose call is under way while a graph is compiled.
+    """Modules whose call is under way while a graph is compiled; nothing here keeps a model alive.
 
     Args:
         nodes: inputs of the graph.
     """
 
     def __init__(self, nodes: Iterable[fx.Node]):
-        self._modules: list[nn.Module] = modules_in_use(nodes)
+        self._modules = [weakref.ref(module) for module in modules_in_use(nodes)]
 
     @property
     def known(self) -> bool:
         """Whether there is a module at all; there is none where a plain function is compiled."""
         return bool(self._modules)
 
-    def weight(self, tensor: Tensor) -> Optional[ModelWeight]:
-        """A weight as the outermost model that holds it describes it; None where no module does."""
-        place = self._places.get(id(tensor))
-        return None if place is None else place[0]
-
-    def decided(self, tensor: Tensor) -> bool:
-        """Whether the weights of a model that holds ``tensor`` were chosen, so that a plain one was left out."""
-        place = self._places.get(id(tensor))
-        return place is not None and place[1]
-
-    def release(self) -> None:
-        """Let go of the models."""
-        self._modules, self._places = [], {}
+    def choice(self, tensor: Tensor) -> Optional[Choice]:
+        """What is decided of a weight in the outermost model that holds it; None where no module does."""
+        return self._choices.get(id(tensor))
 
     @cached_property
-    def _places(self) -> dict[int, tuple[ModelWeight, bool]]:
-        found: dict[int, tuple[ModelWeight, bool]] = {}
+    def _choices(self) -> dict[int, Choice]:
+        found: dict[int, Choice] = {}
         inner: set[int] = set()
-        for module in self._modules:
-            if id(module) in inner:
+        for module in (reference() for reference in self._modules):
+            if module is None or id(module) in inner:
                 continue
             inner |= {id(child) for child in module.modules()}
             decided = is_decided(module)
             for key, weight in model_weights(module).items():
-                found.setdefault(key, (weight, decided))
+                found.setdefault(key, Choice(weight.reason, decided))
         return found

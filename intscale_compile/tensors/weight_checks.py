@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import WeightError
 from ..integrations.torch import is_dtensor
@@ -48,7 +47,7 @@ def check_module(module: nn.Module, leaf: str, name: str) -> None:
         raise WeightError(
             f"{name} is divided among ranks (DTensor): quantize the model first, then call parallelize_module or fully_shard."
         )
-    if is_traceable_wrapper_subclass(parameter):
+    if hasattr(type(parameter), "__tensor_flatten__"):
         raise WeightError(
             f"{name} is a {type(parameter).__name__}, another library's tensor: start from the original weights, convert it with "
             "intscale_compile.convert_from_torchao, or leave this layer out with filter_fn."
