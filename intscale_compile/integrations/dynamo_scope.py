@@ -22,9 +22,10 @@ def modules_in_use(nodes: Iterable[fx.Node]) -> list[nn.Module]:
     found: list[nn.Module] = []
     frame = sys._getframe()
     while frame is not None:
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module):
-            found.append(module)
+        # Only of methods: Python keeps a copy of the local variables that are looked at as long as their call lasts.
+        if frame.f_code.co_argcount and frame.f_code.co_varnames[0] == "self":
+            module = frame.f_locals.get("self")
+            found += [module] if isinstance(module, nn.Module) else []
         frame = frame.f_back  # type: ignore[assignment]
     found.reverse()
     scope = _traced_scope()
