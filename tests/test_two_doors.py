@@ -228,6 +228,27 @@ def test_left_out_layer_stays_out(name):
         assert compiler_choices(twin[1], x) == {"layer.weight": Reason.NOT_SELECTED}, "by itself"
 
 
+def test_plain_and_quantized_blocks_of_one_class_do_not_share_a_graph():
+    """Their weights look alike to Dynamo; which model they belong to is guarded."""
+    plain, half, x = blocks(), blocks(), torch.randn(3, 64)
+    quantize(half, CONFIG, lambda module, name: name == "0.layer")
+    found = []
+
+    def backend(gm, example_inputs):
+        rewrite = GraphRewrite(copied(gm), example_inputs, Settings(config=CONFIG))
+        match(rewrite)
+        found.extend(candidate.reason for candidate in rewrite.candidates)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for block in (plain[0], half[1], plain[1], half[1]):
+            block.compile(backend=backend)
+            block(x)
+    assert found == [None, Reason.NOT_SELECTED]
+    torch._dynamo.reset()
+
+
 def test_function_that_closes_over_a_model():
     """No module's call is under way where the graph is compiled; where its inputs come from says which model it is."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)

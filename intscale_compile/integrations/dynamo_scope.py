@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable
 from typing import Any, Optional
@@ -14,6 +15,14 @@ TRANSLATOR = PrivateName(
     "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx",
     "finding the model of a graph by where its inputs come from",
     "the model is found where one of its modules is being called",
+)
+
+
+GUARDS = PrivateName(
+    "torch._dynamo.guards:GuardBuilder.HASATTR",
+    "not serving a quantized model with the graph of a plain one",
+    "call torch._dynamo.reset() between a plain and a quantized model of one class that are compiled block by block",
+    parameters=("guard", "attr"),
 )
 
 
@@ -48,8 +57,29 @@ def _traced_scope() -> Optional[dict[str, Any]]:
         return None
 
 
+def guard_presence(nodes: Iterable[fx.Node], attribute: str) -> None:
+    """Let the graph that is being compiled serve only models that have, or lack, an attribute as those of its inputs do."""
+    # Slow to import, and there by now.
+    from torch._guards import TracingContext
+
+    context, scope = TracingContext.try_get(), _traced_scope()
+    builder = GUARDS.find() if scope is not None else None
+    if context is None or scope is None or builder is None:
+        return
+    cache: dict[str, Any] = {}
+    found = {_first_link(getattr(node, "_dynamo_source", None), scope, cache)[0] for node in nodes} - {None}
+    for source in found:
+        guard = source.make_guard(functools.partial(builder, attr=attribute))
+        context.guards_context.dynamo_guards.add(guard)
+
+
 def _first_module(source: Any, scope: dict[str, Any], cache: dict[str, Any]) -> Optional[nn.Module]:
     """The outermost module on the way to an input: of ``L['model'].layers[0].weight`` the model."""
+    return _first_link(source, scope, cache)[1]
+
+
+def _first_link(source: Any, scope: dict[str, Any], cache: dict[str, Any]) -> tuple[Any, Optional[nn.Module]]:
+    """The part of an input's source that gives its outermost module, and that module."""
     chain = []
     while source is not None:
         chain.append(source)
@@ -62,5 +92,5 @@ def _first_module(source: Any, scope: dict[str, Any], cache: dict[str, Any]) -> 
             except Exception:  # a source that only Dynamo's guards can evaluate
                 cache[name] = None
         if isinstance(cache[name], nn.Module):
-            return cache[name]
-    return None
+            return link, cache[name]
+    return None, None

@@ -13,9 +13,9 @@ from typing import NamedTuple, Optional
 
 from torch import Tensor, fx
 
-from ..integrations.dynamo_scope import modules_in_use
+from ..integrations.dynamo_scope import guard_presence, modules_in_use
 from ..reasons import Reason
-from ..tensors.selection import is_decided, model_weights
+from ..tensors.selection import DECIDED, is_decided, model_weights
 
 
 class Choice(NamedTuple):
@@ -38,7 +38,8 @@ class WholeModels:
     """
 
     def __init__(self, nodes: Iterable[fx.Node]):
-        self._modules = [weakref.ref(module) for module in modules_in_use(nodes)]
+        self._nodes = list(nodes)
+        self._modules = [weakref.ref(module) for module in modules_in_use(self._nodes)]
 
     @property
     def known(self) -> bool:
@@ -51,6 +52,8 @@ class WholeModels:
 
     @cached_property
     def _choices(self) -> dict[int, Choice]:
+        guard_presence(self._nodes, DECIDED)
+        self._nodes.clear()
         found: dict[int, Choice] = {}
         inner: set[int] = set()
         for module in (reference() for reference in self._modules):
