@@ -225,12 +225,12 @@ def register_sharded_loading() -> None:
             "get_state_dict_and_metadata": lambda get_state: marking(_gathering(get_state)),
             "_process_model_before_weight_loading": checking_files,
             "get_weight_conversions": _with_all_parts,
-            "postprocess_model": _marking,
+            "postprocess_model": _deciding,
         }
     )
 
 
-def _marking(postprocess: Callable) -> Callable:
+def _deciding(postprocess: Callable) -> Callable:
     """Marks a loaded model, so that the compiler leaves alone what is plain in it."""
 
     def marked(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
