@@ -22,7 +22,7 @@ def expert_stacks(module: nn.Module) -> dict[str, bool]:
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in module.named_parameters(recurse=False)
-        if not isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+        if not nn.parameter.is_lazy(parameter)
         and parameter.dim() == 3
         and parameter.is_floating_point()
         and min(parameter.shape[1:]) >= SMALLEST_FEATURES

@@ -76,7 +76,7 @@ def model_weights(model: nn.Module) -> dict[int, ModelWeight]:
     for name, module in model.named_modules():
         stacks = expert_stacks(module)
         for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.dim() < 2:
+            if nn.parameter.is_lazy(tensor) or tensor.dim() < 2:
                 continue
             entry = found.setdefault(id(tensor), ModelWeight(tensor))
             entry.owners.append((name, module, leaf))
@@ -114,7 +114,7 @@ def _reason(module: nn.Module, leaf: str, tensor: Tensor, stacked: bool, special
         return Reason.ONE_OPERATOR
     if stacked:
         in_interface = isinstance(getattr(module, "is_transposed", None), bool)
-        return Reason.EXPERTS if not in_interface and leaf in stacks_in_a_loop(type(module)) else None
+        return Reason.EXPERTS if not in_interface and leaf in stacks_in_a_loop(type(module)) else None  # type: ignore[arg-type]
     if leaf != "weight" or not (is_linear(module) or is_conv1d(module)):
         return Reason.ROUTER if special is Reason.ROUTER else Reason.RAW_PARAMETER
     if special is None and min(tensor.shape) < SMALLEST_FEATURES:
@@ -126,7 +126,7 @@ def _special_layers(model: nn.Module) -> dict[int, Reason]:
     """Layers (by id) with a part of their own: output embeddings, routers, and those whose weight other code reads."""
     special: dict[int, Reason] = {}
     for module in model.modules():
-        for path, reason in weight_reads(type(module)).items():
+        for path, reason in weight_reads(type(module)).items():  # type: ignore[arg-type]
             if (child := _child(module, path)) is not None:
                 special[id(child)] = reason
         if isinstance(module, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():

@@ -41,7 +41,7 @@ def check_module(module: nn.Module, leaf: str, name: str) -> None:
     parameter: Any = getattr(module, leaf, None)
     if not isinstance(parameter, Tensor) or isinstance(module, nn.Embedding):
         raise WeightError(f"{name}: {kind} has no linear weight of that name; select other modules in filter_fn.")
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(parameter):
         raise WeightError(f"{name} of {kind} has no shape yet: call the model once with an input first.")
     if is_dtensor(parameter):
         raise WeightError(
