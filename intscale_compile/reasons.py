@@ -66,11 +66,17 @@ class Reason(enum.Enum):
         "precision, a quantized one runs through its tensor subclass"
     )
     CONVOLUTION = "convolution: only matrix products are quantized"
+    RECURRENT = "weight of a recurrent layer (nn.LSTM, nn.GRU, nn.RNN), which is one operator: left in high precision"
+    EMBEDDING = "input embedding: its rows are looked up, not multiplied"
+    NOT_MULTIPLIED = "parameter that is added, scaled or compared, and in no product"
     ONE_OPERATOR = (
         "inside nn.MultiheadAttention or nn.TransformerEncoderLayer, which are one operator in the graph; "
         "torch.backends.mha.set_fastpath_enabled(False) sets at least the two linears of an encoder layer free"
     )
-    NOT_REACHED = "in no compiled graph: not called with these inputs, or called outside of the graphs (graph break)"
+    NOT_REACHED = (
+        "in no compiled graph: not called with these inputs, or called outside of the graphs (graph break, skipped "
+        "function)"
+    )
     SUBGRAPH = "inside a higher-order operator (checkpoint, cond, nested_compile_region), which passes do not enter"
     UNKNOWN_FORM = "a product with this weight in a form that no pass knows"
     # Of collectives, where the option intscale.communication asks for quantized ones.

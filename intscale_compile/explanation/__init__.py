@@ -55,8 +55,8 @@ def explain(
     rates = None if gpu is None else gpu_named(gpu)
     cuda_graphs = bool(patches.get("triton.cudagraphs"))
     module = getattr(model, "_orig_mod", model)
-    graphs = run(module, inputs, kwargs, settings, cuda_graphs, dynamic)
-    return explanation(module, graphs, cuda_graphs, rates, measure, _said(mode, options, dynamic))
+    graphs, left = run(module, inputs, kwargs, settings, cuda_graphs, dynamic)
+    return explanation(module, graphs, left, cuda_graphs, rates, measure, _said(mode, options, dynamic))
 
 
 def _said(mode: Optional[str], options: Optional[dict], dynamic: Optional[bool]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from ..backend import collectives_pass, note_collectives
 from ..compile.binding import bind, rewrite_graph
 from ..debug.captured import fresh_call
+from ..integrations.dynamo_frames import LeftFrame, left_frames
 from ..integrations.torch import local_tensor
 from ..kernels.hadamard import HADAMARD_QUANTIZE_OP
 from ..kernels.quantize_per_token import OP as QUANTIZE_OP
@@ -29,7 +30,8 @@ from .blocks import TensorNames, block_of, repeated_blocks, without_wrappers
 from .gemms import PRODUCTS, gemm_report, measure_us
 from .graphs import GraphRecorder
 from .kernels import kernel_name, kernel_notes
-from .layers import not_reached, quantized_layer, refused_layer, stored_bytes, unpacked_bytes
+from .layers import quantized_layer, refused_layer, stored_bytes, unpacked_bytes
+from .parameters import Rows, Use, eager_notes, other_parameters, uses_of
 from .records import GemmReport, GraphPart, LayerReport
 from .report import Explanation
 from .roofline import ASSUMED, Gpu, gpu_of_device
@@ -47,9 +49,11 @@ class SeenGraph:
     Where a graph breaks inside of a layer, one graph serves all layers of its kind.
     """
 
-    def __init__(self, rewrite: GraphRewrite, parts: list[GraphPart]):
+    def __init__(self, rewrite: GraphRewrite, parts: list[GraphPart], uses: dict[int, Use]):
         self.rewrite = rewrite
         self.parts = parts
+        self.uses = uses
+        self.others: dict[int, tuple[int, Tensor]] = {}  # index and tensor of each parameter that came in, by its id
         self.weights: list[dict[int, Tensor]] = []  # by index of the input, one entry for each set of weights
         sources = (candidate.source for candidate in rewrite.candidates)
         self._indices = sorted({s.index for s in sources if s is not None and s.index is not None})
@@ -58,6 +62,7 @@ class SeenGraph:
 
     def called(self, args: Sequence[Any]) -> None:
         """Remember the weights of a call."""
+        self.others |= {id(tensor): (i, tensor) for i in self.uses if (tensor := local_tensor(args[i])) is not None}
         weights = {i: local_tensor(args[i]) for i in self._indices}
         key = tuple(map(id, weights.values()))
         if key not in self._known:
@@ -88,6 +93,14 @@ class SeenGraph:
             packed = recipe.resolve([weights.get(i) for i in range(len(self.rewrite.example_inputs))])
         return quantized_layer(candidate, name, packed, number, *gemms.get(id(candidate), (None, NOT_FUSED))), weight
 
+    def parameters(self) -> dict[int, tuple[Tensor, Reason, str, Optional[Candidate]]]:
+        """By id of each parameter that came in: it, its use, the node that uses it, and the product that is computed from it."""
+        computed = {c.node.name: c for c in self.rewrite.candidates if c.source is None}
+        return {
+            key: (tensor, self.uses[i].reason, self.uses[i].node.name, computed.get(self.uses[i].node.name))
+            for key, (i, tensor) in self.others.items()
+        }
+
     def blocks(self, names: TensorNames, known: frozenset[str]) -> list[str]:
         """The repeated layer that each set of weights belongs to."""
         first = (next(iter(weights.values()), None) for weights in self.weights)
@@ -96,15 +109,16 @@ class SeenGraph:
 
 def run(
     model: nn.Module, inputs: tuple, kwargs: dict, settings: Settings, cuda_graphs: bool, dynamic: Optional[bool]
-) -> list[SeenGraph]:
-    """Call the model once, compiled by our passes alone, without gradients."""
+) -> tuple[list[SeenGraph], list[LeftFrame]]:
+    """Call the model once, compiled by our passes alone, without gradients; also the functions that Dynamo left to Python."""
     names, blocks = TensorNames(model), repeated_blocks(model)
     graphs: list[SeenGraph] = []
 
     def backend(gm, example_inputs):
         recorder = GraphRecorder(len(graphs) + 1, names, blocks)
+        uses = uses_of(gm.graph, example_inputs)
         rewrite = rewrite_graph(gm, example_inputs, settings, cuda_graphs, recorder)
-        graph = SeenGraph(rewrite, recorder.finish(rewrite))
+        graph = SeenGraph(rewrite, recorder.finish(rewrite), uses)
         collectives = collectives_pass(settings, example_inputs, cuda_graphs)
         bound = bind(rewrite, functools.partial(_compile, collectives))
         if collectives is not None:
@@ -117,9 +131,9 @@ def run(
 
         return call
 
-    with torch.no_grad():
+    with torch.no_grad(), left_frames() as left:
         torch.compile(fresh_call(), backend=backend, dynamic=dynamic)(model, inputs, kwargs)
-    return graphs
+    return graphs, left
 
 
 def _compile(collectives: Optional[QuantizeCollectives], module: fx.GraphModule, inputs: list[Any]) -> Callable:
@@ -138,28 +152,24 @@ def _compile(collectives: Optional[QuantizeCollectives], module: fx.GraphModule,
 
 
 def explanation(
-    model: nn.Module, graphs: list[SeenGraph], cuda_graphs: bool, gpu: Optional[Gpu], measure: bool, settings: dict[str, Any]
+    model: nn.Module, graphs: list[SeenGraph], left: list[LeftFrame], cuda_graphs: bool, gpu: Optional[Gpu], measure: bool,
+    settings: dict[str, Any],
 ) -> Explanation:  # fmt: skip
     """Everything that is known about the graphs of a model; ``settings`` are those that the caller gave."""
     names, blocks = TensorNames(model), repeated_blocks(model)
     device = next((str(p.device) for p in model.parameters()), "cpu")
     rates, assumed = _rates(gpu, device)
-    layers: list[LayerReport] = []
     gemms: list[GemmReport] = []
     notes: set[str] = set()
-    weights: dict[int, LayerReport] = {}
-    for number, graph in enumerate(graphs, 1):
-        places = _gemms(graph, names, len(gemms), cuda_graphs, rates, measure, gemms, notes)
-        for layer, weight in graph.layers(names, number, places):
-            layers.append(layer)
-            if weight is not None and (layer.quantized or id(weight) not in weights):
-                weights[id(weight)] = layer
-    layers += not_reached(model, set(weights))
+    places = [_gemms(graph, names, len(gemms), cuda_graphs, rates, measure, gemms, notes) for graph in graphs]
+    rows = _rows(model, graphs, names, places)
+    layers, weights = [_named(layer) for layer in rows.layers], rows.of_weight
+    notes |= rows.notes | eager_notes(model, layers) | _left_notes(left)
     local = [local_tensor(p) for p in model.parameters()]
     parameters: dict[int, Tensor] = {id(p): p for p in local}
     before, after = _bytes(parameters, weights)
     return Explanation(
-        tuple(_named(layer) for layer in layers),
+        tuple(layers),
         len(graphs),
         len(gemms),
         sum(node.target in QUANTIZERS for graph in graphs for node in graph.rewrite.graph.nodes),
@@ -171,7 +181,7 @@ def explanation(
         after,
         tuple(gemms),
         tuple(_parts(graphs, names, frozenset(blocks))),
-        tuple(reason for graph in graphs for reason in _graph_break(graph.rewrite)),
+        tuple(_graph_breaks(graphs, left)),
         blocks,
         _modules(model, layers),
         None if rates is None else dataclasses.asdict(rates),
@@ -184,6 +194,30 @@ def explanation(
             for one in graph.rewrite.collectives or ()
         ),
     )
+
+
+def _rows(
+    model: nn.Module, graphs: list[SeenGraph], names: TensorNames, places: list[dict[int, tuple[int, str]]]
+) -> Rows:
+    """A row for every parameter of two or more dimensions, and for every product whose weight comes from none."""
+    rows = Rows()
+    used: dict[int, Reason] = {}
+    for number, (graph, gemms) in enumerate(zip(graphs, places), 1):
+        found = graph.layers(names, number, gemms)
+        mine = {id(weight) for _, weight in found if weight is not None}
+        parameters = {key: entry for key, entry in graph.parameters().items() if key not in mine}
+        stand_in = {id(product) for *_, product in parameters.values() if product is not None}
+        for (layer, weight), candidate in zip(found, itertools.cycle(graph.rewrite.candidates)):
+            if weight is not None or id(candidate) not in stand_in:
+                rows.add(layer, weight)
+        for key, (weight, reason, _, product) in parameters.items():
+            if product is not None:
+                rows.add(refused_layer(product, names(weight, product.name), weight, number, product.reason), weight)
+            elif used.get(key) in (None, Reason.NOT_MULTIPLIED):
+                used[key] = reason
+    for layer, weight in other_parameters(model, set(rows.of_weight), used):
+        rows.add(layer, weight)
+    return rows
 
 
 def _rates(gpu: Optional[Gpu], device: str) -> tuple[Optional[Gpu], bool]:
@@ -288,6 +322,23 @@ def _gradient_notes(model: nn.Module, layers: list[LayerReport]) -> set[str]:
     if not count or not torch.is_grad_enabled():
         return set()
     return {f"{count} of the quantized weights require grad. Called in grad mode: {Reason.REQUIRES_GRAD.value}."}
+
+
+def _graph_breaks(graphs: list[SeenGraph], left: list[LeftFrame]) -> list[str]:
+    """Where each graph ended before its function did, and which functions have none."""
+    breaks = [reason for graph in graphs for reason in _graph_break(graph.rewrite)]
+    known = {frame.reason for frame in left if frame.place}
+    left = [frame for frame in left if frame.place or frame.reason not in known]
+    return breaks + [f"{frame.place or 'the call of the model'}: not compiled: {frame.reason}" for frame in left]
+
+
+def _left_notes(left: list[LeftFrame]) -> set[str]:
+    """A warning where functions run in Python as a whole."""
+    places = list(dict.fromkeys(frame.place or "the call of the model" for frame in left))
+    if not places:
+        return set()
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return {f"not compiled, but run by Python (graph_breaks says why): {'; '.join(places[:3])}{more}."}
 
 
 def _graph_break(rewrite: GraphRewrite) -> list[str]:

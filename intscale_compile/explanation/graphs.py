@@ -69,9 +69,9 @@ class GraphRecorder:
 
     def _shown(self, part: str, lines: Sequence[str]) -> tuple[str, ...]:
         """Lines with the names of values of other parts in place of their numbers."""
-        taken = set(self._used[part])
+        taken = set(self._used.get(part, ()))
         shown: dict[int, str] = {}
-        for node, number in self._outside[part].items():
+        for node, number in self._outside.get(part, {}).items():
             name = base = re.sub(r"^l_(?:inputs|kwargs|args)_(.*?)_?$", r"input_\1", node.name).rstrip("_")
             while name in taken:
                 base, name = base + "_", base + "_in"

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import format as fmt
-from ..integrations.torch import local_tensor
 from ..passes import Candidate
 from ..reasons import Reason
-from ..tensors.expert_layers import expert_stacks
 from ..tensors.intscale_tensor import IntScaleTensor
-from ..tensors.selection import is_conv1d
 from .records import LayerReport
+
+NO_GRAPH = "eager: in no graph"  # kernel of a quantized weight that the compiler did not see
 
 
 def stored_bytes(weight: Tensor) -> int:
@@ -49,12 +47,24 @@ def quantized_layer(
 ) -> LayerReport:
     """The report of a product that runs quantized."""
     assert candidate.shape is not None
+    return _quantized(name, candidate.shape, candidate.tokens, packed, graph, gemm, kernel)
+
+
+def eager_layer(name: str, packed: IntScaleTensor) -> LayerReport:
+    """The report of a quantized weight that no graph holds: where it is called, its own operators run it."""
+    return _quantized(name, (packed.out_features, packed.in_features), "-", packed, None, None, NO_GRAPH)
+
+
+def _quantized(
+    name: str, shape: tuple[int, int], tokens: str, packed: IntScaleTensor, graph: Optional[int], gemm: Optional[int],
+    kernel: str,
+) -> LayerReport:  # fmt: skip
     experts = packed.shape[0] if packed.dim() == 3 else None
     scales, counts = torch.unique(packed.group_scale, return_counts=True)
     return LayerReport(
         name,
-        candidate.shape,
-        candidate.tokens,
+        shape,
+        tokens,
         True,
         None,
         "",
@@ -64,7 +74,7 @@ def quantized_layer(
         math.log2((fmt.INT32_MAX + 1) / max(1, int(packed.accumulator_bound().max()))),
         kernel,
         gemm,
-        candidate.shape[0] * candidate.shape[1] * (experts or 1),
+        shape[0] * shape[1] * (experts or 1),
         experts,
         _activation(packed),
         packed.zero_point is not None,
@@ -81,37 +91,16 @@ def _activation(packed: IntScaleTensor) -> str:
     return rotation + order + ("per token" if packed.act_pre_scale is None else "static")
 
 
-def not_reached(model: nn.Module, seen: set[int]) -> Iterator[LayerReport]:
-    """Weights of products that no graph holds: the compiler never saw them, which says nothing by itself."""
-    kinds = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.modules.conv._ConvNd)
-    for name, module in model.named_modules():
-        yield from _stacks_not_reached(module, name, seen)
-        if not isinstance(module, kinds) and not is_conv1d(module):
-            continue
-        for leaf, parameter in module.named_parameters(name, recurse=False):
-            weight = local_tensor(parameter)
-            if weight.dim() > 1 and "weight" in leaf and id(weight) not in seen:
-                seen.add(id(weight))
-                rows = weight.shape[-1 if is_conv1d(module) else 0]
-                yield _absent(leaf, (rows, weight.numel() // rows), Reason.NOT_REACHED, weight)
-
-
-def _stacks_not_reached(module: nn.Module, name: str, seen: set[int]) -> Iterator[LayerReport]:
-    """Stacks of experts that no graph holds: a loop over experts breaks the graph. Quantized ones still run quantized."""
-    for leaf, transposed in expert_stacks(module).items():
-        weight = local_tensor(getattr(module, leaf))
-        if id(weight) not in seen:
-            reason = Reason.NOT_REACHED if isinstance(weight, IntScaleTensor) else Reason.EXPERTS
-            experts, *matrix = weight.shape
-            shape = (matrix[1], matrix[0]) if transposed else (matrix[0], matrix[1])
-            yield _absent(f"{name}.{leaf}" if name else leaf, shape, reason, weight, experts)
-
-
-def _absent(
-    name: str, shape: tuple[int, int], reason: Reason, weight: Tensor, experts: Optional[int] = None
-) -> LayerReport:
-    before, after = unpacked_bytes(weight), stored_bytes(weight)
+def plain_layer(name: str, weight: Tensor, reason: Reason, transposed: bool) -> LayerReport:
+    """The report of a parameter that is the weight of no product in a graph; a stack of matrices is one of experts."""
+    shape: Optional[tuple[int, int]] = None
+    experts = weight.shape[0] if reason is Reason.EXPERTS else None
+    if weight.dim() == 2 or experts:
+        shape = (weight.shape[-2], weight.shape[-1])
+        shape = shape[::-1] if transposed else shape
+    elif reason is Reason.CONVOLUTION:
+        shape = (weight.shape[0], weight[0].numel() if weight.shape[0] else 0)
     return LayerReport(
         name, shape, "-", False, reason.name, reason.value, parameters=weight.numel(), experts=experts,
-        bytes_before=before, bytes_after=after,
+        bytes_before=unpacked_bytes(weight), bytes_after=stored_bytes(weight),
     )  # fmt: skip

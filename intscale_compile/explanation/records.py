@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from ..passes.collective_report import CollectiveReport
+from ..reasons import Reason
 from ..versions import __version__
 
+NO_PRODUCT = (Reason.EMBEDDING.name, Reason.NOT_MULTIPLIED.name)
 SCHEMA = 1  # of to_dict(); raised when a key changes its meaning or goes
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One product of an activation with a weight.
+    """One product of an activation with a weight, or a parameter of two or more dimensions that is in none.
 
     Attributes:
         name: dotted name of the weight.
@@ -168,9 +170,14 @@ class Records:
         return self.quantized_parameters / self.parameters if self.parameters else 0.0
 
     @property
+    def products(self) -> tuple[LayerReport, ...]:
+        """Layers without the rows of parameters that are the weight of no product, such as embeddings."""
+        return tuple(layer for layer in self.layers if layer.reason not in NO_PRODUCT)
+
+    @property
     def fallbacks(self) -> tuple[LayerReport, ...]:
-        """Layers that were left in their original precision."""
-        return tuple(layer for layer in self.layers if not layer.quantized)
+        """Products that were left in their original precision."""
+        return tuple(layer for layer in self.products if not layer.quantized)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-serializable data; ``"schema"`` is the version of its keys."""

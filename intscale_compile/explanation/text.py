@@ -22,7 +22,9 @@ def table(report: Records, folded: bool) -> str:
         rows = fold_collectives(report.collectives, report.blocks if folded else ())
         lines += ["", *_columns([COLLECTIVES, *map(collective_row, rows)])]
     plain = {(one.reason, one.explanation) for one in report.collectives if not one.quantized}
-    reasons = sorted(f"{a}: {b}" for a, b in {(one.reason, one.explanation) for one in report.fallbacks} | plain)
+    reasons = sorted(
+        f"{a}: {b}" for a, b in {(one.reason, one.explanation) for one in report.layers if not one.quantized} | plain
+    )
     return "\n".join([*lines, "", *reasons, *report.notes, *collective_totals(report), totals(report)])
 
 
@@ -89,9 +91,9 @@ def row(one: Fold) -> tuple[str, ...]:
 
 def totals(report: Records) -> str:
     """The last line: what became of the whole model."""
-    done = len(report.layers) - len(report.fallbacks)
+    done = len(report.products) - len(report.fallbacks)
     total = (
-        f"{done} of {len(report.layers)} linear layers quantized, in {report.gemms} GEMMs with "
+        f"{done} of {len(report.products)} linear layers quantized, in {report.gemms} GEMMs with "
         f"{report.activation_quantizations} activation quantizations; {report.graphs} graph(s); "
         f"{report.quantized_fraction:.1%} of {report.parameters:,} parameters."
     )

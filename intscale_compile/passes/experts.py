@@ -33,6 +33,7 @@ from .match import (
     WeightFinder,
     argument,
     function_name,
+    holds_experts,
     reason_against,
     report,
     swaps_last_two,
@@ -83,6 +84,8 @@ def experts(rewrite: GraphRewrite) -> int:
             if candidate.reason is None and pack(rewrite, candidate):
                 _replace(rewrite, candidate, product, orders)
                 done += 1
+        elif not holds_experts(candidate.node, candidate.name):
+            candidate.reason = Reason.UNKNOWN_FORM
         if candidate.reason is not None:
             report(candidate)
     return done

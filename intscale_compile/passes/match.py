@@ -35,7 +35,7 @@ OTHER_PRODUCTS = {torch.bmm, torch.baddbmm, torch.einsum, torch.tensordot, torch
 OTHER_NAMES = {"bmm", "baddbmm", "einsum", "inner", "tensordot"}
 TRANSPOSES = {"t", "T", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims"}
 SELECTIONS = {"getitem", "__getitem__", "select", "index_select", "unbind"}
-PASS_THROUGH = {"to", "contiguous", "detach", "float", "half", "bfloat16", "type_as", "clone"}
+PASS_THROUGH = {"to", "contiguous", "detach", "float", "half", "bfloat16", "type_as", "type", "double", "clone"}
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 
 
@@ -215,11 +215,24 @@ def _left_alone(node: fx.Node, weights: WeightFinder, weight: Any, reason: Reaso
     if source is None:
         return None
     shape = tuple(weights.tensor(source).shape)
-    if len(shape) == 3:
-        reason = Reason.EXPERTS
+    if len(shape) == 3 and (reason is not Reason.UNKNOWN_FORM or is_grouped(node) or holds_experts(node, source.name)):
+        reason = Reason.EXPERTS  # until the pass for experts has looked at it
     elif len(shape) < 2:
         return None
     return Candidate(node, source.name, None, weight, None, source, transposed, shape[-2:], reason)  # type: ignore[arg-type]
+
+
+def is_grouped(node: fx.Node) -> bool:
+    """Whether a product is of a form that the pass for experts knows: batched or grouped."""
+    name = function_name(node)
+    return name in ("bmm", "matmul") or node.target in MATMUL or "grouped_mm" in name
+
+
+def holds_experts(node: fx.Node, weight: str) -> bool:
+    """Whether a stack of matrices is one of experts, by its name and the modules that the product is in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    classes = [getattr(kind, "__name__", str(kind)) for _, kind in stack.values()]
+    return "grouped_mm" in function_name(node) or any("expert" in text.lower() for text in (weight, *classes[-2:]))
 
 
 def _make(node: fx.Node, weights: WeightFinder, x: Any, weight: Any, bias: Any, weight_is_nk: bool) -> Candidate:

@@ -71,9 +71,9 @@ def _circumstances(report: Records) -> str:
 
 
 def _tiles(report: Records) -> str:
-    done = len(report.layers) - len(report.fallbacks)
+    done = len(report.products) - len(report.fallbacks)
     tiles = (
-        (f"{done} of {len(report.layers)}", "linear layers quantized", "layers-quantized"),
+        (f"{done} of {len(report.products)}", "linear layers quantized", "layers-quantized"),
         (f"{report.quantized_fraction:.1%}", f"of {report.parameters:,} parameters", "fraction"),
         (f"{report.gemms}", "W4A8 GEMMs", "gemm-count"),
         (f"{report.activation_quantizations}", "activation quantizations", "quantization-count"),
@@ -101,7 +101,7 @@ def _byte_bars(report: Records) -> str:
 
 def _remarks(report: Records) -> str:
     reasons: dict[tuple[str, str], int] = {}
-    for layer in report.fallbacks:
+    for layer in (layer for layer in report.layers if not layer.quantized):
         key = str(layer.reason), layer.explanation
         reasons[key] = reasons.get(key, 0) + 1
     items = [
@@ -116,7 +116,7 @@ def _remarks(report: Records) -> str:
     ]
     items += [f"<li>{escape(note)}</li>" for note in report.notes]
     items += [f"<li>graph break: {escape(reason)}</li>" for reason in report.graph_breaks]
-    warning = "" if len(report.fallbacks) < len(report.layers) else f"<p><b>{escape(totals(report))}</b></p>"
+    warning = "" if len(report.fallbacks) < len(report.products) else f"<p><b>{escape(totals(report))}</b></p>"
     return f"<h2>Left alone, and remarks</h2>{warning}<ul class=plain>{''.join(items)}</ul>" if items else warning
 
 

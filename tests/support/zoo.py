@@ -1,0 +1,100 @@
+"""Small random models of many kinds that transformers has, built from their configurations by one rule.
+
+Each field of a configuration that counts something is set to a small number by its name, in the configurations inside too. What the
+rule does not get right for a kind is in ``CHANGES``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import nn
+
+VOCABULARY = 160
+HIDDEN = (
+    "hidden_size",
+    "d_model",
+    "n_embd",
+    "dim",
+    "embed_dim",
+    "word_embed_proj_dim",
+    "embedding_size",
+    "emb_dim",
+    "hidden_dim",
+)
+FEED = (
+    "intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim", "inner_dim", "d_inner",
+    "dim_ff", "ffn_intermediate_size",
+)  # fmt: skip
+HEADS = (
+    "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
+    "num_encoder_attention_heads", "num_decoder_attention_heads",
+)  # fmt: skip
+LAYERS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
+    "num_encoder_layers",
+)  # fmt: skip
+POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "context_length",
+    "max_source_positions",
+    "max_target_positions",
+)
+OTHER = {
+    "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "use_cache": False,
+    "image_size": 32, "patch_size": 8, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "n_group": 1, "topk_group": 1, "sliding_window": 8,
+    "q_lora_rank": 48, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32, "type_vocab_size": 2,
+    "num_labels": 20, "d_kv": 32, "kv_channels": 32, "state_size": 16, "dropout": 0.0, "first_k_dense_replace": 1,
+    "num_mel_bins": 8, "conv_dim": (32, 32, 32), "conv_stride": (5, 4, 2), "conv_kernel": (10, 4, 2), "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "relative_attention_num_buckets": 8, "hidden_sizes": [32, 64],
+    "depths": [1, 1], "query_pre_attn_scalar": 32, "mamba_expand": 1, "mamba_d_state": 16, "time_step_rank": 8, "projection_dim": 64,
+}  # fmt: skip
+CHANGES: dict[str, dict[str, Any]] = {}
+
+
+def small(kind: type, odd: bool = False, **changes: Any) -> Any:
+    """A configuration of a class with small numbers; ``odd`` ones are no multiples of the group size or of one another."""
+    hidden, feed, heads = (120, 200, 3) if odd else (128, 256, 4)
+    values = {**dict.fromkeys(HIDDEN, hidden), **dict.fromkeys(FEED, feed), **dict.fromkeys(HEADS, heads), **OTHER}
+    values |= {**dict.fromkeys(LAYERS, 2), **dict.fromkeys(POSITIONS, 64), "head_dim": hidden // heads}
+    values |= dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 1 if odd else 2)
+    values["layer_types"] = None
+    known = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__annotations__", ()))
+    for base in kind.__mro__[1:]:
+        if base.__module__.startswith("transformers.models"):
+            known |= set(inspect.signature(base.__init__).parameters) | set(getattr(base, "__annotations__", ()))
+    given = {name: value for name, value in values.items() if name in known}
+    for name, inner in getattr(kind, "sub_configs", {}).items():
+        if isinstance(inner, type) and inner is not hf.PreTrainedConfig and "AutoConfig" not in inner.__name__:
+            given[name] = small(inner, odd).to_dict()
+    return kind(**{**given, **CHANGES.get(kind.model_type, {}), **changes})
+
+
+def token_ids(rows: int = 2, columns: int = 12) -> torch.Tensor:
+    """Token ids ``[rows, columns]`` without the special ones."""
+    return torch.arange(rows * columns).mul(7).remainder(VOCABULARY - 3).add(3).view(rows, columns)
+
+
+def inputs_of(model: nn.Module) -> dict[str, Any]:
+    """What a model is called with, by the name of its main input."""
+    main = model.main_input_name
+    if main == "pixel_values":
+        size = getattr(model.config, "image_size", 32)
+        size = size if isinstance(size, int) else 32
+        return {main: torch.linspace(-50, 50, 2 * 3 * size * size).sin().view(2, 3, size, size)}
+    if main == "input_values":
+        return {main: torch.linspace(-50, 50, 2 * 1600).sin().view(2, 1600)}
+    if main == "input_features":
+        found: dict[str, Any] = {main: torch.linspace(-50, 50, 2 * 8 * 32).sin().view(2, 8, 32)}
+    else:
+        found = {"input_ids": token_ids()}
+    if model.config.is_encoder_decoder:
+        found["decoder_input_ids"] = token_ids(2, 5)
+    return found
