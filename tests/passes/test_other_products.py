@@ -127,8 +127,8 @@ class Broken(nn.Module):
 def test_explain_lists_what_no_graph_holds():
     report = intscale_compile.explain(Broken(), torch.randn(4, 64))
     left = {layer.name: layer.reason for layer in report.fallbacks}
-    names = ["second.weight", "third.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"]
-    assert left == dict.fromkeys(names, "NOT_REACHED")
+    recurrent = dict.fromkeys(("lstm.weight_ih_l0", "lstm.weight_hh_l0"), "RECURRENT")
+    assert left == {**dict.fromkeys(("second.weight", "third.weight"), "NOT_REACHED"), **recurrent}
     assert [layer.name for layer in report.layers if layer.quantized] == ["first.weight"]
 
 
@@ -137,7 +137,14 @@ def test_explain_of_a_quantized_encoder_whose_fast_path_breaks_the_graph():
     model = encoder()
     quantize_(model, IntScaleConfig(), filter_fn=lambda module, name: name.endswith(("linear1", "linear2")))  # named
     report = intscale_compile.explain(model, torch.randn(2, 5, 64))
-    assert len(report.layers) == 4 and {layer.reason for layer in report.layers} == {"NOT_REACHED"}
+    rows = {layer.name.rpartition("layers.0.")[2]: (layer.reason, layer.kernel) for layer in report.layers}
+    eager, plain = (None, "eager: in no graph"), ("NOT_REACHED", "")
+    assert rows == {
+        "linear1.weight": eager,
+        "linear2.weight": eager,
+        "self_attn.in_proj_weight": plain,
+        "self_attn.out_proj.weight": plain,
+    }
 
 
 def test_bias_that_is_a_view_is_fused():
