@@ -6,18 +6,25 @@ Dynamo's own record of each function that it tried does.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo.utils as dynamo_utils
 import torchao
 
-from ..reasons import log_once
+from .registry import PrivateName
 
+_UNSAID = "explain does not say which functions Dynamo left to Python"
+_RECORD = PrivateName("torch._dynamo.utils:get_compilation_metrics", "functions that Dynamo left to Python", _UNSAID)
+_LIMIT = PrivateName(
+    "torch._dynamo.utils:set_compilation_metrics_limit",
+    "keeping Dynamo's record of many functions",
+    _UNSAID,
+    ("new_size",),
+)
+_KEPT = PrivateName("torch._dynamo.utils:_compilation_metrics.maxlen", "the limit as it was", _UNSAID)
 MOST_FRAMES = 4096  # that are kept while somebody listens; Dynamo keeps 64
 _LIBRARIES = tuple(str(Path(package.__file__).parent) for package in (torch, torchao))
 _OURS = str(Path(__file__).parents[1])
@@ -34,19 +41,17 @@ class LeftFrame(NamedTuple):
 def left_frames() -> Iterator[list[LeftFrame]]:
     """Fills the list that it yields, at the end, with the functions that Dynamo left to Python meanwhile."""
     found: list[LeftFrame] = []
-    try:
-        limit = dynamo_utils._compilation_metrics.maxlen
-        before = {id(entry): entry for entry in dynamo_utils.get_compilation_metrics()}
-        dynamo_utils.set_compilation_metrics_limit(MOST_FRAMES)
-    except AttributeError:
-        log_once(logging.WARNING, "explain cannot say which functions this version of torch skips.")
+    record, set_limit, limit = _RECORD.find(), _LIMIT.find(), _KEPT.find()
+    if record is None or set_limit is None or limit is None:
         yield found
         return
+    before = {id(entry): entry for entry in record()}
+    set_limit(MOST_FRAMES)
     try:
         yield found
     finally:
-        entries = [entry for entry in dynamo_utils.get_compilation_metrics() if id(entry) not in before]
-        dynamo_utils.set_compilation_metrics_limit(limit)
+        entries = [entry for entry in record() if id(entry) not in before]
+        set_limit(limit)
         found += dict.fromkeys(frame for entry in entries for frame in _frames(entry))
 
 
