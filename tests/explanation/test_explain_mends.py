@@ -90,6 +90,7 @@ MENDED = {
     Reason.NOT_CONSTANT: not_constant,
     Reason.UNKNOWN_VIEW: lambda: (Holder(lambda x, w: x @ w.t(), torch.randn(32, 64)), {}, X),
     Reason.FOREIGN_SUBCLASS: foreign_subclass,
+    Reason.RAW_PARAMETER: lambda: (MODELS[Reason.RAW_PARAMETER](), {"intscale.quantize_plain": True}, X),
     Reason.NON_FINITE: non_finite,
     Reason.WEIGHT_DTYPE: lambda: (MODELS[Reason.WEIGHT_DTYPE]().to(torch.bfloat16), {}, X),
     Reason.ACTIVATION_DTYPE: lambda: (linear(32, 64).bfloat16(), {}, X.bfloat16()),
@@ -118,7 +119,8 @@ MENDED = {
 
 # Their mend says that there is none, or needs ranks (below) or another compiler.
 WITHOUT = {
-    Reason.DIFFERENTIATED, Reason.ROUTER, Reason.ALREADY_QUANTIZED, Reason.FAKE_WEIGHT, Reason.WEIGHT_RANK, Reason.TOO_SMALL, Reason.RECURRENT,
+    Reason.DIFFERENTIATED,
+    Reason.ROUTER, Reason.ALREADY_QUANTIZED, Reason.FAKE_WEIGHT, Reason.WEIGHT_RANK, Reason.TOO_SMALL, Reason.RECURRENT,
     Reason.EMBEDDING, Reason.NOT_MULTIPLIED, Reason.SHARDED_FORM, Reason.SHARDED_PLAIN,
 }  # fmt: skip
 
