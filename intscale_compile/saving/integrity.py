@@ -40,14 +40,14 @@ def with_version(metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata with the entry ``intscale``: format version, and digests of all other entries."""
     headers = {name: _digest(text.encode()) for name, text in metadata.items() if name not in _NOT_HEADERS}
     entry = {"format_version": fmt.VERSION, "written_by": __version__, "headers": headers}
-    return {**metadata, ENTRY: json.dumps(entry)}
+    return {**metadata, ENTRY: json.dumps(entry, sort_keys=True)}  # the same model, the same bytes
 
 
 def with_checksums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata of :func:`with_version`, with digests of the tensors that go into one file."""
     entry = json.loads(metadata[ENTRY])
     entry["tensors"] = {key: tensor_digest(tensor) for key, tensor in tensors.items()}
-    return {**metadata, ENTRY: json.dumps(entry)}
+    return {**metadata, ENTRY: json.dumps(entry, sort_keys=True)}  # the same model, the same bytes
 
 
 def tensor_digest(tensor: Tensor) -> str:
