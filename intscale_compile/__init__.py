@@ -24,6 +24,7 @@ from .debug.bisection import bisect
 from .debug.comparison import compare
 from .debug.trace import trace_node
 from .explanation import explain
+from .generation import prepare_for_generation
 from .importing.export import save_compressed_tensors
 from .importing.model import from_quantized
 from .importing.torchao_tensors import convert_from_torchao
@@ -50,6 +51,7 @@ __all__ = [
     "from_quantized",
     "linears_and_experts",
     "load_safetensors",
+    "prepare_for_generation",
     "quantize",
     "save_compressed_tensors",
     "save_pretrained",

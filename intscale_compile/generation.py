@@ -1,0 +1,140 @@
+"""``prepare_for_generation``: one line after which transformers' ``generate`` runs compiled, prompt and decoding steps.
+
+intscale_compile.prepare_for_generation(model)
+model.generate(**inputs, max_new_tokens=200)
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+import torch
+
+from .errors import ConfigError
+from .integrations.transformers_generate import PromptState, prepare_model, restore_model
+
+log = logging.getLogger("intscale_compile")
+PROMPTS = ("auto", "compiled", "eager")
+
+
+@dataclass(frozen=True)
+class GenerationSetup:
+    """What :func:`prepare_for_generation` set; ``print`` it.
+
+    Attributes:
+        device: where the model is.
+        quantized: weights that are quantized, of all linears.
+        linears: number of linears.
+        decoding: how a decoding step runs.
+        prompt: how a prompt runs.
+        cache: which cache decoding uses.
+        notes: what is worth knowing beside that.
+    """
+
+    device: str
+    quantized: int
+    linears: int
+    decoding: str
+    prompt: str
+    cache: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"generate on {self.device}, {self.quantized} of {self.linears} linears quantized",
+            f"  prompt:   {self.prompt}",
+            f"  decoding: {self.decoding}",
+            f"  cache:    {self.cache}",
+        ]
+        return "\n".join([*lines, *(f"  note:     {note}" for note in self.notes)])
+
+
+def prepare_for_generation(
+    model: Any,
+    *,
+    prompt: str = "auto",
+    mode: Optional[str] = None,
+    backend: Union[str, Callable] = "intscale",
+    keep_cache: bool = True,
+    max_cache_len: Optional[int] = None,
+) -> GenerationSetup:
+    """Set a model of transformers up for ``generate``, which compiles at its first call.
+
+    The model's ``generation_config`` gets a static cache and a ``compile_config`` with this backend; arguments of
+    ``generate`` still win. Sampling, beam search and padded batches run compiled; assisted decoding cannot use a static
+    cache and runs eagerly. Called again, it replaces what it set before. Call it after ``quantize_``; a model that is not
+    quantized is quantized at compile time, as ``backend="intscale"`` always does, and its prompts must be compiled for that.
+
+    Args:
+        model: a causal or an encoder-decoder model of transformers.
+        prompt: ``"compiled"``: one graph for every length of prompt, compiled at the first call; ``"eager"``: no
+            compilation; ``"auto"``: compiled on a GPU, eager elsewhere. Prompts of encoder-decoder models, and those with
+            anything but tokens, run eagerly.
+        mode: of ``torch.compile``, for decoding steps; by default ``"reduce-overhead"`` on a GPU, where launches cost more
+            than kernels, and ``"default"`` elsewhere.
+        backend: of ``torch.compile``.
+        keep_cache: reuse the static cache of the last call where it has the same form and nobody holds it. It costs its
+            memory between calls; without it CUDA graphs may be recorded again at each call.
+        max_cache_len: least length of the static cache, so that longer prompts or answers do not compile again.
+
+    Returns:
+        What was set.
+
+    Raises:
+        ConfigError: a value that is not supported, or a model without ``generate``.
+    """
+    if prompt not in PROMPTS:
+        raise ConfigError(f"prompt={prompt!r} is not supported: use one of {PROMPTS}.")
+    if not hasattr(model, "generation_config") or not hasattr(model, "generate"):
+        raise ConfigError(f"{type(model).__name__} has no generate(): pass a model of transformers.")
+    from transformers import CompileConfig  # optional dependency
+
+    on_gpu = model.device.type == "cuda"
+    mode = mode or ("reduce-overhead" if on_gpu else "default")
+    config = model.generation_config
+    config.cache_implementation = "static"
+    if max_cache_len is not None:
+        config.max_cache_len = max_cache_len
+    config.compile_config = CompileConfig(backend=backend, mode=mode, dynamic=False, fullgraph=False)
+    # Without it transformers compiles on accelerators only, and says so in a line that is easily missed.
+    config.compile_config._compile_all_devices = True
+    compiled_prompt = prompt == "compiled" or (prompt == "auto" and on_gpu)
+    compiled_prompt &= not model.config.is_encoder_decoder
+    compile_forward = functools.partial(torch.compile, backend=backend) if compiled_prompt else None
+    prepare_model(model, PromptState(compile_forward, keep_cache and not model.config.is_encoder_decoder))
+    setup = _describe(model, mode, compiled_prompt, keep_cache, max_cache_len)
+    log.info("%s", setup)
+    return setup
+
+
+def undo_prepare_for_generation(model: Any) -> None:
+    """Give a model back the ``forward`` of its class, and a generation config that compiles nothing."""
+    restore_model(model)
+    model.generation_config.cache_implementation = model.generation_config.compile_config = None
+
+
+def _describe(
+    model: Any, mode: str, compiled_prompt: bool, keep_cache: bool, max_cache_len: Optional[int]
+) -> GenerationSetup:
+    from .tensors.intscale_tensor import IntScaleTensor
+
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    quantized = sum(isinstance(w, IntScaleTensor) for w in weights)
+    notes = []
+    if not quantized:
+        notes.append("no weight is quantized yet: quantize_(model, IntScaleConfig()) saves memory as well")
+    notes.append("the first call compiles; later processes find most of it in the caches of Inductor and Triton")
+    length = f"at least {max_cache_len} tokens" if max_cache_len else "as long as the longest call"
+    return GenerationSetup(
+        device=str(model.device),
+        quantized=quantized,
+        linears=len(weights),
+        decoding=f"torch.compile, mode={mode!r}, once for each batch size and length of the cache",
+        prompt="torch.compile, one graph for all lengths" if compiled_prompt else "eager",
+        cache=f"static, {length}{', kept between calls' if keep_cache else ''}",
+        notes=tuple(notes),
+    )

@@ -1,0 +1,184 @@
+"""What we exchange in a model of transformers so that ``generate`` runs compiled from the first token on.
+
+All of it is in the ``__dict__`` of one model: ``forward``, which compiles prompts, and ``_prepare_cache_for_generation``, which
+keeps the static cache from one call to the next. Both are bound methods, which a deep copy of the model binds to the copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+STATE = "_intscale_generation"
+CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.17 has the second only
+# A prompt with anything else, such as pixels, runs as it always did.
+PROMPT_ARGUMENTS = {
+    "input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep", "return_dict",
+    "output_attentions", "output_hidden_states", *CACHE_NAMES,
+}  # fmt: skip
+
+
+class PromptState:
+    """What one model keeps between calls.
+
+    Attributes:
+        compile: makes a compiled function of ``forward(self, ...)``; None: prompts run eagerly.
+        keep_cache: whether the static cache is kept.
+        prompts: number of prompts that ran compiled.
+    """
+
+    def __init__(self, compile_forward: Optional[Callable[[Callable], Callable]], keep_cache: bool):
+        self.compile = compile_forward
+        self.keep_cache = keep_cache
+        self.prompts = 0
+        self._compiled: Optional[Callable] = None
+        self._cache: Any = None
+        self._cache_form: Any = None
+
+    def __deepcopy__(self, memo: dict) -> PromptState:
+        """A copied model compiles anew and has a cache of its own."""
+        return PromptState(self.compile, self.keep_cache)
+
+    def __reduce__(self) -> tuple:
+        """Nothing of it can be stored: the model is prepared again where it is loaded."""
+        return PromptState, (None, False)
+
+    def compiled(self, forward: Callable) -> Callable:
+        """``forward``, compiled once."""
+        if self._compiled is None:
+            assert self.compile is not None
+            self._compiled = self.compile(forward)
+        return self._compiled
+
+    def kept(self, made: Any, form: Any) -> Any:
+        """The cache of the last call where it has this form and nobody holds it any more, empty; else ``made``, kept.
+
+        CUDA graphs hold addresses: with another cache every graph is recorded again.
+        """
+        # Two references: ours and the argument of getrefcount.
+        if self._cache is not None and self._cache_form == form and sys.getrefcount(self._cache) <= 2:
+            self._cache.reset()
+            return self._cache
+        self._cache, self._cache_form = made, form
+        return made
+
+
+def prepare_model(model: Any, state: PromptState) -> None:
+    """Exchange the two methods, or only what they keep where they were exchanged before."""
+    model.__dict__[STATE] = state
+    if not isinstance(getattr(model.__dict__.get("forward"), "__func__", None), types.FunctionType) or not hasattr(
+        model.__dict__["forward"].__func__, STATE
+    ):
+        model.forward = types.MethodType(_forward_of(model), model)
+    model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)
+
+
+def restore_model(model: Any) -> None:
+    """Undo :func:`prepare_model`."""
+    for name in (STATE, "forward", "_prepare_cache_for_generation"):
+        model.__dict__.pop(name, None)
+
+
+def _forward_of(model: Any) -> Callable:
+    """The method ``forward`` of a prepared model; its signature is that of the model's class, which transformers reads."""
+    original = type(model).forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        state = self.__dict__.get(STATE)
+        if state is None or state.compile is None or args or not _is_prompt(self, kwargs):
+            return original(self, **kwargs) if not args else original(self, *args, **kwargs)
+        state.prompts += 1
+        _mark_dynamic(kwargs)
+        return state.compiled(original)(self, **kwargs)
+
+    setattr(forward, STATE, True)
+    return forward
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of ``forward``, or None."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def _is_prompt(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether these are the arguments of a prompt of ``generate`` that meets a static cache, which is then initialized."""
+    ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2 or torch.is_grad_enabled():
+        return False
+    if any(value is not None and name not in PROMPT_ARGUMENTS for name, value in kwargs.items()):
+        return False
+    if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+        return False
+    return _is_static(cache) and _initialized(model, cache, ids.shape[0])
+
+
+def _is_static(cache: Any) -> bool:
+    from transformers import StaticCache
+
+    return type(cache) is StaticCache
+
+
+def _initialized(model: Any, cache: Any, batch: int) -> bool:
+    """Whether every layer of the cache has memory: in a compiled prompt it would be memory of the graph, and be copied.
+
+    Layers get it here where the model says which form it has.
+    """
+    if all(layer.is_initialized for layer in cache.layers):
+        return True
+    form = getattr(model, "_get_static_cache_init_shape", lambda: None)()
+    if form is None or not all(getattr(layer, "supports_early_init", True) for layer in cache.layers):
+        return False
+    heads, head_dim = form
+    cache.early_initialization(
+        batch_size=batch, num_heads=heads, head_dim=head_dim, dtype=model.dtype, device=model.device
+    )
+    return True
+
+
+def _mark_dynamic(kwargs: dict[str, Any]) -> None:
+    """Say which sizes are the length of the prompt, so that the first compilation serves every length."""
+    tokens = kwargs["input_ids"].shape[1]
+    for name in ("input_ids", "position_ids", "cache_position", "attention_mask"):
+        value = kwargs.get(name)
+        for x in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(x, Tensor):
+                for dim, size in enumerate(x.shape):
+                    if dim and size == tokens or x.dim() == 1:
+                        torch._dynamo.maybe_mark_dynamic(x, dim)
+
+
+def _prepare_cache(
+    self: Any, generation_config: Any, model_kwargs: dict, generation_mode: Any, *args: Any, **kwargs: Any
+):
+    """``_prepare_cache_for_generation``: assisted decoding gets a cache that it can cut, others the one of the last call."""
+    from transformers.generation.utils import GenerationMode
+
+    original = type(self)._prepare_cache_for_generation
+    if any(model_kwargs.get(name) is not None for name in CACHE_NAMES):  # the user's own
+        return original(self, generation_config, model_kwargs, generation_mode, *args, **kwargs)
+    if generation_mode == GenerationMode.ASSISTED_GENERATION:
+        generation_config.cache_implementation, generation_config.disable_compile = None, True
+    result = original(self, generation_config, model_kwargs, generation_mode, *args, **kwargs)
+    state = self.__dict__.get(STATE)
+    for name in CACHE_NAMES:
+        cache = model_kwargs.get(name)
+        if state is not None and state.keep_cache and cache is not None and _is_static(cache):
+            bound = inspect.signature(original).bind(
+                self, generation_config, model_kwargs, generation_mode, *args, **kwargs
+            )
+            sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            layers = tuple((type(layer).__name__, layer.max_cache_len) for layer in cache.layers)
+            form = sequences * bound.arguments["batch_size"], layers, self.dtype, self.device
+            del cache
+            model_kwargs[name] = state.kept(model_kwargs.pop(name), form)
+    return result

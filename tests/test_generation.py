@@ -1,0 +1,151 @@
+"""``prepare_for_generation``: the tokens of the eager quantized model in every way of decoding, one compilation a form."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torchao.quantization import quantize_
+
+import intscale_compile
+from intscale_compile import ConfigError, IntScaleConfig, prepare_for_generation
+from intscale_compile.backend import bind, rewrite_graph
+from intscale_compile.compile.options import parse_options
+
+transformers = pytest.importorskip("transformers")
+from tests.support.model_families import FAMILIES, token_ids  # noqa: E402
+
+TOKENS = 6
+WAYS = {
+    "greedy": {},
+    "sampling": dict(do_sample=True, top_k=20),
+    "beams": dict(num_beams=3, do_sample=False),
+    "several": dict(num_return_sequences=2, do_sample=True),
+}
+
+
+def without_inductor(graphs):
+    settings, _ = parse_options(None, None)
+
+    def backend(gm, example_inputs):
+        graphs.append(gm)
+        return bind(rewrite_graph(gm, example_inputs, settings), lambda graph, _: graph.forward)
+
+    return backend
+
+
+def build(name="llama"):
+    model = FAMILIES[name].build()
+    model.config.use_cache = model.generation_config.use_cache = True
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.get_input_embeddings().weight.data.mul_(10)
+    model.set_output_embeddings(nn.Linear(*reversed(model.get_output_embeddings().weight.shape), bias=False))
+    quantize_(model, IntScaleConfig())
+    return model
+
+
+def generate(model, ids=None, **arguments):
+    torch.manual_seed(0)
+    ids = token_ids() if ids is None else ids
+    arguments = {"max_new_tokens": TOKENS, "do_sample": False, **arguments}
+    return model.generate(input_ids=ids, attention_mask=(ids != 0).long(), **arguments)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The eager model, the prepared one, and the graphs that were compiled for the second."""
+    torch._dynamo.reset()
+    eager, graphs = build(), []
+    model = copy.deepcopy(eager)
+    prepare_for_generation(model, backend=without_inductor(graphs), prompt="compiled", max_cache_len=32)
+    return eager, model, graphs
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_decoding(models, way):
+    eager, model, _ = models
+    expected = generate(eager, cache_implementation="static", disable_compile=True, **WAYS[way])
+    assert torch.equal(generate(model, **WAYS[way]), expected)
+    assert len(set(expected[0, -TOKENS:].tolist())) > 2, "these tokens prove nothing"
+
+
+def test_prompts_of_other_lengths_compile_nothing(models):
+    eager, model, graphs = models
+    generate(model)
+    before, prompts = len(graphs), model._intscale_generation.prompts
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for columns in (5, 9, 17):
+            ids = token_ids(2, columns)
+            assert torch.equal(
+                generate(model, ids), generate(eager, ids, cache_implementation="static", disable_compile=True)
+            )
+    assert len(graphs) == before and model._intscale_generation.prompts == prompts + 3
+
+
+def test_padding(models):
+    eager, model, _ = models
+    ids = token_ids()
+    ids[0, :4] = 0
+    expected = generate(eager, ids, cache_implementation="static", disable_compile=True)
+    assert torch.equal(generate(model, ids), expected)
+
+
+def test_assisted_decoding_runs_eagerly(models, caplog):
+    eager, model, graphs = models
+    before = len(graphs)
+    for how in (dict(prompt_lookup_num_tokens=3), dict(assistant_model=copy.deepcopy(eager))):
+        expected = generate(eager, token_ids(1), **how)
+        assert torch.equal(generate(model, token_ids(1), **how), expected)
+    assert len(graphs) == before
+    assert not [r for r in caplog.records if "unable to meet the criteria" in r.getMessage()]
+
+
+def test_the_cache_is_kept_unless_somebody_holds_it(models):
+    _, model, _ = models
+    state = model._intscale_generation
+    generate(model)
+    kept = state._cache.layers[0].keys.data_ptr()
+    generate(model)
+    assert state._cache.layers[0].keys.data_ptr() == kept
+    held = generate(model, return_dict_in_generate=True)
+    cache = getattr(held, "cache", None) or held.past_key_values
+    before = cache.layers[0].keys.clone()
+    generate(model, token_ids().flip(1))
+    assert torch.equal(cache.layers[0].keys, before) and state._cache is not cache
+
+
+def test_copies_and_undoing(models):
+    eager, model, _ = models
+    other = copy.deepcopy(model)
+    assert other.forward.__self__ is other and other._intscale_generation is not model._intscale_generation
+    assert "input_ids" in __import__("inspect").signature(other.forward).parameters
+    intscale_compile.generation.undo_prepare_for_generation(other)
+    assert "forward" not in other.__dict__ and other.generation_config.compile_config is None
+    assert torch.equal(generate(other), generate(eager))
+
+
+def test_outside_of_generate_nothing_changes(models):
+    eager, model, graphs = models
+    before = len(graphs)
+    with torch.no_grad():
+        assert torch.equal(model(token_ids()).logits, eager(token_ids()).logits)
+    assert len(graphs) == before
+
+
+def test_what_it_says(caplog):
+    model = build()
+    with caplog.at_level(logging.INFO, "intscale_compile"):
+        setup = prepare_for_generation(model, max_cache_len=64)
+    text = str(setup)
+    assert text in caplog.text and "prompt:   eager" in text and "at least 64 tokens" in text
+    assert setup.quantized == setup.linears - 1 and model.generation_config.compile_config.mode == "default"
+    encoder = FAMILIES["t5"].build()
+    assert prepare_for_generation(encoder, prompt="compiled").prompt == "eager"
+    with pytest.raises(ConfigError, match="prompt='fast'"):
+        prepare_for_generation(model, prompt="fast")
+    with pytest.raises(ConfigError, match="no generate"):
+        prepare_for_generation(nn.Linear(2, 2))
