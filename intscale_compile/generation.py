@@ -15,7 +15,7 @@ from typing import Any, Optional, Union
 import torch
 
 from .errors import ConfigError
-from .integrations.transformers_generate import PromptState, prepare_model, restore_model
+from .integrations.transformers_generate import PromptState, foreign_forward, prepare_model, restore_model
 
 log = logging.getLogger("intscale_compile")
 PROMPTS = ("auto", "compiled", "eager")
@@ -103,7 +103,7 @@ def prepare_for_generation(
     # Without it transformers compiles on accelerators only, and says so in a line that is easily missed.
     config.compile_config._compile_all_devices = True
     compiled_prompt = prompt == "compiled" or (prompt == "auto" and on_gpu)
-    compiled_prompt &= not model.config.is_encoder_decoder
+    compiled_prompt &= not model.config.is_encoder_decoder and not foreign_forward(model)
     compile_forward = functools.partial(torch.compile, backend=backend) if compiled_prompt else None
     prepare_model(model, PromptState(compile_forward, keep_cache and not model.config.is_encoder_decoder))
     setup = _describe(model, mode, compiled_prompt, keep_cache, max_cache_len)
@@ -127,6 +127,10 @@ def _describe(
     notes = []
     if not quantized:
         notes.append("no weight is quantized yet: quantize_(model, IntScaleConfig()) saves memory as well")
+    if foreign_forward(model):
+        notes.append(
+            "its forward was exchanged by another library, which cannot be compiled for prompts: they run eagerly"
+        )
     notes.append("the first call compiles; later processes find most of it in the caches of Inductor and Triton")
     length = f"at least {max_cache_len} tokens" if max_cache_len else "as long as the longest call"
     return GenerationSetup(

@@ -73,16 +73,21 @@ class PromptState:
 def prepare_model(model: Any, state: PromptState) -> None:
     """Exchange the two methods, or only what they keep where they were exchanged before."""
     model.__dict__[STATE] = state
-    if not isinstance(getattr(model.__dict__.get("forward"), "__func__", None), types.FunctionType) or not hasattr(
-        model.__dict__["forward"].__func__, STATE
-    ):
+    if not foreign_forward(model):
         model.forward = types.MethodType(_forward_of(model), model)
     model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)
 
 
+def foreign_forward(model: Any) -> bool:
+    """Whether somebody else exchanged the model's ``forward``, such as accelerate; it is then left alone."""
+    forward = model.__dict__.get("forward")
+    return forward is not None and not hasattr(getattr(forward, "__func__", None), STATE)
+
+
 def restore_model(model: Any) -> None:
     """Undo :func:`prepare_model`."""
-    for name in (STATE, "forward", "_prepare_cache_for_generation"):
+    names = [STATE, "_prepare_cache_for_generation"] + ["forward"] * (not foreign_forward(model))
+    for name in names:
         model.__dict__.pop(name, None)
 
 
@@ -96,7 +101,7 @@ def _forward_of(model: Any) -> Callable:
             return original(self, *args, **kwargs)
         state = self.__dict__.get(STATE)
         if state is None or state.compile is None or args or not _is_prompt(self, kwargs):
-            return original(self, **kwargs) if not args else original(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         state.prompts += 1
         _mark_dynamic(kwargs)
         return state.compiled(original)(self, **kwargs)

@@ -33,9 +33,13 @@ from .w4a8_grouped import GROUPED_OP
 from .w4a8_linear import ACCUMULATE_OP, LINEAR_OP
 from .w4a8_residual import LINEAR_ADD_OP
 
-# From this many tokens on a call of the op pays without CUDA graphs too. A launch cost the host 137 to 192 us (H100 machine,
-# torch 2.11); the four GEMMs of a Llama-3-8B layer take the GPU some 200 us at 512 tokens and 1340 at 4096.
-GLUON_TOKENS = 4096
+# From this many tokens on a call of the op pays without CUDA graphs too: a prepared launch takes the host some 40 us (H100
+# machine, torch 2.11); the four GEMMs of a Llama-3-8B layer take the GPU some 200 us at 512 tokens and 1340 at 4096.
+GLUON_TOKENS = 512
+
+# Where the number of tokens is symbolic, other numbers follow: a prompt of 100 tokens may be compiled first and one of 8192
+# come next, and only the op picks a tile at each call. Below this hint it is a batch of decoding steps.
+GLUON_TOKENS_SYMBOLIC = 32
 
 # Assumed number of tokens where the graph gives no hint: tiles for it are correct for every other number too.
 UNKNOWN_TOKENS = 256
@@ -160,7 +164,10 @@ def prefers_gluon(
     asymmetric: bool,
 ) -> bool:  # fmt: skip
     """Whether a linear is better left to the op, see :func:`op_is_faster`."""
-    tokens = V.graph.sizevars.optimization_hint(_as_rows(xq).get_size()[0], fallback=UNKNOWN_TOKENS)
+    rows = _as_rows(xq).get_size()[0]
+    tokens = V.graph.sizevars.optimization_hint(rows, fallback=UNKNOWN_TOKENS)
+    if getattr(rows, "free_symbols", None) and tokens >= GLUON_TOKENS_SYMBOLIC:
+        tokens = max(tokens, GLUON_TOKENS)
     cuda_graphs, features = inductor_config.triton.cudagraphs, _static(xq.get_size()[-1])
     dtypes, device = (qdata.get_dtype(), scale.get_dtype()), xq.get_device_or_error()
     return op_is_faster(tokens, cuda_graphs, features, dtypes, group_size, scale_bits, packing, device, asymmetric)

@@ -94,3 +94,26 @@ def test_explain_on_the_gpu_names_the_kernels():
     report = intscale_compile.explain(model, torch.ones(1, 4, dtype=torch.long, device="cuda"), mode="reduce-overhead")
     kernels = [layer.kernel.split()[0] for layer in report.layers if layer.quantized]
     assert len(kernels) == 7 and set(kernels) <= {"gluon", "triton"}
+
+
+def test_prepared_generation():
+    """One graph for all prompts, the cache of the last call, and the logits of the eager model."""
+    torch._dynamo.reset()
+    model = llama(3)
+    arguments = dict(
+        max_new_tokens=12, min_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    generator = torch.Generator("cuda").manual_seed(1)
+    prompts = [torch.randint(0, 512, (2, n), device="cuda", generator=generator) for n in (40, 12, 200, 40)]
+    eager = [model.generate(p, **arguments).logits[0] for p in prompts]
+    setup = intscale_compile.prepare_for_generation(model, max_cache_len=256)
+    assert "one graph" in setup.prompt and "reduce-overhead" in setup.decoding
+    model.generate(prompts[0], **arguments)
+    cache = model._intscale_generation._cache.layers[0].keys.data_ptr()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for prompt, expected in zip(prompts, eager):
+            found = model.generate(prompt, **arguments).logits[0]
+            assert (found - expected).norm() < 0.05 * expected.norm()
+    assert model._intscale_generation._cache.layers[0].keys.data_ptr() == cache
+    first, second = (model.generate(prompts[2], **arguments).sequences for _ in range(2))
+    assert torch.equal(first, second)
