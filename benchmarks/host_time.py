@@ -4,16 +4,21 @@
     python benchmarks/host_time.py --device cuda          # with CUDA graphs; the model is so small that the GPU waits
 
 A Llama of tiny layers and a static cache. A step of a real model takes at least as long as this, however fast its kernels.
-Each figure is the least of many means, in a process of its own.
+Each figure is the least of many means, in a process of its own. On a GPU the processes compile side by side, which takes most
+of the time, and are timed one after the other; figures are printed as they come.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import multiprocessing
+import queue
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="host_time", description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 32])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--budget", type=float, default=900.0, help="seconds after which the rest is left out")
     parser.add_argument("--json", help="write the figures to this file")
     return parser.parse_args(argv)
 
@@ -64,8 +70,21 @@ def leave_out_generated_code() -> None:
     CompiledFxGraph.__call__ = call  # type: ignore[method-assign]
 
 
-def measure(variant: str, layers: int, device: str) -> float:
-    """Microseconds of one step."""
+def measure(variant: str, layers: int, device: str, turn: Any, results: Any) -> None:
+    """Entry of a process: puts ``(variant, layers, microseconds of one step or what went wrong)`` into ``results``."""
+    try:
+        # On a CPU compiling would disturb what another process times.
+        with turn if device == "cpu" else contextlib.nullcontext():
+            mean = compiled_step(variant, layers, device)
+            with turn if device == "cuda" else contextlib.nullcontext():
+                mean(STEPS)
+                results.put((variant, layers, min(mean(STEPS) for _ in range(MEANS))))
+    except Exception as error:
+        results.put((variant, layers, f"{type(error).__name__}: {error}"))
+
+
+def compiled_step(variant: str, layers: int, device: str) -> Callable[[int], float]:
+    """A function that runs so many steps and returns the mean of their microseconds; compiled and warm."""
     from transformers import StaticCache
 
     torch.set_num_threads(1)
@@ -84,19 +103,20 @@ def measure(variant: str, layers: int, device: str) -> float:
     with torch.no_grad():
         model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-        def mean(steps: int) -> float:
-            for layer in cache.layers:  # the cache holds the prompt only
-                if isinstance(length := getattr(layer, "cumulative_length", None), torch.Tensor):
-                    length.fill_(16)
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(steps):
-                compiled(token, past_key_values=cache, use_cache=True, position_ids=position)
-            synchronize(device)
-            return (time.perf_counter() - start) / steps * 1e6
+    @torch.no_grad()
+    def mean(steps: int) -> float:
+        for layer in cache.layers:  # the cache holds the prompt only
+            if isinstance(length := getattr(layer, "cumulative_length", None), torch.Tensor):
+                length.fill_(16)
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            compiled(token, past_key_values=cache, use_cache=True, position_ids=position)
+        synchronize(device)
+        return (time.perf_counter() - start) / steps * 1e6
 
-        mean(5)
-        return min(mean(STEPS) for _ in range(MEANS))
+    mean(5)
+    return mean
 
 
 def synchronize(device: str) -> None:
@@ -111,14 +131,29 @@ def table(figures: dict[str, list[float]], layers: list[int]) -> str:
     return markdown(header, ([name, *(f"{t:.0f}" for t in us)] for name, us in figures.items()))
 
 
+def measure_all(layers: list[int], device: str, budget: float) -> dict[str, list[float]]:
+    """Microseconds by variant, in the order of ``layers``; NaN for what failed or was not there in time."""
+    context, deadline = multiprocessing.get_context("spawn"), time.monotonic() + budget
+    turn, results = context.Lock(), context.Queue()
+    cases = [(variant, n) for variant in VARIANTS for n in layers]
+    processes = [context.Process(target=measure, args=(*case, device, turn, results), daemon=True) for case in cases]
+    for process in processes:
+        process.start()
+    found: dict[tuple[str, int], float] = {}
+    with contextlib.suppress(queue.Empty):
+        for _ in cases:
+            variant, n, value = results.get(timeout=max(0.0, deadline - time.monotonic()))
+            print(f"{variant}, {n} layers: {value if isinstance(value, str) else f'{value:.0f} us'}", flush=True)
+            found[variant, n] = math.nan if isinstance(value, str) else value
+    for process in processes:
+        process.kill()
+    return {variant: [found.get((variant, n), math.nan) for n in layers] for variant in VARIANTS}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     args = parse(argv)
-    context = multiprocessing.get_context("spawn")
-    figures: dict[str, list[float]] = {}
-    for variant in VARIANTS:
-        with context.Pool(1, maxtasksperchild=1) as pool:
-            figures[variant] = pool.starmap(measure, [(variant, n, args.device) for n in args.layers], chunksize=1)
+    figures = measure_all(args.layers, args.device, args.budget)
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}\n\n{table(figures, args.layers)}")
     if args.json:
         with open(args.json, "w") as file:

@@ -72,8 +72,8 @@ def prepare_for_generation(
     Args:
         model: a causal or an encoder-decoder model of transformers.
         prompt: ``"compiled"``: one graph for every length of prompt, compiled at the first call; ``"eager"``: no
-            compilation; ``"auto"``: compiled on a GPU, eager elsewhere. Prompts of encoder-decoder models, and those with
-            anything but tokens, run eagerly.
+            compilation; ``"auto"``: compiled on a GPU, eager elsewhere. Prompts of encoder-decoder models, those with anything
+            but tokens, padded ones, and those behind others in a cache run eagerly.
         mode: of ``torch.compile``, for decoding steps; by default ``"reduce-overhead"`` on a GPU, where launches cost more
             than kernels, and ``"default"`` elsewhere.
         backend: of ``torch.compile``.
@@ -104,7 +104,9 @@ def prepare_for_generation(
     config.compile_config._compile_all_devices = True
     compiled_prompt = prompt == "compiled" or (prompt == "auto" and on_gpu)
     compiled_prompt &= not model.config.is_encoder_decoder and not foreign_forward(model)
-    compile_forward = functools.partial(torch.compile, backend=backend) if compiled_prompt else None
+    ours = backend == "intscale" or getattr(backend, "takes_intscale_options", False)
+    options = {"intscale.whole_prompt": True} if ours else None
+    compile_forward = functools.partial(torch.compile, backend=backend, options=options) if compiled_prompt else None
     prepare_model(model, PromptState(compile_forward, keep_cache and not model.config.is_encoder_decoder))
     setup = _describe(model, mode, compiled_prompt, keep_cache, max_cache_len)
     log.info("%s", setup)

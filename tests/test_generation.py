@@ -28,12 +28,12 @@ WAYS = {
 
 
 def without_inductor(graphs):
-    settings, _ = parse_options(None, None)
+    def backend(gm, example_inputs, options=None, mode=None):
+        settings, _ = parse_options(None, options)
+        graphs.append(rewrite_graph(gm, example_inputs, settings))
+        return bind(graphs[-1], lambda graph, _: graph.forward)
 
-    def backend(gm, example_inputs):
-        graphs.append(gm)
-        return bind(rewrite_graph(gm, example_inputs, settings), lambda graph, _: graph.forward)
-
+    backend.takes_intscale_options = True
     return backend
 
 
@@ -91,7 +91,36 @@ def test_padding(models):
     ids = token_ids()
     ids[0, :4] = 0
     expected = generate(eager, ids, cache_implementation="static", disable_compile=True)
+    prompts = model._intscale_generation.prompts
     assert torch.equal(generate(model, ids), expected)
+    assert model._intscale_generation.prompts == prompts, (
+        "a padded prompt is not the whole prompt that the graph is for"
+    )
+
+
+def test_prompts_attend_without_a_mask_and_to_themselves_only(models):
+    _, model, graphs = models
+    generate(model)
+    calls = [n for g in graphs for n in g.graph.nodes if n.target is torch.nn.functional.scaled_dot_product_attention]
+    causal = [n for n in calls if n.kwargs.get("is_causal")]
+    assert causal and all(n.kwargs.get("attn_mask") is None and n.args[1].target is torch.narrow for n in causal)
+
+
+def test_a_second_prompt_in_one_cache(models):
+    """What is in the cache already is seen: that prompt is not compiled."""
+    eager, model, _ = models
+    answers = []
+    for m, arguments in (
+        (eager, dict(cache_implementation="static", disable_compile=True, max_cache_len=32)),
+        (model, {}),
+    ):
+        first = generate(m, return_dict_in_generate=True, **arguments)
+        name = "cache" if getattr(first, "cache", None) is not None else "past_key_values"
+        more = torch.cat([first.sequences, token_ids(2, 4)], dim=1)
+        answers.append(
+            generate(m, more, **{name: getattr(first, name)}, cache_implementation=None, disable_compile=True)
+        )
+    assert torch.equal(*answers)
 
 
 def test_assisted_decoding_runs_eagerly(models, caplog):

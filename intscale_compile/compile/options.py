@@ -81,6 +81,9 @@ def _settings(own: dict[str, Any]) -> Settings:
     quantize_plain = own.get("quantize_plain")
     if not isinstance(quantize_plain, (bool, type(None))):
         raise ConfigError(f"option 'intscale.quantize_plain' takes True, False or None, not {quantize_plain!r}.")
+    whole_prompt = own.get("whole_prompt", False)
+    if not isinstance(whole_prompt, bool):
+        raise ConfigError(f"option 'intscale.whole_prompt' takes True or False, not {whole_prompt!r}.")
     return Settings(
         config,
         quantize_plain,
@@ -88,6 +91,7 @@ def _settings(own: dict[str, Any]) -> Settings:
         _disabled(own.get("disable_passes", ())),
         _pass_names("force_passes", own.get("force_passes", ()), FORCIBLE),
         _bytes("communication_min_bytes", own.get("communication_min_bytes")),
+        whole_prompt,
     )
 
 

@@ -116,7 +116,10 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
 
 
 def _is_prompt(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether these are the arguments of a prompt of ``generate`` that meets a static cache, which is then initialized."""
+    """Whether these are the arguments of a whole prompt: several tokens, none of them padding, and an empty static cache.
+
+    transformers leaves the mask out where it hides just the future. The cache is then initialized.
+    """
     ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2 or torch.is_grad_enabled():
         return False
@@ -124,7 +127,18 @@ def _is_prompt(model: Any, kwargs: dict[str, Any]) -> bool:
         return False
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
         return False
-    return _is_static(cache) and _initialized(model, cache, ids.shape[0])
+    if kwargs.get("attention_mask") is not None or not getattr(model.config, "is_causal", True):
+        return False
+    return _is_static(cache) and _is_empty(cache) and _initialized(model, cache, ids.shape[0])
+
+
+def _is_empty(cache: Any) -> bool:
+    """Whether nothing is in the cache, and every layer sees all that comes; waits for a GPU where it was used before."""
+    from transformers.cache_utils import StaticLayer
+
+    if not all(type(layer) is StaticLayer for layer in cache.layers):
+        return False
+    return not any(int(layer.cumulative_length) for layer in cache.layers[:1] if layer.is_initialized)
 
 
 def _is_static(cache: Any) -> bool:

@@ -25,6 +25,9 @@ class Settings:
             Inductor would not call the op.
         communication_min_bytes: from how many bytes on a collective is quantized, where ``config.communication`` asks for
             it. The default is the threshold of the link that joins the ranks (``communication.link_cost``).
+        whole_prompt: the caller promises that the graph is a whole prompt without padding, with nothing in the cache before
+            it: masks of type bool hide just the future, and keys behind the prompt need not be read. Set by
+            ``prepare_for_generation``, which looks.
     """
 
     config: IntScaleConfig = field(default_factory=IntScaleConfig)
@@ -33,3 +36,4 @@ class Settings:
     disable_passes: tuple[str, ...] = ()
     force_passes: tuple[str, ...] = ()
     communication_min_bytes: Optional[int] = None
+    whole_prompt: bool = False

@@ -113,7 +113,8 @@ def test_prepared_generation():
     with torch._dynamo.config.patch(error_on_recompile=True):
         for prompt, expected in zip(prompts, eager):
             found = model.generate(prompt, **arguments).logits[0]
-            assert (found - expected).norm() < 0.05 * expected.norm()
+            # What rounding to bf16 alone changes in this model, eager against float32, is 0.08; quantization changes 0.66.
+            assert (found - expected).norm() < 0.2 * expected.norm()
     assert model._intscale_generation._cache.layers[0].keys.data_ptr() == cache
     first, second = (model.generate(prompts[2], **arguments).sequences for _ in range(2))
     assert torch.equal(first, second)

@@ -8,7 +8,9 @@ the future and nothing else (for any size: :mod:`.affine_mask`, or for static on
 nothing. Where no mask is left and the GPU's flash attention can run the call, keys and values that were only repeated for
 the query heads which share them are taken as they were before. Left alone: masks that the caller passes or that depend on
 a cache, windows shorter than the sequence, prefixes, causal masks that are not square, keys and values on a CPU.
-With a mask PyTorch has no flash attention. The nodes of a mask die with their last reader, as do the repeated copies.
+Where the caller promises a whole prompt (setting ``whole_prompt``), a bool mask over a longer cache hides the future too,
+and keys and values are cut to the length of the prompt. With a mask PyTorch has no flash attention. The nodes of a mask die
+with their last reader, as do the repeated copies.
 """
 
 from __future__ import annotations
@@ -33,8 +35,11 @@ def causal_attention(rewrite: GraphRewrite) -> int:
     masks, done = ConstantMasks(rewrite), 0
     for node in list(rewrite.graph.nodes):
         if node.target in ATTENTION and _several_queries(node):
-            unmasked = _drop_mask(rewrite, masks, node)
+            promised = _drop_promised_mask(rewrite, node)
+            unmasked = promised or _drop_mask(rewrite, masks, node)
             done += _drop_repeat(rewrite, node) or unmasked
+            if promised:
+                _cut_keys(rewrite, node)
     return done
 
 
@@ -62,6 +67,35 @@ def _drop_mask(rewrite: GraphRewrite, masks: ConstantMasks, node: fx.Node) -> bo
     _set(rewrite, node, attn_mask=None, is_causal=kind == "causal")
     erase_unread(mask)
     return True
+
+
+def _drop_promised_mask(rewrite: GraphRewrite, node: fx.Node) -> bool:
+    """Replace the mask of a whole prompt by a flag; whether there was one."""
+    given = _given(node)
+    mask = given.get("attn_mask")
+    if not rewrite.settings.whole_prompt or given.get("is_causal") or not isinstance(mask, fx.Node):
+        return False
+    value = example(mask)
+    if not isinstance(value, Tensor) or value.dtype is not torch.bool:  # an added one may hold more, such as ALiBi
+        return False
+    _set(rewrite, node, attn_mask=None, is_causal=True)
+    erase_unread(mask)
+    return True
+
+
+def _cut_keys(rewrite: GraphRewrite, node: fx.Node) -> None:
+    """Let the attention of a whole prompt read as many keys and values as there are queries: what comes behind is empty."""
+    given = _given(node)
+    tokens: Any = example(given["query"]).shape[2]
+    graph, cut = rewrite.graph, {}
+    with graph.inserting_before(node):
+        if not isinstance(tokens, int):
+            tokens = graph.call_method("size", (given["query"], 2))
+            rewrite.set_example(tokens)
+        for name in ("key", "value"):
+            cut[name] = graph.call_function(torch.narrow, (given[name], 2, 0, tokens))
+            rewrite.set_example(cut[name])
+    _set(rewrite, node, **cut)
 
 
 def _proved_causal(rewrite: GraphRewrite, mask: fx.Node, node: fx.Node) -> bool:
