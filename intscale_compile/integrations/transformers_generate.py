@@ -7,6 +7,7 @@ keeps the static cache from one call to the next. Both are bound methods, which 
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import sys
 import types
@@ -41,6 +42,7 @@ class PromptState:
         self._compiled: Optional[Callable] = None
         self._cache: Any = None
         self._cache_form: Any = None
+        self._collected = False
 
     def __deepcopy__(self, memo: dict) -> PromptState:
         """A copied model compiles anew and has a cache of its own."""
@@ -62,12 +64,18 @@ class PromptState:
 
         CUDA graphs hold addresses: with another cache every graph is recorded again.
         """
-        # Two references: ours and the argument of getrefcount.
-        if self._cache is not None and self._cache_form == form and sys.getrefcount(self._cache) <= 2:
-            self._cache.reset()
-            return self._cache
-        self._cache, self._cache_form = made, form
+        if self._cache is not None and self._cache_form == form:
+            if self._is_held() and not self._collected:
+                self._collected = True
+                gc.collect()  # compiling leaves it in circles of references; once for each cache
+            if not self._is_held():
+                self._cache.reset()
+                return self._cache
+        self._cache, self._cache_form, self._collected = made, form, False
         return made
+
+    def _is_held(self) -> bool:
+        return sys.getrefcount(self._cache) > 2  # ours, and the argument of getrefcount
 
 
 def prepare_model(model: Any, state: PromptState) -> None:
