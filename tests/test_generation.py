@@ -138,7 +138,8 @@ def test_assisted_decoding_runs_eagerly(models, caplog):
 def test_the_cache_is_kept_unless_somebody_holds_it(models):
     _, model, _ = models
     state = model._intscale_generation
-    generate(model)
+    for _ in range(3):  # Dynamo holds what it compiled with
+        generate(model)
     kept = state._cache.layers[0].keys.data_ptr()
     generate(model)
     assert state._cache.layers[0].keys.data_ptr() == kept

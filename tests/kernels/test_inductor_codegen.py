@@ -88,17 +88,21 @@ def test_bias_is_added_before_the_only_rounding():
 
 
 @pytest.mark.parametrize(
-    "tokens, cudagraphs, called", [(64, False, False), (64, True, True), (4095, False, False), (4096, False, True)]
-)
-def test_the_op_is_called_where_gluon_pays(tokens, cudagraphs, called):
-    """With CUDA graphs, or where the GEMM takes longer than a launch; always with overlap, as the graph asks for it."""
+    "tokens, cudagraphs, dynamic, called",
+    [
+        (64, False, False, False), (64, True, False, True), (511, False, False, False), (512, False, False, True),
+        (31, False, True, False), (32, False, True, True),
+    ],
+)  # fmt: skip
+def test_the_op_is_called_where_gluon_pays(tokens, cudagraphs, dynamic, called):
+    """With CUDA graphs, where the GEMM takes longer than a launch, or where other numbers of tokens follow; always with overlap."""
 
     def run(x, *weight):
         return linear(*quantize(x), *weight, None, 128, 128, 4, "tiled", torch.bfloat16, ops.KERNEL_ABI, None, True)
 
     shapes = [((tokens, 256), torch.bfloat16), *weight_shapes(128, 256)]
     with mock.patch("intscale_compile.kernels.template.gluon_obstacle", return_value=None):
-        code = fake_cuda.generate(run, *fake_cuda.fake_inputs(shapes), **{"triton.cudagraphs": cudagraphs})
+        code = fake_cuda.generate(run, *fake_cuda.fake_inputs(shapes, dynamic), **{"triton.cudagraphs": cudagraphs})
     calls = [line for line in code.splitlines() if "torch.ops.intscale.w4a8_linear.default(" in line]
     assert len(calls) == called
     assert any("triton_tem" in name for name in fake_cuda.triton_sources(code)) != called
