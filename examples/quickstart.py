@@ -317,13 +317,13 @@ def parse_arguments(argv) -> argparse.Namespace:
 def main(argv=None) -> None:
     """Run the whole tour; see the module's docstring."""
     args = parse_arguments(argv)
-    from torchao.quantization import quantize_
-
     import intscale_compile
     from intscale_compile import IntScaleConfig
 
     if "intscale" not in torch.compiler.list_backends():
         fail('backend "intscale" is not registered: run "pip install -e ." in the checkout first')
+    from torchao.quantization import quantize_
+
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load(args.model or str(trained_model_folder(args)), args.device)
     batches = held_out_batches(tokenizer, model, args)

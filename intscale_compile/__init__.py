@@ -12,6 +12,10 @@ from .versions import check_versions
 
 check_versions()
 
+from .integrations import known_noise
+
+known_noise.hold_back()
+
 from .integrations.torch_names import check_import
 
 check_import()
@@ -19,6 +23,7 @@ check_import()
 from . import communication, errors, tensor_parallel  # noqa: F401  (public modules)
 from .calibration.config import CalibrationConfig
 from .calibration.pipeline import calibrate
+from .compile.export import compile_package, export_program
 from .config import IntScaleConfig
 from .debug.bisection import bisect
 from .debug.comparison import compare
@@ -46,8 +51,10 @@ __all__ = [
     "bisect",
     "calibrate",
     "compare",
+    "compile_package",
     "convert_from_torchao",
     "explain",
+    "export_program",
     "from_quantized",
     "linears_and_experts",
     "load_safetensors",
@@ -64,3 +71,4 @@ __all__ = [
 register()
 register_experts_implementation()
 register_sharded_loading()
+known_noise.let_through()

@@ -6,7 +6,7 @@ import importlib.metadata
 
 from .errors import VersionError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 SUPPORTED = {"torch": ((2, 11), (2, 16)), "torchao": ((0, 18), None)}
 # What the private names that we use (integrations/) were checked with, from and below; outside of it a warning is logged.
 CHECKED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 from typing import Any, Optional, Union
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..errors import CompileError, ConfigError
-from ..integrations.dtensors import is_dtensor
+from ..integrations.torch import is_dtensor
 from ..ops import register_inductor
 from ..passes import GraphRewrite
 from ..passes.base import EXAMPLE, example

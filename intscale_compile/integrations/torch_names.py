@@ -78,6 +78,8 @@ AT_COMPILE = {
     "torch._inductor.virtualized:V.set_choices_handler": "rows that stay in registers",
     "torch._inductor.codecache:PyCodeCache.modules": "the generated files that debug shows",
     "torch._dynamo:disable": "what Dynamo must not trace",
+    "torch._dynamo:export": "the graph of a whole model that is exported",
+    "torch._inductor:aoti_compile_and_package": "packages of exported programs",
     "torch._dynamo:reset": "benchmarks and the self check compile anew",
     "torch._dynamo.utils:counters": "counts of what was compiled",
     "torch._dynamo.source:LocalSource": "inputs that keep their address",

@@ -13,8 +13,8 @@ from torch import nn
 from torch.export import Dim
 from torchao.quantization import quantize_
 
-from intscale_compile import ConfigError, IntScaleConfig
-from intscale_compile.compile.export import compile_package, export_program
+from intscale_compile import IntScaleConfig, compile_package, export_program
+from intscale_compile.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 MODEL = Path(os.environ.get("INTSCALE_MODELS", ROOT / "../shared/models")) / "tiny-llama"
