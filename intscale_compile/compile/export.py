@@ -22,6 +22,7 @@ from ..integrations.torch import is_dtensor
 from ..ops import register_inductor
 from ..passes import GraphRewrite
 from ..passes.base import EXAMPLE, example
+from ..passes.match import dotted_name
 from ..tensors.intscale_tensor import IntScaleTensor
 from .binding import rewrite_graph
 from .inductor_settings import code_generation, inductor_defaults
@@ -159,8 +160,9 @@ def _attribute(module: nn.Module, path: str) -> Any:
 def _unlifted(rewrite: GraphRewrite, captured: fx.GraphModule) -> fx.GraphModule:
     """The rewritten graph with weights, packed and others, as its buffers, behind the signature of ``captured``."""
     count = sum(node.op == "placeholder" for node in captured.graph.nodes)
-    graph, nodes = fx.Graph(), {}
-    graph.set_codegen(captured.graph._codegen)
+    graph, nodes = captured.graph, {}
+    for node in reversed(list(graph.nodes)):  # emptied, it still holds the signature
+        graph.erase_node(node)
     given = rewrite.placeholders()
     first = len(given) - count  # the weights come first
     held: dict[str, Any] = {}
@@ -184,6 +186,7 @@ def _unlifted(rewrite: GraphRewrite, captured: fx.GraphModule) -> fx.GraphModule
 
 def _weights(rewrite: GraphRewrite, weights: Sequence[fx.Node]) -> Iterator[tuple[str, fx.Node, Any]]:
     """Name, node and value of every weight that the rewritten graph reads."""
+    names: set[str] = set()
     for index, node in enumerate(weights):
         value = rewrite.example_inputs[index]
         if node.users:
@@ -192,11 +195,13 @@ def _weights(rewrite: GraphRewrite, weights: Sequence[fx.Node]) -> Iterator[tupl
                     f"{node.name} is read in a form that no pass knows, so that the exported program would hold a tensor "
                     "subclass: explain(model, *inputs) names the reason."
                 )
-            yield node.name, node, value.detach()
+            yield dotted_name(node), node, value.detach()
     for number, (node, (recipe, part)) in enumerate(rewrite.packed_inputs.items()):
         value = recipe.resolve(rewrite.example_inputs)
         value = value if part is None else getattr(value, part)
-        yield f"{recipe.sources[0].name.replace('.', '_')}_{part or number}", node, value.detach()
+        name = f"{recipe.sources[0].name.replace('.', '_')}_{part or 'joined'}"
+        yield f"{name}_{number}" if name in names else name, node, value.detach()
+        names.add(name)
 
 
 def _most_tokens(rewrite: GraphRewrite) -> Optional[int]:

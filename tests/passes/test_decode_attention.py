@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from intscale_compile import backend
+from intscale_compile.compile.binding import copied
 from intscale_compile.kernels.decode_attention import OP
 from intscale_compile.passes import GraphRewrite, apply_passes
 from intscale_compile.passes.model.decode_attention import ATTENTION, DECODE_ATTENTION
@@ -167,7 +168,7 @@ def test_a_call_that_autograd_watches_is_left_alone():
     seen = []
 
     def spy(gm, inputs):
-        rewrite = GraphRewrite(backend.copied(gm), inputs, Settings(force_passes=("decode_attention",)))
+        rewrite = GraphRewrite(copied(gm), inputs, Settings(force_passes=("decode_attention",)))
         apply_passes(rewrite, (DECODE_ATTENTION,))
         seen.append(rewrite.counts["decode_attention"])
         return gm.forward
