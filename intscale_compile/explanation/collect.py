@@ -16,6 +16,7 @@ from ..compile.binding import bind, rewrite_graph
 from ..debug.captured import fresh_call
 from ..integrations.dynamo_frames import LeftFrame, left_frames
 from ..integrations.torch import local_tensor
+from ..kernels.arguments import GatedArguments, arguments_of
 from ..kernels.hadamard import HADAMARD_QUANTIZE_OP
 from ..kernels.quantize_per_token import OP as QUANTIZE_OP
 from ..kernels.quantize_static import STATIC_OP
@@ -246,7 +247,9 @@ def _gemms(
         if node.target not in PRODUCTS or packed is None:
             continue
         number = before = before + 1
-        behind = node.args[6] if node.target is GATED_OP else "residual" if node.target is LINEAR_ADD_OP else None
+        behind = "residual" if node.target is LINEAR_ADD_OP else None
+        if node.target is GATED_OP:
+            behind = arguments_of(GatedArguments, node).activation
         candidates = node.meta["intscale_candidates"]
         members = []
         for candidate in candidates:

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import format as fmt
+from .arguments import DequantizeTokenArguments, DequantizeWeightArguments, schema, takes
 
-torch.library.define("intscale::dequantize_per_token", "(Tensor xq, Tensor token_scale, ScalarType dtype) -> Tensor")
-torch.library.define(
-    "intscale::dequantize_weight",
-    "(Tensor qdata, Tensor scale, Tensor row_scale, int out_features, int in_features, int group_size, str packing, "
-    "ScalarType dtype, Tensor? zero_point=None) -> Tensor",
-)
+torch.library.define("intscale::dequantize_per_token", schema(DequantizeTokenArguments))
+torch.library.define("intscale::dequantize_weight", schema(DequantizeWeightArguments))
 TOKEN_OP = torch.ops.intscale.dequantize_per_token.default
 WEIGHT_OP = torch.ops.intscale.dequantize_weight.default
 
@@ -54,33 +51,15 @@ def _dequantize_per_token_fake(xq: Tensor, token_scale: Tensor, dtype: torch.dty
 
 
 @torch.library.impl("intscale::dequantize_weight", "CompositeExplicitAutograd")
-def _dequantize_weight(
-    qdata: Tensor,
-    scale: Tensor,
-    row_scale: Tensor,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    packing: str,
-    dtype: torch.dtype,
-    zero_point: Optional[Tensor] = None,
-) -> Tensor:
-    codes, scale = unpack_weight(qdata, scale, out_features, group_size, packing, zero_point)
+@takes(DequantizeWeightArguments)
+def _dequantize_weight(a: DequantizeWeightArguments) -> Tensor:
+    codes, scale = unpack_weight(a.qdata, a.scale, a.out_features, a.group_size, a.packing, a.zero_point)
     # The product of code and integer scale is exact; the row scale is the only rounding in fp32.
     exact = codes.to(torch.float32) * fmt.expand_group_scale(scale, codes.shape[-1]).to(torch.float32)
-    return (exact[..., :in_features] * row_scale).to(dtype)
+    return (exact[..., : a.in_features] * a.row_scale).to(a.dtype)
 
 
 @torch.library.register_fake("intscale::dequantize_weight")
-def _dequantize_weight_fake(
-    qdata: Tensor,
-    scale: Tensor,
-    row_scale: Tensor,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    packing: str,
-    dtype: torch.dtype,
-    zero_point: Optional[Tensor] = None,
-) -> Tensor:
-    return qdata.new_empty((*qdata.shape[:-2], out_features, in_features), dtype=dtype)
+@takes(DequantizeWeightArguments)
+def _dequantize_weight_fake(a: DequantizeWeightArguments) -> Tensor:
+    return a.qdata.new_empty((*a.qdata.shape[:-2], a.out_features, a.in_features), dtype=a.dtype)

@@ -25,6 +25,7 @@ from torch._inductor.virtualized import V
 from ..errors import CompileError
 from ..format import schedule_bits
 from ..reasons import log_once
+from .arguments import AccumulateArguments, LinearArguments, converted, form, takes
 from .tiles import choose_tile
 from .triton_gemm import capability, gluon_obstacle, schedule_flags, use_ptx
 from .triton_tile import device_source
@@ -192,32 +193,26 @@ def op_is_faster(
     return obstacle is None
 
 
-def lower_w4a8_accumulate(
-    xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point=None
-) -> ir.TensorBox:
-    """CUDA lowering of ``intscale::w4a8_accumulate``: int32 ``[..., N]``."""
-    return _gemm(xq, None, qdata, scale, None, out_features, group_size, scale_bits, packing, torch.int32, zero_point)
+def lower_w4a8_accumulate(a: Any) -> ir.TensorBox:
+    """CUDA lowering of ``intscale::w4a8_accumulate``: int32 ``[..., N]``; ``a`` are its ``AccumulateArguments``."""
+    return _gemm(a.xq, None, a.qdata, a.scale, None, *form(a), torch.int32, a.zero_point)
 
 
-def lower_w4a8_linear(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, zero_point
-) -> ir.TensorBox:  # fmt: skip
-    """The template for ``intscale::w4a8_linear`` on a GPU."""
-    scales = (token_scale, row_scale)
-    return _gemm(xq, scales, qdata, scale, bias, out_features, group_size, scale_bits, packing, dtype, zero_point)
+def lower_w4a8_linear(a: Any) -> ir.TensorBox:
+    """The template for ``intscale::w4a8_linear`` on a GPU; ``a`` are its ``LinearArguments``."""
+    scales = (a.token_scale, a.row_scale)
+    return _gemm(a.xq, scales, a.qdata, a.scale, a.bias, *form(a), a.dtype, a.zero_point)
 
 
-def decompose_w4a8_linear(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, zero_point
-) -> ir.TensorBox:  # fmt: skip
+def decompose_w4a8_linear(a: Any) -> ir.TensorBox:
     """CPU lowering of ``intscale::w4a8_linear``: the accumulator is opaque, its scales join the surrounding C++."""
     aten, to_dtype = torch.ops.aten, torch.ops.prims.convert_element_type.default
     mul, view, convert = lowerings[aten.mul.Tensor], lowerings[aten.view.default], lowerings[to_dtype]
-    acc = lowerings[ACCUMULATE_OP](xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point)
-    y = mul(mul(convert(acc, torch.float32), token_scale), view(row_scale, [out_features]))
-    if bias is not None:
-        y = lowerings[aten.add.Tensor](y, convert(bias, torch.float32))
-    return convert(y, dtype)
+    acc = lowerings[ACCUMULATE_OP](*converted(AccumulateArguments, a))
+    y = mul(mul(convert(acc, torch.float32), a.token_scale), view(a.row_scale, [a.out_features]))
+    if a.bias is not None:
+        y = lowerings[aten.add.Tensor](y, convert(a.bias, torch.float32))
+    return convert(y, a.dtype)
 
 
 def register_lowerings() -> None:
@@ -237,20 +232,18 @@ def register_lowerings() -> None:
     register_lowering(GROUPED_OP, type_promotion_kind=None)(fallback_handler(GROUPED_OP, add_to_fallback_set=False))
 
     @register_lowering(ACCUMULATE_OP, type_promotion_kind=None)
-    def accumulate(xq, *args, **kwargs):
-        lower = lower_w4a8_accumulate if xq.get_device().type == "cuda" else accumulate_extern
-        return lower(xq, *args, **kwargs)
+    @takes(AccumulateArguments)
+    def accumulate(a):
+        on_gpu = a.xq.get_device().type == "cuda"
+        return lower_w4a8_accumulate(a) if on_gpu else accumulate_extern(*a)
 
     @register_lowering(LINEAR_OP, type_promotion_kind=None)
-    def linear(
-        xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi,
-        ste_input=None, overlap=False, zero_point=None,
-    ):  # fmt: skip
-        # ste_input only carries gradients: left unread, it vanishes.
-        operands = (xq, token_scale, qdata, scale, row_scale, bias)
-        form = (out_features, group_size, scale_bits, packing, dtype, abi)
-        if xq.get_device().type != "cuda":
-            return decompose_w4a8_linear(*operands, *form, zero_point)
-        if prefers_gluon(xq, qdata, scale, group_size, scale_bits, packing, zero_point is not None):
-            return linear_extern(*operands, *form, None, overlap)
-        return lower_w4a8_linear(*operands, *form, zero_point)
+    @takes(LinearArguments)
+    def linear(a):
+        a = a._replace(ste_input=None)  # it only carries gradients: left unread, it vanishes
+        if a.xq.get_device().type != "cuda":
+            return decompose_w4a8_linear(a)
+        asymmetric = a.zero_point is not None
+        if prefers_gluon(a.xq, a.qdata, a.scale, a.group_size, a.scale_bits, a.packing, asymmetric):
+            return linear_extern(*a)
+        return lower_w4a8_linear(a)

@@ -16,15 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .arguments import GatedArguments, form, operands, schema, stored, takes
 from .cpu_gemm import accumulate_cpu
 from .prepared import on_gpu
-from .w4a8_linear import WEIGHT_ARGS, apply_scales, check_operands, reference_accumulate
+from .w4a8_linear import apply_scales, check_operands, reference_accumulate
 
-torch.library.define(
-    "intscale::w4a8_gated_linear",
-    "(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, str activation, "
-    f"{WEIGHT_ARGS}, ScalarType dtype, int abi, bool overlap=False, Tensor? zero_point=None) -> Tensor",
-)
+torch.library.define("intscale::w4a8_gated_linear", schema(GatedArguments))
 GATED_OP = torch.ops.intscale.w4a8_gated_linear.default
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -62,36 +59,27 @@ def reference_gated(
 
 
 @torch.library.impl("intscale::w4a8_gated_linear", "CPU")
-def _gated_cpu(
-    xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype, abi,
-    overlap=False, zero_point=None,
-):  # fmt: skip
-    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
-    check_gated(activation, out_features)
-    acc = accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing, zero_point)
-    return gate(apply_scales(acc, token_scale, row_scale, bias, torch.float32), activation).to(dtype)
+@takes(GatedArguments)
+def _gated_cpu(a: GatedArguments) -> Tensor:
+    check_operands(a.xq, *stored(a))
+    check_gated(a.activation, a.out_features)
+    acc = accumulate_cpu(a.xq, a.qdata, a.scale, *form(a), a.zero_point)
+    return gate(apply_scales(acc, a.token_scale, a.row_scale, a.bias, torch.float32), a.activation).to(a.dtype)
 
 
 @on_gpu("intscale::w4a8_gated_linear")
-def _gated_cuda(
-    xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype, abi,
-    overlap=False, zero_point=None,
-):  # fmt: skip
+@takes(GatedArguments)
+def _gated_cuda(a: GatedArguments) -> Tensor:
     from .triton_gated import gated_linear_cuda
 
-    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
-    check_gated(activation, out_features)
-    return gated_linear_cuda(
-        xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype,
-        overlap=overlap, zero_point=zero_point,
-    )  # fmt: skip
+    check_operands(a.xq, *stored(a))
+    check_gated(a.activation, a.out_features)
+    return gated_linear_cuda(*operands(a), a.activation, *form(a), a.dtype, overlap=a.overlap, zero_point=a.zero_point)
 
 
 @torch.library.register_fake("intscale::w4a8_gated_linear")
-def _gated_fake(
-    xq, token_scale, qdata, scale, row_scale, bias, activation, out_features, group_size, scale_bits, packing, dtype, abi,
-    overlap=False, zero_point=None,
-):  # fmt: skip
-    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
-    check_gated(activation, out_features)
-    return xq.new_empty((*xq.shape[:-1], out_features // 2), dtype=dtype)
+@takes(GatedArguments)
+def _gated_fake(a: GatedArguments) -> Tensor:
+    check_operands(a.xq, *stored(a))
+    check_gated(a.activation, a.out_features)
+    return a.xq.new_empty((*a.xq.shape[:-1], a.out_features // 2), dtype=a.dtype)

@@ -21,59 +21,47 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .arguments import GroupedArguments, InputGradArguments, form, gradients, operands, schema, takes
 from .cpu_gemm import accumulate_expert_cpu
 from .dequantize import WEIGHT_OP
 from .prepared import on_gpu
-from .w4a8_linear import WEIGHT_ARGS, apply_scales, check_operands, reference_accumulate
+from .w4a8_linear import apply_scales, check_operands, reference_accumulate
 
-INDEX_ARGS = "Tensor? row_index=None, Tensor? out_index=None"
-torch.library.define(
-    "intscale::w4a8_grouped_linear",
-    "(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, Tensor offsets, "
-    f"{WEIGHT_ARGS}, ScalarType dtype, int abi, {INDEX_ARGS}, Tensor? ste_input=None, "
-    "Tensor? zero_point=None) -> Tensor",
-)
-torch.library.define(
-    "intscale::w4a8_grouped_input_grad",
-    "(Tensor grad, Tensor qdata, Tensor scale, Tensor row_scale, Tensor offsets, int rows, int out_features, "
-    f"int in_features, int group_size, str packing, {INDEX_ARGS}, Tensor? zero_point=None) -> Tensor",
-)
+torch.library.define("intscale::w4a8_grouped_linear", schema(GroupedArguments))
+torch.library.define("intscale::w4a8_grouped_input_grad", schema(InputGradArguments))
 GROUPED_OP = torch.ops.intscale.w4a8_grouped_linear.default
 INPUT_GRAD_OP = torch.ops.intscale.w4a8_grouped_input_grad.default
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
-def check_grouped_operands(
-    xq: Tensor, token_scale: Tensor, qdata: Tensor, scale: Tensor, row_scale: Tensor, bias: Optional[Tensor],
-    offsets: Tensor, out_features: int, group_size: int, packing: str, row_index: Optional[Tensor],
-    out_index: Optional[Tensor], zero_point: Optional[Tensor],
-) -> None:  # fmt: skip
+def check_grouped_operands(a: GroupedArguments) -> None:
     """Raise ``InputError`` unless the operands have the shapes and dtypes that the schema promises to a kernel."""
+    xq, qdata, scale, zero_point = a.xq, a.qdata, a.scale, a.zero_point
     if xq.dim() != 2:
         raise InputError(f"w4a8_grouped: xq has {xq.dim()} dimensions, expected [rows, K].")
     if qdata.dim() != 3 or scale.dim() != 3:
         raise InputError(
             f"w4a8_grouped: qdata has {qdata.dim()} and scale {scale.dim()} dimensions, expected stacks of matrices, 3."
         )
-    experts, rows = qdata.shape[0], output_rows(xq, row_index)
+    experts, rows = qdata.shape[0], output_rows(xq, a.row_index)
     check_operands(
-        xq, qdata[0], scale[0], out_features, group_size, packing, None if zero_point is None else zero_point[0]
+        xq, qdata[0], scale[0], a.out_features, a.group_size, a.packing, None if zero_point is None else zero_point[0]
     )
     for name, tensor, shape in (
         ("scale", scale, (experts, *scale.shape[1:])),
         ("zero_point", zero_point, scale.shape),
-        ("row_scale", row_scale, (experts, out_features, 1)),
-        ("bias", bias, (experts, out_features)),
-        ("offsets", offsets, (experts,)),
-        ("token_scale", token_scale, (xq.shape[0], 1)),
-        ("row_index", row_index, (rows,)),
-        ("out_index", out_index, (rows,)),
+        ("row_scale", a.row_scale, (experts, a.out_features, 1)),
+        ("bias", a.bias, (experts, a.out_features)),
+        ("offsets", a.offsets, (experts,)),
+        ("token_scale", a.token_scale, (xq.shape[0], 1)),
+        ("row_index", a.row_index, (rows,)),
+        ("out_index", a.out_index, (rows,)),
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise InputError(f"w4a8_grouped: {name} has shape {tuple(tensor.shape)}, expected {shape}.")
         if tensor is not None and tensor.device != xq.device:
             raise InputError(f"w4a8_grouped: {name} is on {tensor.device}, xq on {xq.device}: move them together.")
-    for name, tensor in (("offsets", offsets), ("row_index", row_index), ("out_index", out_index)):
+    for name, tensor in (("offsets", a.offsets), ("row_index", a.row_index), ("out_index", a.out_index)):
         if tensor is not None and tensor.dtype not in INDEX_DTYPES:
             raise InputError(f"w4a8_grouped: {name} is {tensor.dtype}, expected int32 or int64.")
 
@@ -107,122 +95,92 @@ def reference_grouped(
 
 
 @torch.library.impl("intscale::w4a8_grouped_linear", "CPU")
-def _grouped_cpu(
-    xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, scale_bits, packing, dtype, abi,
-    row_index=None, out_index=None, ste_input=None, zero_point=None,
-):  # fmt: skip
-    check_grouped_operands(
-        xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, packing, row_index, out_index,
-        zero_point,
-    )  # fmt: skip
-    rows = output_rows(xq, row_index)
-    out = xq.new_empty((rows, out_features), dtype=dtype)
+@takes(GroupedArguments)
+def _grouped_cpu(a: GroupedArguments) -> Tensor:
+    check_grouped_operands(a)
+    rows = output_rows(a.xq, a.row_index)
+    out = a.xq.new_empty((rows, a.out_features), dtype=a.dtype)
     end = 0
-    for expert, part in expert_ranges(offsets, rows):
-        tokens = part if row_index is None else row_index[part]
-        acc = accumulate_expert_cpu(
-            xq[tokens], qdata, scale, expert, out_features, group_size, scale_bits, packing, zero_point
-        )
-        y = apply_scales(acc, token_scale[tokens], row_scale[expert], None if bias is None else bias[expert], dtype)
-        out[part if out_index is None else out_index[part]] = y
+    for expert, part in expert_ranges(a.offsets, rows):
+        tokens = part if a.row_index is None else a.row_index[part]
+        acc = accumulate_expert_cpu(a.xq[tokens], a.qdata, a.scale, expert, *form(a), a.zero_point)
+        bias = None if a.bias is None else a.bias[expert]
+        y = apply_scales(acc, a.token_scale[tokens], a.row_scale[expert], bias, a.dtype)
+        out[part if a.out_index is None else a.out_index[part]] = y
         end = part.stop
     if end < rows:
-        out[slice(end, rows) if out_index is None else out_index[end:]] = 0
+        out[slice(end, rows) if a.out_index is None else a.out_index[end:]] = 0
     return out
 
 
 @on_gpu("intscale::w4a8_grouped_linear")
-def grouped_on_gpu(
-    xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, scale_bits, packing, dtype, abi,
-    row_index=None, out_index=None, ste_input=None, zero_point=None,
-):  # fmt: skip
+@takes(GroupedArguments)
+def grouped_on_gpu(a: GroupedArguments) -> Tensor:
     """``intscale::w4a8_grouped_linear`` on a GPU, without the dispatcher."""
     from .triton_grouped import GroupedForm, grouped_linear_cuda
 
-    check_grouped_operands(
-        xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, packing, row_index, out_index,
-        zero_point,
-    )  # fmt: skip
-    form = GroupedForm(out_features, group_size, scale_bits, packing)
+    check_grouped_operands(a)
+    grouped = GroupedForm(*form(a))
     return grouped_linear_cuda(
-        xq,
-        token_scale,
-        qdata,
-        scale,
-        row_scale,
-        bias,
-        offsets,
-        form,
-        dtype,
-        row_index,
-        out_index,
-        zero_point=zero_point,
+        *operands(a), a.offsets, grouped, a.dtype, a.row_index, a.out_index, zero_point=a.zero_point
     )
 
 
 @torch.library.register_fake("intscale::w4a8_grouped_linear")
-def _grouped_fake(
-    xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, scale_bits, packing, dtype, abi,
-    row_index=None, out_index=None, ste_input=None, zero_point=None,
-):  # fmt: skip
-    check_grouped_operands(
-        xq, token_scale, qdata, scale, row_scale, bias, offsets, out_features, group_size, packing, row_index, out_index,
-        zero_point,
-    )  # fmt: skip
-    return xq.new_empty((output_rows(xq, row_index), out_features), dtype=dtype)
+@takes(GroupedArguments)
+def _grouped_fake(a: GroupedArguments) -> Tensor:
+    check_grouped_operands(a)
+    return a.xq.new_empty((output_rows(a.xq, a.row_index), a.out_features), dtype=a.dtype)
 
 
 @torch.library.impl("intscale::w4a8_grouped_input_grad", "CompositeExplicitAutograd")
-def _input_grad(
-    grad, qdata, scale, row_scale, offsets, rows, out_features, in_features, group_size, packing,
-    row_index=None, out_index=None, zero_point=None,
-):  # fmt: skip
-    grad = grad if out_index is None else grad[out_index]
-    grad_input = grad.new_zeros((rows, in_features))
-    for expert, part in expert_ranges(offsets, grad.shape[0]):
+@takes(InputGradArguments)
+def _input_grad(a: InputGradArguments) -> Tensor:
+    grad = a.grad if a.out_index is None else a.grad[a.out_index]
+    grad_input = grad.new_zeros((a.rows, a.in_features))
+    for expert, part in expert_ranges(a.offsets, grad.shape[0]):
         weight = WEIGHT_OP(
-            qdata[expert], scale[expert], row_scale[expert], out_features, in_features, group_size, packing, grad.dtype,
-            None if zero_point is None else zero_point[expert],
-        )  # fmt: skip
-        if row_index is None:
+            *(a.qdata[expert], a.scale[expert], a.row_scale[expert]),
+            *(a.out_features, a.in_features, a.group_size, a.packing, grad.dtype),
+            None if a.zero_point is None else a.zero_point[expert],
+        )
+        if a.row_index is None:
             grad_input[part] = grad[part] @ weight
         else:
-            grad_input.index_add_(0, row_index[part], grad[part] @ weight)
+            grad_input.index_add_(0, a.row_index[part], grad[part] @ weight)
     return grad_input
 
 
 @torch.library.register_fake("intscale::w4a8_grouped_input_grad")
-def _input_grad_fake(
-    grad, qdata, scale, row_scale, offsets, rows, out_features, in_features, group_size, packing,
-    row_index=None, out_index=None, zero_point=None,
-):  # fmt: skip
-    return grad.new_empty((rows, in_features))
+@takes(InputGradArguments)
+def _input_grad_fake(a: InputGradArguments) -> Tensor:
+    return a.grad.new_empty((a.rows, a.in_features))
 
 
 def _save_weight(ctx, inputs, output):
-    xq, _, qdata, scale, row_scale, bias, offsets, n, group_size, _, packing, _, _, *optional = inputs
-    row_index, out_index, ste_input, zero_point = optional
-    ctx.save_for_backward(qdata, scale, row_scale, offsets, row_index, out_index, zero_point)
-    ctx.weight_args = (xq.shape[0], n, xq.shape[1], group_size, packing)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.input_dtype = None if ste_input is None else ste_input.dtype
+    a = GroupedArguments(*inputs)
+    ctx.save_for_backward(a.qdata, a.scale, a.row_scale, a.offsets, a.row_index, a.out_index, a.zero_point)
+    ctx.weight_args = (a.xq.shape[0], a.out_features, a.xq.shape[1], a.group_size, a.packing)
+    ctx.bias_dtype = None if a.bias is None else a.bias.dtype
+    ctx.input_dtype = None if a.ste_input is None else a.ste_input.dtype
 
 
 def _straight_through(ctx, grad):
     """``grad_x = grad @ W`` of each row's expert; rounding of the activation counts as the identity."""
     qdata, scale, row_scale, offsets, row_index, out_index, zero_point = ctx.saved_tensors
+    needed = GroupedArguments(*ctx.needs_input_grad)
     grad_input = grad_bias = None
-    if ctx.input_dtype is not None and ctx.needs_input_grad[15]:
+    if ctx.input_dtype is not None and needed.ste_input:
         weight = (qdata, scale, row_scale, offsets)
         indices = (row_index, out_index, zero_point)
         grad_input = INPUT_GRAD_OP(grad, *weight, *ctx.weight_args, *indices).to(ctx.input_dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
+    if ctx.bias_dtype is not None and needed.bias:
         positions = torch.arange(grad.shape[0], device=grad.device)
         expert = torch.searchsorted(offsets.long(), positions, right=True)  # E for rows that belong to none
         sums = grad.new_zeros((offsets.shape[0] + 1, grad.shape[1]), dtype=torch.float32)
         ordered = grad if out_index is None else grad[out_index]
         grad_bias = sums.index_add(0, expert, ordered.float())[:-1].to(ctx.bias_dtype)
-    return (*(None,) * 5, grad_bias, *(None,) * 9, grad_input, None)
+    return gradients(GroupedArguments, bias=grad_bias, ste_input=grad_input)
 
 
 torch.library.register_autograd("intscale::w4a8_grouped_linear", _straight_through, setup_context=_save_weight)

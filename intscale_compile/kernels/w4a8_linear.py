@@ -21,20 +21,22 @@ from torch import Tensor
 
 from .. import format as fmt
 from ..errors import InputError
+from .arguments import (
+    AccumulateArguments,
+    LinearArguments,
+    form,
+    gradients,
+    operands,
+    schema,
+    stored,
+    takes,
+)
 from .cpu_gemm import accumulate_cpu
 from .dequantize import WEIGHT_OP, unpack_weight
 from .prepared import on_gpu
 
-WEIGHT_ARGS = "int out_features, int group_size, int scale_bits, str packing"
-torch.library.define(
-    "intscale::w4a8_accumulate",
-    f"(Tensor xq, Tensor qdata, Tensor scale, {WEIGHT_ARGS}, int abi, Tensor? zero_point=None) -> Tensor",
-)
-torch.library.define(
-    "intscale::w4a8_linear",
-    f"(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, {WEIGHT_ARGS}, "
-    "ScalarType dtype, int abi, Tensor? ste_input=None, bool overlap=False, Tensor? zero_point=None) -> Tensor",
-)
+torch.library.define("intscale::w4a8_accumulate", schema(AccumulateArguments))
+torch.library.define("intscale::w4a8_linear", schema(LinearArguments))
 ACCUMULATE_OP = torch.ops.intscale.w4a8_accumulate.default
 LINEAR_OP = torch.ops.intscale.w4a8_linear.default
 FOLD_SCALE_BITS = 4  # |q * scale| <= 8 * 15 fits int8
@@ -95,77 +97,72 @@ def apply_scales(
 
 
 @torch.library.impl("intscale::w4a8_accumulate", "CPU")
-def _accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point=None):
-    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
-    return accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing, zero_point)
+@takes(AccumulateArguments)
+def _accumulate_cpu(a: AccumulateArguments) -> Tensor:
+    check_operands(a.xq, *stored(a))
+    return accumulate_cpu(a.xq, a.qdata, a.scale, *form(a), a.zero_point)
 
 
 @on_gpu("intscale::w4a8_accumulate")
-def _accumulate_cuda(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point=None):
+@takes(AccumulateArguments)
+def _accumulate_cuda(a: AccumulateArguments) -> Tensor:
     from .triton_gemm import accumulate_cuda
 
-    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
-    return accumulate_cuda(xq, qdata, scale, out_features, group_size, scale_bits, packing, zero_point=zero_point)
+    check_operands(a.xq, *stored(a))
+    return accumulate_cuda(a.xq, a.qdata, a.scale, *form(a), zero_point=a.zero_point)
 
 
 @torch.library.register_fake("intscale::w4a8_accumulate")
-def _accumulate_fake(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point=None):
-    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
-    return xq.new_empty((*xq.shape[:-1], out_features), dtype=torch.int32)
+@takes(AccumulateArguments)
+def _accumulate_fake(a: AccumulateArguments) -> Tensor:
+    check_operands(a.xq, *stored(a))
+    return a.xq.new_empty((*a.xq.shape[:-1], a.out_features), dtype=torch.int32)
 
 
 @torch.library.impl("intscale::w4a8_linear", "CPU")
-def _linear_cpu(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None,
-    overlap=False, zero_point=None,
-):  # fmt: skip
-    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
-    acc = accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing, zero_point)
-    return apply_scales(acc, token_scale, row_scale, bias, dtype)
+@takes(LinearArguments)
+def _linear_cpu(a: LinearArguments) -> Tensor:
+    check_operands(a.xq, *stored(a))
+    acc = accumulate_cpu(a.xq, a.qdata, a.scale, *form(a), a.zero_point)
+    return apply_scales(acc, a.token_scale, a.row_scale, a.bias, a.dtype)
 
 
 @on_gpu("intscale::w4a8_linear")
-def linear_on_gpu(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None,
-    overlap=False, zero_point=None,
-):  # fmt: skip
+@takes(LinearArguments)
+def linear_on_gpu(a: LinearArguments) -> Tensor:
     """``intscale::w4a8_linear`` on a GPU, without the dispatcher."""
     from .triton_gemm import linear_cuda
 
-    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
-    return linear_cuda(
-        xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype,
-        overlap=overlap, zero_point=zero_point,
-    )  # fmt: skip
+    check_operands(a.xq, *stored(a))
+    return linear_cuda(*operands(a), *form(a), a.dtype, overlap=a.overlap, zero_point=a.zero_point)
 
 
 @torch.library.register_fake("intscale::w4a8_linear")
-def _linear_fake(
-    xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype, abi, ste_input=None,
-    overlap=False, zero_point=None,
-):  # fmt: skip
-    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
-    return xq.new_empty((*xq.shape[:-1], out_features), dtype=dtype)
+@takes(LinearArguments)
+def _linear_fake(a: LinearArguments) -> Tensor:
+    check_operands(a.xq, *stored(a))
+    return a.xq.new_empty((*a.xq.shape[:-1], a.out_features), dtype=a.dtype)
 
 
 def _save_weight(ctx, inputs, output):
-    xq, _, qdata, scale, row_scale, bias, out_features, group_size, _, packing, _, _, ste_input, _, zero_point = inputs
-    ctx.save_for_backward(qdata, scale, row_scale, zero_point)
-    ctx.weight_args = (out_features, xq.shape[-1], group_size, packing)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.input_dtype = None if ste_input is None else ste_input.dtype
+    a = LinearArguments(*inputs)
+    ctx.save_for_backward(a.qdata, a.scale, a.row_scale, a.zero_point)
+    ctx.weight_args = (a.out_features, a.xq.shape[-1], a.group_size, a.packing)
+    ctx.bias_dtype = None if a.bias is None else a.bias.dtype
+    ctx.input_dtype = None if a.ste_input is None else a.ste_input.dtype
 
 
 def _straight_through(ctx, grad):
     """``grad_x = grad @ W`` with the dequantized weight; rounding of the activation counts as the identity."""
+    needed = LinearArguments(*ctx.needs_input_grad)
     grad_input = grad_bias = None
-    if ctx.input_dtype is not None and ctx.needs_input_grad[12]:
+    if ctx.input_dtype is not None and needed.ste_input:
         *parts, zero_point = ctx.saved_tensors
         weight = WEIGHT_OP(*parts, *ctx.weight_args, grad.dtype, zero_point)
         grad_input = (grad @ weight).to(ctx.input_dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
+    if ctx.bias_dtype is not None and needed.bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return None, None, None, None, None, grad_bias, None, None, None, None, None, None, grad_input, None, None
+    return gradients(LinearArguments, bias=grad_bias, ste_input=grad_input)
 
 
 torch.library.register_autograd("intscale::w4a8_linear", _straight_through, setup_context=_save_weight)

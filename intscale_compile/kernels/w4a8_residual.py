@@ -9,21 +9,16 @@ the result. There is no gradient: the passes emit the op where nothing watches.
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .arguments import LinearAddArguments, form, operands, schema, stored, takes
 from .cpu_gemm import accumulate_cpu
 from .prepared import on_gpu
-from .w4a8_linear import WEIGHT_ARGS, apply_scales, check_operands
+from .w4a8_linear import apply_scales, check_operands
 
-torch.library.define(
-    "intscale::w4a8_linear_add",
-    "(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, Tensor residual, "
-    f"{WEIGHT_ARGS}, ScalarType dtype, int abi, bool overlap=False, Tensor? zero_point=None) -> Tensor",
-)
+torch.library.define("intscale::w4a8_linear_add", schema(LinearAddArguments))
 LINEAR_ADD_OP = torch.ops.intscale.w4a8_linear_add.default
 
 
@@ -37,42 +32,30 @@ def check_residual(xq: Tensor, residual: Tensor, out_features: int, dtype: torch
         )
 
 
-def _check(
-    xq: Tensor, qdata: Tensor, scale: Tensor, residual: Tensor, out_features: int, group_size: int, packing: str,
-    dtype: torch.dtype, zero_point: Optional[Tensor],
-) -> None:  # fmt: skip
-    check_operands(xq, qdata, scale, out_features, group_size, packing, zero_point)
-    check_residual(xq, residual, out_features, dtype)
+def _check(a: LinearAddArguments) -> None:
+    check_operands(a.xq, *stored(a))
+    check_residual(a.xq, a.residual, a.out_features, a.dtype)
 
 
 @torch.library.impl("intscale::w4a8_linear_add", "CPU")
-def _linear_add_cpu(
-    xq, token_scale, qdata, scale, row_scale, bias, residual, out_features, group_size, scale_bits, packing, dtype, abi,
-    overlap=False, zero_point=None,
-):  # fmt: skip
-    _check(xq, qdata, scale, residual, out_features, group_size, packing, dtype, zero_point)
-    acc = accumulate_cpu(xq, qdata, scale, out_features, group_size, scale_bits, packing, zero_point)
-    return apply_scales(acc, token_scale, row_scale, bias, dtype) + residual
+@takes(LinearAddArguments)
+def _linear_add_cpu(a: LinearAddArguments) -> Tensor:
+    _check(a)
+    acc = accumulate_cpu(a.xq, a.qdata, a.scale, *form(a), a.zero_point)
+    return apply_scales(acc, a.token_scale, a.row_scale, a.bias, a.dtype) + a.residual
 
 
 @on_gpu("intscale::w4a8_linear_add")
-def _linear_add_cuda(
-    xq, token_scale, qdata, scale, row_scale, bias, residual, out_features, group_size, scale_bits, packing, dtype, abi,
-    overlap=False, zero_point=None,
-):  # fmt: skip
+@takes(LinearAddArguments)
+def _linear_add_cuda(a: LinearAddArguments) -> Tensor:
     from .triton_gemm import linear_cuda
 
-    _check(xq, qdata, scale, residual, out_features, group_size, packing, dtype, zero_point)
-    return linear_cuda(
-        xq, token_scale, qdata, scale, row_scale, bias, out_features, group_size, scale_bits, packing, dtype,
-        overlap=overlap, zero_point=zero_point, residual=residual,
-    )  # fmt: skip
+    _check(a)
+    return linear_cuda(*operands(a), *form(a), a.dtype, overlap=a.overlap, zero_point=a.zero_point, residual=a.residual)
 
 
 @torch.library.register_fake("intscale::w4a8_linear_add")
-def _linear_add_fake(
-    xq, token_scale, qdata, scale, row_scale, bias, residual, out_features, group_size, scale_bits, packing, dtype, abi,
-    overlap=False, zero_point=None,
-):  # fmt: skip
-    _check(xq, qdata, scale, residual, out_features, group_size, packing, dtype, zero_point)
-    return xq.new_empty((*xq.shape[:-1], out_features), dtype=dtype)
+@takes(LinearAddArguments)
+def _linear_add_fake(a: LinearAddArguments) -> Tensor:
+    _check(a)
+    return a.xq.new_empty((*a.xq.shape[:-1], a.out_features), dtype=a.dtype)

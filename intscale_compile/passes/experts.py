@@ -21,6 +21,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, fx
 
+from ..kernels.arguments import GroupedArguments
 from ..kernels.w4a8_grouped import GROUPED_OP
 from ..ops import KERNEL_ABI, quantize_per_token, quantize_static
 from ..reasons import Reason
@@ -253,18 +254,28 @@ def _emit(
     node, packed = candidate.node, candidate.packed
     assert packed is not None
     recipe = recipe_of(candidate, rewrite)
-    *parts, zero_point = weight_inputs(rewrite, recipe, packed)
+    qdata, scale, row_scale, zero_point = weight_inputs(rewrite, recipe, packed)
     x, quantized, index = _quantized(rewrite, candidate, rows, offsets, row_index)
-    dtype = example(node).dtype
-    y = rewrite.call(
-        GROUPED_OP,
-        (
-            *(rewrite.item(quantized, 0, node), rewrite.item(quantized, 1, node), *parts, None, offsets),
-            *(packed.out_features, packed.group_size, packed.scale_bits, packed.packing_format, dtype, KERNEL_ABI),
-            *(index, out_index, straight_through(x, node, rows), zero_point),
-        ),
-        like=node,
+    arguments: Any = dict(
+        xq=rewrite.item(quantized, 0, node),
+        token_scale=rewrite.item(quantized, 1, node),
+        qdata=qdata,
+        scale=scale,
+        row_scale=row_scale,
+        bias=None,
+        offsets=offsets,
+        out_features=packed.out_features,
+        group_size=packed.group_size,
+        scale_bits=packed.scale_bits,
+        packing=packed.packing_format,
+        dtype=example(node).dtype,
+        abi=KERNEL_ABI,
+        row_index=index,
+        out_index=out_index,
+        ste_input=straight_through(x, node, rows),
+        zero_point=zero_point,
     )
+    y = rewrite.call(GROUPED_OP, tuple(GroupedArguments(**arguments)), like=node)
     y.meta["intscale_candidates"], y.meta["intscale_tensor"] = [candidate], packed
     return y
 

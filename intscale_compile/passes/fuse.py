@@ -14,6 +14,13 @@ from typing import Any, Optional
 import torch
 from torch import fx
 
+from ..kernels.arguments import (
+    DequantizeTokenArguments,
+    DequantizeWeightArguments,
+    LinearArguments,
+    arguments_of,
+    converted,
+)
 from ..kernels.w4a8_linear import LINEAR_OP
 from ..ops import KERNEL_ABI, dequantize, hadamard
 from .base import GraphRewrite, Pass, example
@@ -46,22 +53,22 @@ def _is_qdq(node: fx.Node) -> bool:
 
 def _replace(rewrite: GraphRewrite, node: fx.Node) -> None:
     x, weight, bias = node.args
-    xq, token_scale = x.args[:2]  # type: ignore[union-attr]
-    qdata, scale, row_scale, out_features, _, group_size, packing, dtype, zero_point = weight.args  # type: ignore[union-attr]
-    scale_bits = weight.meta["intscale_tensor"].scale_bits  # type: ignore[union-attr]
-    activation: Any = xq.args[0].args[0]  # type: ignore[union-attr]
+    xq, token_scale, _ = arguments_of(DequantizeTokenArguments, x)  # type: ignore[arg-type]
+    stored = arguments_of(DequantizeWeightArguments, weight)  # type: ignore[arg-type]
+    activation: Any = xq.args[0].args[0]  # type: ignore[attr-defined]
+    arguments = converted(
+        LinearArguments,
+        stored,
+        xq=xq,
+        token_scale=token_scale,
+        bias=bias,
+        scale_bits=weight.meta["intscale_tensor"].scale_bits,  # type: ignore[union-attr]
+        abi=KERNEL_ABI,
+        ste_input=straight_through(activation, node, _origin(rewrite, activation)),
+        overlap=True,  # a kernel of this graph quantizes the activation, so no writer of the weight is running
+    )
     with rewrite.graph.inserting_before(node):
-        fused = rewrite.call(
-            LINEAR_OP,
-            (
-                *(xq, token_scale, qdata, scale, row_scale, bias),
-                *(out_features, group_size, scale_bits, packing, dtype, KERNEL_ABI),
-                straight_through(activation, node, _origin(rewrite, activation)),
-                True,  # overlap: a kernel of this graph quantizes the activation, so no writer of the weight is running
-                zero_point,
-            ),
-            like=node,
-        )
+        fused = rewrite.call(LINEAR_OP, tuple(arguments), like=node)
     for key in ("intscale_candidates", "intscale_grad"):
         fused.meta[key] = node.meta[key]
     fused.meta["intscale_tensor"] = weight.meta["intscale_tensor"]  # type: ignore[union-attr]

@@ -18,6 +18,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, fx
 
+from ..kernels.arguments import GatedArguments, LinearArguments, arguments_of, converted
 from ..kernels.w4a8_gated import GATED_OP
 from ..kernels.w4a8_linear import LINEAR_OP
 from .base import GraphRewrite, Pass, example, writes_in_place
@@ -97,10 +98,15 @@ def _halved(piece: fx.Node, half: int) -> tuple[Optional[fx.Node], set[fx.Node]]
     if function_name(source) in SPLIT:
         linear, pieces = source.args[0], example(source)
         equal = isinstance(pieces, (tuple, list)) and len(pieces) == 2 and isinstance(index, int) and index % 2 == half
-        found = equal and _is_linear(linear) and all(p.shape[-1] * 2 == linear.args[6] for p in pieces)
+        found = equal and _is_linear(linear) and all(p.shape[-1] * 2 == _rows(linear) for p in pieces)
         return (linear if found else None), {source}
-    found = _is_linear(source) and _takes_half(index, half, source.args[6])
+    found = _is_linear(source) and _takes_half(index, half, _rows(source))
     return (source if found else None), {piece}
+
+
+def _rows(linear: fx.Node) -> int:
+    """Output features of a fused linear."""
+    return arguments_of(LinearArguments, linear).out_features
 
 
 def _is_linear(node: Any) -> bool:
@@ -118,9 +124,10 @@ def _takes_half(index: Any, half: int, features: int) -> bool:
 
 def unwatched(linear: fx.Node) -> bool:
     """Whether no gradient will flow through the linear: the ops that it becomes a part of have none."""
-    bias = example(linear.args[5])
+    arguments = arguments_of(LinearArguments, linear)
+    bias = example(arguments.bias)
     trains = isinstance(bias, Tensor) and bias.requires_grad and linear.meta["intscale_grad"]
-    return linear.args[12] is None and not trains
+    return arguments.ste_input is None and not trains
 
 
 def tokens_hint(value: Any) -> Optional[int]:
@@ -133,7 +140,7 @@ def tokens_hint(value: Any) -> Optional[int]:
 def _worthwhile(rewrite: GraphRewrite, linear: fx.Node) -> bool:
     value = example(linear)
     forced = "gated_activation" in rewrite.settings.force_passes
-    if linear.args[6] % (2 * TILE_ROWS) or not forced and value.device.type != "cuda":  # type: ignore[operator]
+    if _rows(linear) % (2 * TILE_ROWS) or not forced and value.device.type != "cuda":
         return False
     hint = tokens_hint(value)
     least = LEAST_TOKENS if forced or rewrite.cuda_graphs else LEAST_TOKENS_WITHOUT_GRAPHS
@@ -141,10 +148,9 @@ def _worthwhile(rewrite: GraphRewrite, linear: fx.Node) -> bool:
 
 
 def _replace(rewrite: GraphRewrite, product: fx.Node, linear: fx.Node, activation: str) -> None:
-    *operands, out_features, group_size, scale_bits, packing, dtype, abi, _, overlap, zero_point = linear.args
-    form = (out_features, group_size, scale_bits, packing, dtype, abi, overlap, zero_point)
+    arguments = converted(GatedArguments, arguments_of(LinearArguments, linear), activation=activation)
     with rewrite.graph.inserting_before(linear):
-        gated = rewrite.call(GATED_OP, (*operands, activation, *form), like=linear)
+        gated = rewrite.call(GATED_OP, tuple(arguments), like=linear)
     for key in ("intscale_candidates", "intscale_grad", "intscale_tensor"):
         gated.meta[key] = linear.meta[key]
     product.replace_all_uses_with(gated)

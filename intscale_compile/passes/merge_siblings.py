@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from ..integrations.torch import is_static_input
+from ..kernels.arguments import DequantizeWeightArguments, arguments_of
 from ..ops import dequantize
 from .base import EXAMPLE, GraphRewrite, Pass, example, weight_recipe
 from .insert_qdq import dequantized_weight
@@ -75,9 +76,14 @@ def _sibling_key(rewrite: GraphRewrite, node: fx.Node) -> Optional[tuple]:
         tensor.packing_format,
         tensor.scale.dtype,
         weight_recipe(weight).config == rewrite.settings.config,  # type: ignore[arg-type]
-        weight.args[7],  # type: ignore[union-attr]
+        _stored(node).dtype,
         node.meta["intscale_grad"],
     )
+
+
+def _stored(node: fx.Node) -> DequantizeWeightArguments:
+    """The arguments of the ``dequantize_weight`` node that a linear in Q/DQ form reads."""
+    return arguments_of(DequantizeWeightArguments, node.args[1])  # type: ignore[arg-type]
 
 
 def _by_bias_dtype(group: list[fx.Node]) -> Iterable[list[fx.Node]]:
@@ -103,13 +109,13 @@ def _bias_source(rewrite: GraphRewrite, bias: object, node: fx.Node) -> Optional
 
 def _merge(rewrite: GraphRewrite, group: list[fx.Node]) -> None:
     first = group[0]
-    x, first_weight, _ = first.args
+    x, dtype = first.args[0], _stored(first).dtype
     recipe: Packed = merged([weight_recipe(node.args[1]) for node in group])  # type: ignore[arg-type]
     packed = recipe.resolve(rewrite.example_inputs)
-    sizes: list[Any] = [node.args[1].args[3] for node in group]  # type: ignore[union-attr]
+    sizes: list[Any] = [_stored(node).out_features for node in group]
     with rewrite.graph.inserting_before(first):
         bias = _joined_bias(rewrite, group, sizes)
-        weight = dequantized_weight(rewrite, recipe, packed, first_weight.args[7], first)  # type: ignore[union-attr, arg-type]
+        weight = dequantized_weight(rewrite, recipe, packed, dtype, first)
         y = rewrite.call(torch.nn.functional.linear, (x, weight, bias), like=first)
         pieces = rewrite.call(torch.split, (y, sizes), {"dim": -1}, like=first)
     candidates = [c for node in group for c in node.meta["intscale_candidates"]]

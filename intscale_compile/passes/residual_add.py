@@ -15,6 +15,7 @@ from typing import Optional
 import torch
 from torch import Tensor, fx
 
+from ..kernels.arguments import LinearAddArguments, LinearArguments, arguments_of, converted
 from ..kernels.w4a8_linear import LINEAR_OP
 from ..kernels.w4a8_residual import LINEAR_ADD_OP
 from .base import GraphRewrite, Pass, example
@@ -74,11 +75,10 @@ def _calls_the_op(rewrite: GraphRewrite, linear: fx.Node, tokens: int) -> bool:
 
 
 def _replace(rewrite: GraphRewrite, addition: fx.Node, linear: fx.Node) -> None:
-    *operands, out_features, group_size, scale_bits, packing, dtype, abi, _, overlap, zero_point = linear.args
     residual = next((node for node in addition.args if node is not linear), None)
-    form = (out_features, group_size, scale_bits, packing, dtype, abi, overlap, zero_point)
+    arguments = converted(LinearAddArguments, arguments_of(LinearArguments, linear), residual=residual)
     with rewrite.graph.inserting_before(addition):
-        fused = rewrite.call(LINEAR_ADD_OP, (*operands, residual, *form), like=linear)
+        fused = rewrite.call(LINEAR_ADD_OP, tuple(arguments), like=linear)
     for key in ("intscale_candidates", "intscale_grad", "intscale_tensor"):
         fused.meta[key] = linear.meta[key]
     addition.replace_all_uses_with(fused)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedOpError
 from ..integrations.torch_state import differentiates
+from ..kernels.arguments import GroupedArguments
 from ..kernels.quantize_per_token import check_activation
 from ..kernels.w4a8_grouped import GROUPED_OP
 from ..ops import KERNEL_ABI
@@ -73,23 +74,25 @@ def grouped_linear(
             return y
     xq, token_scale, watched = quantize_activation(x, weight.rotation, static)
     return GROUPED_OP(
-        xq,
-        token_scale,
-        weight.qdata,
-        weight.scale,
-        weight.per_tensor_scale,
-        bias,
-        offsets,
-        weight.out_features,
-        weight.group_size,
-        weight.scale_bits,
-        weight.packing_format,
-        x.dtype,
-        KERNEL_ABI,
-        row_index,
-        out_index,
-        watched,
-        weight.zero_point,
+        *GroupedArguments(
+            xq=xq,
+            token_scale=token_scale,
+            qdata=weight.qdata,
+            scale=weight.scale,
+            row_scale=weight.per_tensor_scale,
+            bias=bias,
+            offsets=offsets,
+            out_features=weight.out_features,
+            group_size=weight.group_size,
+            scale_bits=weight.scale_bits,
+            packing=weight.packing_format,
+            dtype=x.dtype,
+            abi=KERNEL_ABI,
+            row_index=row_index,
+            out_index=out_index,
+            ste_input=watched,
+            zero_point=weight.zero_point,
+        )
     )
 
 

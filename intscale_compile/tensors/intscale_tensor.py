@@ -13,6 +13,7 @@ from .. import format as fmt
 from ..config import IntScaleConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedOpError
 from ..integrations.torchao import check_unpickled
+from ..kernels.arguments import DequantizeWeightArguments
 from ..kernels.dequantize import WEIGHT_OP
 from ..kernels.hadamard import hadamard_transform
 from ..stored_files import reading
@@ -271,17 +272,18 @@ class IntScaleTensor(TorchAOBaseTensor):
         It is the weight that multiplies the activation as it comes: a rotation and an input order are undone.
         """
         dtype = self.dtype if output_dtype is None else output_dtype
-        dense = WEIGHT_OP(
-            self.qdata,
-            self.scale,
-            self.per_tensor_scale,
-            self.out_features,
-            self.in_features,
-            self.group_size,
-            self.packing_format,
-            torch.float32 if self.rotation else dtype,
-            self.zero_point,
+        arguments = DequantizeWeightArguments(
+            qdata=self.qdata,
+            scale=self.scale,
+            row_scale=self.per_tensor_scale,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            group_size=self.group_size,
+            packing=self.packing_format,
+            dtype=torch.float32 if self.rotation else dtype,
+            zero_point=self.zero_point,
         )
+        dense = WEIGHT_OP(*arguments)
         if self.rotation:
             dense = hadamard_transform(dense, self.rotation).to(dtype)
         if self.input_order is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..integrations.torch_state import differentiates
+from ..kernels.arguments import LinearArguments
 from ..kernels.hadamard import HADAMARD_OP, HADAMARD_QUANTIZE_OP
 from ..kernels.quantize_per_token import OP as QUANTIZE_OP
 from ..kernels.quantize_per_token import check_activation, quantize_per_token_aten
@@ -59,20 +60,22 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
         return transformed(linear, x, weight, bias)
     xq, token_scale, watched = quantize_activation(x, weight.rotation, weight.activation_scale, weight.input_order)
     return LINEAR_OP(
-        xq,
-        token_scale,
-        weight.qdata,
-        weight.scale,
-        weight.per_tensor_scale,
-        bias,
-        weight.out_features,
-        weight.group_size,
-        weight.scale_bits,
-        weight.packing_format,
-        _result_dtype(x),
-        KERNEL_ABI,
-        watched,
-        zero_point=weight.zero_point,
+        *LinearArguments(
+            xq=xq,
+            token_scale=token_scale,
+            qdata=weight.qdata,
+            scale=weight.scale,
+            row_scale=weight.per_tensor_scale,
+            bias=bias,
+            out_features=weight.out_features,
+            group_size=weight.group_size,
+            scale_bits=weight.scale_bits,
+            packing=weight.packing_format,
+            dtype=_result_dtype(x),
+            abi=KERNEL_ABI,
+            ste_input=watched,
+            zero_point=weight.zero_point,
+        )
     )
 
 

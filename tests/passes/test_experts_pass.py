@@ -9,6 +9,7 @@ from torchao.quantization import quantize_
 
 import intscale_compile
 from intscale_compile import IntScaleConfig, IntScaleTensor, linears_and_experts
+from intscale_compile.kernels.arguments import GroupedArguments, arguments_of
 from intscale_compile.kernels.w4a8_grouped import GROUPED_OP
 from intscale_compile.ops import quantize_per_token
 from intscale_compile.passes import PASSES, apply_passes
@@ -70,7 +71,7 @@ def test_tokens_are_quantized_once_and_never_gathered(implementation):
     first, second = (node for node in rewrite.graph.nodes if node.target is quantize_per_token.OP)
     assert first.args[0].meta["example_value"].shape[0] == 6 and second.args[0].meta["example_value"].shape[0] == 12
     ops = [node for node in rewrite.graph.nodes if node.target is GROUPED_OP]
-    assert ops[0].args[13] is not None
+    assert arguments_of(GroupedArguments, ops[0]).row_index is not None
     sorts = count(rewrite, torch.sort)
     assert sorts == 1, "the ids of a layer are sorted once"
     assert not any("grouped_mm" in str(n.target) or n.target is torch.bmm for n in rewrite.graph.nodes)
@@ -94,7 +95,7 @@ def test_rows_written_after_the_gather_are_not_read_behind_it():
         x = torch.randn(3, 64, dtype=torch.bfloat16)
         rewrite = rewritten(module, x, index, offsets)
         (op,) = (node for node in rewrite.graph.nodes if node.target is GROUPED_OP)
-        assert op.args[13] is None
+        assert arguments_of(GroupedArguments, op).row_index is None
         assert sqnr(module(x, index, offsets), run(rewrite)[0]) > 10
 
 
