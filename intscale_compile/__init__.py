@@ -35,6 +35,7 @@ from .importing.model import from_quantized
 from .importing.torchao_tensors import convert_from_torchao
 from .integrations.transformers import register_experts_implementation
 from .parallel import dtensor_ops  # noqa: F401  (registration)
+from .passes.kept import refresh
 from .quantization import quantize
 from .saving.checkpoint import load_safetensors, register, save_pretrained, save_safetensors
 from .saving.integrity import verify_checkpoint
@@ -60,6 +61,7 @@ __all__ = [
     "load_safetensors",
     "prepare_for_generation",
     "quantize",
+    "refresh",
     "save_compressed_tensors",
     "save_pretrained",
     "save_safetensors",

@@ -25,6 +25,7 @@ from .errors import ConfigError
 from .integrations.torch import local_tensor
 from .ops import register_inductor
 from .passes import GraphRewrite
+from .passes.kept import forget_all
 from .tensors.intscale_tensor import IntScaleTensor
 
 if TYPE_CHECKING:
@@ -84,6 +85,9 @@ def intscale(
     report(remember(recorder, rewrite, mode, patches, files()))
     rewrite.release()
     return compiled
+
+
+intscale.reset = forget_all  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
 
 
 def collectives_pass(

@@ -19,7 +19,7 @@ from intscale_compile.compile.binding import bind, rewrite_graph
 from intscale_compile.compile.options import parse_options
 from intscale_compile.errors import ConfigError
 from intscale_compile.passes import PASSES
-from intscale_compile.passes.packed_weights import _kept
+from intscale_compile.passes.kept import _kept
 from intscale_compile.tensors.linear import linear
 
 
@@ -55,14 +55,14 @@ def compiled(model, **kwargs):
     return torch.compile(model, backend="intscale", fullgraph=True, **kwargs)
 
 
-def rewritten(model, **options):
+def rewritten(model, fullgraph=True, **options):
     """The rewritten graph run op by op: what the passes made, without Inductor's compile time."""
     settings, _ = parse_options(None, options)
 
     def backend(gm, example_inputs):
         return bind(rewrite_graph(gm, example_inputs, settings), lambda graph, _: graph.forward)
 
-    return torch.compile(model, backend=backend, fullgraph=True)
+    return torch.compile(model, backend=backend, fullgraph=fullgraph)
 
 
 def w4a8(x, weight, bias=None, config=None):

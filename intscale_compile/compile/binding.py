@@ -1,8 +1,8 @@
 """Dynamo's graph before and after the passes: a copy to work on, and the compiled result behind the original signature.
 
 A compiled graph takes codes and scales as inputs, not as frozen constants. At each call the parameters that the caller
-passes decide which packed tensors go in (:mod:`~intscale_compile.passes.packed_weights`): an update in place, a parameter
-exchanged, or one graph shared by many layers (regional compilation) therefore never meets stale weights.
+passes decide which packed tensors go in (:mod:`~intscale_compile.passes.packed_weights`), also where one graph is shared by
+many layers (regional compilation). What is noticed when a parameter changes: :mod:`~intscale_compile.passes.kept`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import torch
 from torch import Tensor, fx
 from torch._C import DisableTorchFunctionSubclass
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import CompileError
 from ..integrations.torch import copy_source
+from ..kernels.fingerprint import Sample
 from ..passes import PASSES, GraphRewrite, apply_passes
 from ..passes.base import Observer
+from ..passes.gpu_samples import GpuSamples
+from ..passes.kept import forgotten, gpu_samples, parts_of, samples_of, state_of_weight
 from ..passes.local_shards import takes_shards
-from ..passes.packed_weights import version_of
 from ..passes.settings import Settings
 from ..reasons import log_once
 from ..tensors.intscale_tensor import IntScaleTensor
@@ -32,6 +35,7 @@ from .weight_guards import keep_outer_guards
 
 log = logging.getLogger("intscale_compile")
 _plain_version = operator.attrgetter("_version")
+_address = Tensor.data_ptr
 
 
 def rewrite_graph(
@@ -117,26 +121,42 @@ class _Binding:
     """The packed inputs for one set of weights.
 
     Attributes:
-        versions: of the weights whose data the packed inputs are copies of, from the arguments of a call.
-        bound: what ``versions`` gave when the copies were made.
+        states: of the weights whose data the packed inputs are copies of, from the arguments of a call.
+        bound: what ``states`` gave when the copies were made.
+        samples: of the memory of those weights that are on a CPU.
+        gpus: what watches those on GPUs, each with what its ``look`` returned.
+        forgotten: how often kept copies were forgotten before.
         values: packed inputs that are not inner tensors of a weight themselves.
         pick: takes the inputs of the compiled graph out of ``(*args, *inner tensors of the weights, *values)``.
         alive: weak references that drop this binding when a weight is gone.
     """
 
-    versions: Callable[[Sequence[Any]], tuple]
+    states: Callable[[Sequence[Any]], tuple]
     bound: tuple
+    samples: list[Sample]
+    gpus: dict[GpuSamples, int]
+    forgotten: int
     values: list[Tensor]
     pick: Callable[[Sequence[Any]], tuple]
     alive: list[weakref.ref]
+
+    def holds(self, args: Sequence[Any]) -> bool:
+        """Whether the copies are those of the weights as they are."""
+        for gpu, seen in self.gpus.items():
+            self.gpus[gpu] = gpu.look(seen)
+        return (
+            self.forgotten == forgotten()
+            and self.states(args) == self.bound
+            and all([sample.same() for sample in self.samples])
+        )
 
 
 class BoundGraph:
     """A compiled graph behind the signature of the original one: swaps weights for packed tensors at each call.
 
     A call looks at the identity of every inner tensor of its weights. Packed inputs that are these tensors, or that they
-    are row slices of, see every write; versions are asked only where a packed input is a copy. What was bound for one
-    set of weights is found again when the graph serves many layers.
+    are row slices of, see every write; where a packed input is a copy, a call asks whether the weight has changed. What was
+    bound for one set of weights is found again when the graph serves many layers.
 
     Args:
         kept: indices of the original inputs that the compiled graph still takes.
@@ -169,7 +189,7 @@ class BoundGraph:
         with DisableTorchFunctionSubclass():  # otherwise each attribute of a tensor subclass costs some microseconds
             inner = self._inner(args)
             binding = self._bindings.get((*map(id, inner), *map(id, self._plain(args))))
-            if binding is None or binding.versions(args) != binding.bound:
+            if binding is None or not binding.holds(args):
                 binding = self._bind(args)
                 inner = self._inner(args)  # binding may have exchanged inner tensors for slices of merged ones
             return binding.pick((*args, *inner, *binding.values))
@@ -185,22 +205,27 @@ class BoundGraph:
         return [part for parts, weight in zip(self._parts, self._quantized(args)) for part in parts(weight)]
 
     def _bind(self, args: Sequence[Any]) -> _Binding:
-        given, copied = [], set()
+        given, copied = [], _Copied(args)
+        before = forgotten()
         for recipe, part in self._packed:
             value = recipe.resolve(args)
             given.append(value if part is None else getattr(value, part))
-            copied |= _copied(given[-1], recipe, part, args)
+            copied.add(given[-1], recipe, part)
         self._check(given)
         inner, plain = self._inner(args), self._plain(args)
         place = {id(tensor): len(args) + i for i, tensor in enumerate(inner)}
         values = [value for value in given if id(value) not in place]
         place.update((id(value), len(args) + len(inner) + i) for i, value in enumerate(values))
-        versions = _version_getter(sorted(copied), args)
+        weights = copied.weights()
+        states = copied.states()
         key = (*map(id, inner), *map(id, plain))
         forget = lambda _, key=key: self._bindings.pop(key, None)  # noqa: E731
         binding = _Binding(
-            versions,
-            versions(args),
+            states,
+            states(args),
+            samples_of(weights),
+            {gpu: gpu.started for gpu in gpu_samples(part for weight in weights for part in parts_of(weight))},
+            before,
             values,
             _picker([*self._kept, *(place[id(value)] for value in given)]),
             [weakref.ref(tensor, forget) for tensor in (*inner, *plain)],
@@ -233,22 +258,42 @@ def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:
     return lambda entries: tuple(entries[i] for i in indices)
 
 
-def _copied(value: Tensor, recipe: Any, part: Optional[str], args: Sequence[Any]) -> set[int]:
-    """Indices of the inputs that ``value`` is a copy of, so that it does not see a write to them."""
-    memory = value.untyped_storage().data_ptr()
-    copied = set()
-    for source in recipe.sources:
-        weight = source.tensor(args)
-        inner = getattr(weight, part) if part is not None and isinstance(weight, IntScaleTensor) else None
-        shared = inner is not None and inner.untyped_storage().data_ptr() == memory
-        if source.index is not None and not shared:
-            copied.add(source.index)
-    return copied
+class _Copied:
+    """The weights that packed inputs are copies of, so that these do not see a write to them."""
+
+    def __init__(self, args: Sequence[Any]):
+        self._args = args
+        self._indices: set[int] = set()
+        self._constants: dict[int, Tensor] = {}
+
+    def add(self, value: Tensor, recipe: Any, part: Optional[str]) -> None:
+        """Note the sources of ``recipe`` that ``value`` shares no memory with."""
+        memory = value.untyped_storage().data_ptr()
+        for source in recipe.sources:
+            weight = source.tensor(self._args)
+            inner = getattr(weight, part) if part is not None and isinstance(weight, IntScaleTensor) else None
+            if inner is not None and inner.untyped_storage().data_ptr() == memory:
+                continue
+            if source.index is None:
+                self._constants[id(weight)] = weight
+            else:
+                self._indices.add(source.index)
+
+    def weights(self) -> list[Tensor]:
+        """The weights of this call."""
+        return [*(self._args[i] for i in sorted(self._indices)), *self._constants.values()]
+
+    def states(self) -> Callable[[Sequence[Any]], tuple]:
+        """A function from the arguments of a call to the states of the weights."""
+        pick, constants = _picker(sorted(self._indices)), tuple(self._constants.values())
+        if all(_counts_writes(weight) for weight in self.weights()):  # without a call of ours for each
+            return lambda args: _plain_states((*pick(args), *constants))
+        return lambda args: tuple(map(state_of_weight, (*pick(args), *constants)))
 
 
-def _version_getter(indices: Sequence[int], args: Sequence[Any]) -> Callable[[Sequence[Any]], tuple]:
-    """A function from the arguments of a call to the versions of those at ``indices``."""
-    pick = _picker(indices)
-    if any(isinstance(args[i], IntScaleTensor) or args[i].is_inference() for i in indices):
-        return lambda args: tuple(map(version_of, pick(args)))
-    return lambda args: tuple(map(_plain_version, pick(args)))
+def _counts_writes(weight: Tensor) -> bool:
+    return not isinstance(weight, (IntScaleTensor, FakeTensor)) and not weight.is_inference()
+
+
+def _plain_states(weights: Sequence[Tensor]) -> tuple:
+    return tuple(map(_plain_version, weights)), tuple(map(_address, weights))

@@ -1,6 +1,8 @@
 """The int32 accumulator on a CPU: oneDNN's int8 product over weights that are unpacked once and kept as int8.
 
-A weight costs one more byte per code while it is in use on a CPU. `benchmarks/cpu.py` compares with fp32.
+A weight costs one more byte per code while it is in use on a CPU. `benchmarks/cpu.py` compares with fp32. It is unpacked anew
+when an exchanged part, an address, a version or a sample of its memory says that it changed (:mod:`~.fingerprint`); after a
+write to single rows or elements that PyTorch does not count, call ``intscale_compile.refresh(model)``.
 """
 
 from __future__ import annotations
@@ -14,13 +16,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import format as fmt
 from .dequantize import unpack_weight
+from .fingerprint import sample_of, state_of
 
 _unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _version(tensor: Tensor) -> int:
-    """Changes when ``tensor`` is written to; inference tensors do not count, for them only ``forget`` helps."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def forget(qdata: Tensor) -> None:
@@ -29,6 +27,11 @@ def forget(qdata: Tensor) -> None:
         memory = qdata.untyped_storage().data_ptr()
         for kept in [key for key in _unpacked if key.untyped_storage().data_ptr() == memory]:
             del _unpacked[kept]
+
+
+def forget_all() -> None:
+    """Drop everything that was unpacked."""
+    _unpacked.clear()
 
 
 @functools.lru_cache(maxsize=1)
@@ -63,6 +66,33 @@ def _int8_weight(
     return codes.contiguous(), plain_scale
 
 
+class _Unpacked:
+    """Unpacked matrices by expert, and the state of the weight that they are of: no reference to its codes."""
+
+    __slots__ = ("_others", "_states", "_samples", "_fold", "matrices")
+
+    def __init__(self, qdata: Tensor, scale: Tensor, zero_point: Optional[Tensor], fold: bool):
+        self.matrices: dict[int, tuple[Tensor, Tensor]] = {}
+        self._others, self._fold = (scale, zero_point), fold
+        self._states = _states(qdata, scale, zero_point)
+        parts = (qdata, scale) if zero_point is None else (qdata, scale, zero_point)
+        self._samples = [sample for part in parts if (sample := sample_of(part)) is not None]
+
+    def of(self, qdata: Tensor, scale: Tensor, zero_point: Optional[Tensor], fold: bool) -> bool:
+        """Whether this is the weight, with the values that it had."""
+        return (
+            self._others[0] is scale
+            and self._others[1] is zero_point
+            and self._fold == fold
+            and self._states == _states(qdata, scale, zero_point)
+            and all([sample.same() for sample in self._samples])
+        )
+
+
+def _states(qdata: Tensor, scale: Tensor, zero_point: Optional[Tensor]) -> tuple:
+    return state_of(qdata), state_of(scale), None if zero_point is None else state_of(zero_point)
+
+
 def _kept_weight(
     qdata: Tensor, scale: Tensor, zero_point: Optional[Tensor], expert: int, out_features: int, group_size: int, packing: str,
     fold: bool,
@@ -73,14 +103,12 @@ def _kept_weight(
         matrix = (qdata[expert], scale[expert], None if zero_point is None else zero_point[expert])
     if qdata.dtype == torch.int8 and packing == "plain":  # ready for use; to keep it here would keep it alive for ever
         return _int8_weight(*matrix, out_features, group_size, packing, fold)
-    versions = (_version(qdata), _version(scale), None if zero_point is None else _version(zero_point))
     kept = _unpacked.get(qdata)
-    same = kept is not None and kept[0] == versions and kept[1][0] is scale and kept[1][1] is zero_point
-    if not same or kept[2] != fold:
-        kept = _unpacked[qdata] = (versions, (scale, zero_point), fold, {})
-    if expert not in kept[3]:
-        kept[3][expert] = _int8_weight(*matrix, out_features, group_size, packing, fold)
-    return kept[3][expert]
+    if kept is None or not kept.of(qdata, scale, zero_point, fold):
+        kept = _unpacked[qdata] = _Unpacked(qdata, scale, zero_point, fold)
+    if expert not in kept.matrices:
+        kept.matrices[expert] = _int8_weight(*matrix, out_features, group_size, packing, fold)
+    return kept.matrices[expert]
 
 
 def accumulate_cpu(

@@ -27,7 +27,8 @@ from ..ops import KERNEL_ABI, quantize_per_token, quantize_static
 from ..reasons import Reason
 from .base import Candidate, GraphRewrite, Pass, example, writes_in_place
 from .fuse import straight_through
-from .insert_qdq import pack, recipe_of, rotated, static_scale, weight_inputs
+from .insert_qdq import decline, pack, recipe_of, rotated, static_scale, weight_inputs
+from .layout import take, values_if_contiguous
 from .match import (
     MATMUL,
     TRANSPOSES,
@@ -83,8 +84,13 @@ def experts(rewrite: GraphRewrite) -> int:
             candidate.transposed, candidate.tokens = product.transposed, _rows(product)
             candidate.reason = reason_against(candidate, weights, candidate.node.meta["intscale_grad"])
             if candidate.reason is None and pack(rewrite, candidate):
-                _replace(rewrite, candidate, product, orders)
-                done += 1
+                values = values_if_contiguous(rewrite, candidate.node)
+                if values is None:
+                    decline(candidate)
+                else:
+                    take(rewrite, candidate.node, values)
+                    _replace(rewrite, candidate, product, orders)
+                    done += 1
         elif not holds_experts(candidate.node, candidate.name):
             candidate.reason = Reason.UNKNOWN_FORM
         if candidate.reason is not None:

@@ -5,8 +5,9 @@
 
 Matches merged projections and fused ones (Phi-3), halves made by ``split``, ``chunk`` or slices, SiLU and both forms of
 GELU, and either order of the product. The gate must be the first half, and nothing else may read what disappears. Left
-alone: halves that are not whole tiles of 64 rows, graphs that autograd watches, few tokens, tensors that are not on a GPU
-(unless ``intscale.force_passes`` names this pass).
+alone: halves that are not whole tiles of 64 rows, graphs that autograd watches, few tokens, products whose strides are not
+those of a new tensor and may be looked at (:mod:`.layout`), tensors that are not on a GPU (unless
+``intscale.force_passes`` names this pass).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..kernels.arguments import GatedArguments, LinearArguments, arguments_of, c
 from ..kernels.w4a8_gated import GATED_OP
 from ..kernels.w4a8_linear import LINEAR_OP
 from .base import GraphRewrite, Pass, example, writes_in_place
+from .layout import take, values_if_contiguous
 from .match import function_name
 
 # Below, half the output is nothing, and Inductor makes SiLU * mul and the quantization behind it one small kernel. At 2048
@@ -44,7 +46,9 @@ def gated_activation(rewrite: GraphRewrite) -> int:
     done = 0
     for node in list(rewrite.graph.nodes):
         match = _match(node) if node.target in PRODUCT else None
-        if match is not None and _worthwhile(rewrite, match[0]):
+        values = values_if_contiguous(rewrite, node) if match and _worthwhile(rewrite, match[0]) else None
+        if match is not None and values is not None:
+            take(rewrite, node, values)
             _replace(rewrite, node, *match)
             done += 1
     return done

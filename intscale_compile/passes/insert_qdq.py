@@ -25,6 +25,7 @@ from ..ops import dequantize, hadamard, quantize_per_token, quantize_static
 from ..reasons import Reason, log_once
 from ..tensors.intscale_tensor import IntScaleTensor
 from .base import Candidate, GraphRewrite, Pass, example
+from .layout import Values, take, values_if_contiguous
 from .packed_weights import ActivationPart, Packed
 
 GATHER = torch.ops.aten.index_select.default  # of the features of an activation, by the input order of a weight
@@ -38,7 +39,11 @@ def insert_qdq(rewrite: GraphRewrite) -> int:
         candidate.x = replaced.get(candidate.x, candidate.x)  # type: ignore[arg-type]
         candidate.bias = replaced.get(candidate.bias, candidate.bias)  # type: ignore[arg-type]
         if candidate.reason is None and candidate.packed is None and pack(rewrite, candidate):
-            replaced[candidate.node] = _replace(rewrite, candidate)
+            values = values_if_contiguous(rewrite, candidate.node)
+            if values is None:
+                decline(candidate)
+            else:
+                replaced[candidate.node] = _replace(rewrite, candidate, values)
     return len(replaced)
 
 
@@ -64,10 +69,16 @@ def pack(rewrite: GraphRewrite, candidate: Candidate) -> bool:
     return candidate.packed is not None
 
 
-def _replace(rewrite: GraphRewrite, candidate: Candidate) -> fx.Node:
+def decline(candidate: Candidate) -> None:
+    """Leave a candidate alone whose readers may look at the strides of its result."""
+    candidate.packed, candidate.reason = None, Reason.STRIDES
+    log_once(logging.INFO, f"{candidate.name}: {Reason.STRIDES.value}")
+
+
+def _replace(rewrite: GraphRewrite, candidate: Candidate, values: Values) -> fx.Node:
     node, packed = candidate.node, candidate.packed
     assert packed is not None
-    result = example(node)
+    result = values.get(node, example(node))
     dtype = result.dtype if isinstance(result, torch.Tensor) else packed.dtype
     with rewrite.graph.inserting_before(node):
         x = rotated(rewrite, candidate.x, packed, node)
@@ -84,6 +95,7 @@ def _replace(rewrite: GraphRewrite, candidate: Candidate) -> fx.Node:
         y = rewrite.call(torch.nn.functional.linear, (x, weight, candidate.bias), like=node, value=result)
     y.meta["intscale_candidates"] = [candidate]
     y.meta["intscale_grad"] = node.meta.get("intscale_grad", torch.is_grad_enabled())
+    take(rewrite, node, values)
     node.replace_all_uses_with(y)
     rewrite.graph.erase_node(node)
     return y

@@ -4,11 +4,13 @@
     =>  y = linear(x, dequantize_weight(concatenated w), concatenated b);  y_i = split(y)[i]
 
 Matches two or more Q/DQ linears with the same dequantized activation and the same weight format, each with a constant
-bias or without. A sibling whose consumer views it in a way that a slice does not allow gets a copy.
+bias or without. A sibling whose readers may look at strides (:mod:`.layout`: ``as_strided``, a view that a slice does not
+allow, an operator of another library, a result of the graph) gets a copy, which has the strides that it had.
 """
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,29 +18,16 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from ..integrations.torch import is_static_input
 from ..kernels.arguments import DequantizeWeightArguments, arguments_of
 from ..ops import dequantize
-from .base import EXAMPLE, GraphRewrite, Pass, example, weight_recipe
+from ..reasons import log_once
+from .base import GraphRewrite, Pass, example, weight_recipe
 from .insert_qdq import dequantized_weight
+from .layout import take, values_with
 from .match import LINEAR
 from .packed_weights import ConcatenatedBias, Packed, WeightSource, merged
-
-VIEWS = {
-    "view",
-    "transpose",
-    "permute",
-    "unsqueeze",
-    "squeeze",
-    "t",
-    "getitem",
-    "view_as",
-    "chunk",
-    "split",
-    "unflatten",
-}
 
 
 def merge_siblings(rewrite: GraphRewrite) -> int:
@@ -141,35 +130,17 @@ def _joined_bias(rewrite: GraphRewrite, group: list[fx.Node], sizes: list[int]) 
 
 
 def _distribute(rewrite: GraphRewrite, group: list[fx.Node], pieces: fx.Node) -> None:
+    """Give the readers of each sibling its columns: a slice where nobody looks at strides, else a copy."""
     for i, node in enumerate(group):
         with rewrite.graph.inserting_before(node if i else pieces.next):
             piece = rewrite.call(operator.getitem, (pieces, i), like=node)
-            if not _views_allowed(rewrite, node, example(piece), {}):
-                piece = rewrite.graph.call_method("contiguous", (piece,))
-                rewrite.set_example(piece)
+            values = values_with(rewrite, node, example(piece))
+            if values is None:
+                piece = rewrite.call(torch.clone, (piece,), {"memory_format": torch.contiguous_format}, like=node)
+                name = node.meta["intscale_candidates"][0].name
+                log_once(
+                    logging.INFO, f"{name}: its part of a merged product is copied, since a reader may look at strides."
+                )
+        take(rewrite, node, values or {})
         node.replace_all_uses_with(piece)
         rewrite.graph.erase_node(node)
-        _views_allowed(rewrite, piece, example(piece), {}, update=True)
-
-
-def _views_allowed(rewrite: GraphRewrite, node: fx.Node, value: object, values: dict, update: bool = False) -> bool:
-    """Whether every chain of views on ``node`` still works when it is the strided ``value``; ``update`` their metadata."""
-    if value is None or rewrite.fake_mode is None:
-        return True
-    values[node] = value
-    for user in node.users:
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        if name not in VIEWS or any(n is not node and example(n) is None for n in user.all_input_nodes):
-            continue
-        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: values.get(n, example(n)))
-        try:
-            with rewrite.fake_mode, torch.no_grad(), enable_python_dispatcher():
-                function: Any = getattr(type(args[0]), name) if user.op == "call_method" else user.target
-                result = function(*args, **kwargs)
-        except (RuntimeError, ValueError):  # a view that these strides do not allow
-            return False
-        if update:
-            user.meta[EXAMPLE] = result
-        if not _views_allowed(rewrite, user, result, values, update):
-            return False
-    return True

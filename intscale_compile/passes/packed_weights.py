@@ -1,78 +1,28 @@
 """Packed weights of a compiled graph, kept true to the parameters that they came from.
 
 A compiled graph takes codes and scales as inputs, not as frozen constants. At each call the parameters that the caller
-passes decide which packed tensors go in: an update in place, a parameter exchanged, or one graph shared by many layers
-(regional compilation) therefore never meets stale weights. Nothing is quantized twice for one parameter and version.
+passes decide which packed tensors go in, also where one graph is shared by many layers (regional compilation). Packed tensors
+that are copies are made anew when a parameter has changed; :mod:`~.kept` says what is noticed. Nothing is quantized twice for
+one state of a parameter.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import operator
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, cast
 
 import torch
 from torch import Tensor
-from torch._C import DisableTorchFunctionSubclass
 
 from ..config import IntScaleConfig
 from ..errors import CompileError
 from ..tensors.activation_parts import same_part
-from ..tensors.fields import DATA_NAMES
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.joined_rows import joined_in_place
 from ..tensors.operators import concatenate
-
-
-def version_of(tensor: Tensor) -> tuple:
-    """Something that changes when the tensor's values may have changed. Ask inside ``DisableTorchFunctionSubclass``."""
-    if isinstance(tensor, IntScaleTensor):  # a write through a slice moves only the wrapper's version
-        parts = [part for part in _data(tensor) if part is not None]
-        return (_version(tensor), *map(id, parts), *map(_version, parts))
-    return (_version(tensor),)
-
-
-def _version(tensor: Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # inference tensors do not count
-        return 0
-
-
-_data = operator.attrgetter(*DATA_NAMES)
-
-
-def _anchor(tensor: Tensor) -> Tensor:
-    """What to hold a weak reference to: ``Module.to`` refuses to exchange a tensor subclass that has one."""
-    return tensor.qdata if isinstance(tensor, IntScaleTensor) else tensor
-
-
-@dataclass
-class _Kept:
-    sources: tuple[weakref.ref, ...]
-    versions: tuple
-    value: Any
-
-
-_kept: dict[tuple, _Kept] = {}
-
-
-def _remember(kind: str, tensors: Sequence[Tensor], how: tuple, make: Callable[[], Any]) -> Any:
-    """``make()``, kept until one of ``tensors`` changes or dies."""
-    anchors = [_anchor(t) for t in tensors]
-    key = (kind, tuple(map(id, anchors)), how)
-    with DisableTorchFunctionSubclass():
-        versions = tuple(version_of(t) for t in tensors)
-    kept = _kept.get(key)
-    if kept is not None and kept.versions == versions and all(r() is t for r, t in zip(kept.sources, anchors)):
-        return kept.value
-    value = make()
-    forget = lambda _, key=key: _kept.pop(key, None)  # noqa: E731
-    _kept[key] = _Kept(tuple(weakref.ref(t, forget) for t in anchors), versions, value)
-    return value
+from .kept import remember
 
 
 @dataclass(frozen=True)
@@ -119,7 +69,7 @@ class Packed:
             joined = joined_in_place(parts)
             if joined is not None:
                 return joined
-            return _remember("merged", parts, (), lambda: concatenate(parts, 0).replaced(transposed=False))
+            return remember("merged", parts, (), lambda: concatenate(parts, 0).replaced(transposed=False))
 
     def _quantized(self, source: WeightSource, tensor: Tensor, transposed: bool) -> IntScaleTensor:
         if isinstance(tensor, IntScaleTensor):
@@ -130,7 +80,7 @@ class Packed:
             packed = IntScaleTensor.from_hp(weight.mT if transposed else weight, self.config, name=source.name)
             return packed.detach()  # its data are no views of temporaries, so they can move into a merged weight
 
-        return _remember("quantized", [tensor], (transposed, dataclasses.astuple(self.config)), quantize)
+        return remember("quantized", [tensor], (transposed, dataclasses.astuple(self.config)), quantize)
 
 
 def merged(recipes: Sequence[Packed]) -> Packed:
@@ -204,7 +154,7 @@ class ConcatenatedBias:
         """The joined bias for the arguments of a call."""
         tensors = [source.tensor(args) for source in self.sources]
         with torch.no_grad():
-            return _remember("bias", tensors, (self.first_rows, self.rows), lambda: self._join(tensors))
+            return remember("bias", tensors, (self.first_rows, self.rows), lambda: self._join(tensors))
 
     def _join(self, tensors: Sequence[Tensor]) -> Tensor:
         joined = tensors[0].detach().new_zeros(self.rows)

@@ -4,7 +4,8 @@
 
 Matches ``+`` and ``torch.add`` in either order, of equal shapes and dtypes, where nothing else reads the linear. Left alone:
 graphs that autograd watches, few tokens, linears that Inductor will compile from the template (it fuses the addition
-itself), tensors that are not on a GPU (unless ``intscale.force_passes`` names this pass).
+itself), sums whose strides are not those of a new tensor and may be looked at (:mod:`.layout`), tensors that are not on a GPU
+(unless ``intscale.force_passes`` names this pass).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..kernels.w4a8_linear import LINEAR_OP
 from ..kernels.w4a8_residual import LINEAR_ADD_OP
 from .base import GraphRewrite, Pass, example
 from .gated_activation import tokens_hint, unwatched
+from .layout import take, values_if_contiguous
 
 ADDITION = {operator.add, torch.add, "add"}
 LEAST_TOKENS = 256  # below, the norm's kernel is a launch and no traffic
@@ -30,7 +32,9 @@ def residual_add(rewrite: GraphRewrite) -> int:
     done = 0
     for node in list(rewrite.graph.nodes):
         linear = _match(node) if node.target in ADDITION else None
-        if linear is not None and _worthwhile(rewrite, linear):
+        values = values_if_contiguous(rewrite, node) if linear and _worthwhile(rewrite, linear) else None
+        if linear is not None and values is not None:
+            take(rewrite, node, values)
             _replace(rewrite, node, linear)
             done += 1
     return done

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..base import GraphRewrite, Pass, example
+from ..base import EXAMPLE, GraphRewrite, Pass, example
+from ..layout import computed, same_layout, take, values_with
 from .affine_mask import is_causal
 from .constant_mask import ConstantMasks, erase_unread, history, untouched
 from .decode_attention import ARGUMENTS, ATTENTION, before_repeat, erase_chain
@@ -64,7 +65,8 @@ def _drop_mask(rewrite: GraphRewrite, masks: ConstantMasks, node: fx.Node) -> bo
     kind = "causal" if _proved_causal(rewrite, mask, node) else masks.kind(mask)
     if kind is None:
         return False
-    _set(rewrite, node, attn_mask=None, is_causal=kind == "causal")
+    if not _set(rewrite, node, attn_mask=None, is_causal=kind == "causal"):
+        return False
     erase_unread(mask)
     return True
 
@@ -124,7 +126,8 @@ def _drop_repeat(rewrite: GraphRewrite, node: fx.Node) -> bool:
         return False
     if values[1].shape[:3] != values[2].shape[:3]:
         return False
-    _set(rewrite, node, key=k, value=v, enable_gqa=True)
+    if not _set(rewrite, node, key=k, value=v, enable_gqa=True):
+        return False
     for copy in repeated:
         erase_chain(rewrite, copy)
     return True
@@ -141,8 +144,12 @@ def _flash_can_read(x: Tensor) -> bool:
     )
 
 
-def _set(rewrite: GraphRewrite, node: fx.Node, **changed: Any) -> None:
-    """Give a call other arguments, in the place or under the name where they are."""
+def _set(rewrite: GraphRewrite, node: fx.Node, **changed: Any) -> bool:
+    """Give a call other arguments, in the place or under the name where they are.
+
+    False, and nothing is changed, where the result would have other strides and a reader may look at them.
+    """
+    before = node.args, node.kwargs
     args = list(node.args)
     for name, value in changed.items():
         position: Optional[int] = ARGUMENTS.index(name) if name in ARGUMENTS else None
@@ -152,5 +159,13 @@ def _set(rewrite: GraphRewrite, node: fx.Node, **changed: Any) -> None:
             node.kwargs = {**node.kwargs, name: value}
     node.args = tuple(args)
     old = example(node)
-    if isinstance(old, Tensor) and not old.requires_grad:
-        rewrite.set_example(node)
+    if isinstance(old, Tensor):
+        result = computed(rewrite, node, {})
+        values = {} if same_layout(old, result) else values_with(rewrite, node, result)
+        if values is None:
+            node.args, node.kwargs = before
+            return False
+        if not old.requires_grad:
+            node.meta[EXAMPLE] = result
+            take(rewrite, node, values)
+    return True

@@ -6,7 +6,8 @@
 Matches calls with one query token, no dropout and no causal flag, whose keys and values are the cache itself or the cache
 repeated for the query heads that share it (``x[:, :, None].expand(...).reshape(...)`` as in transformers, or
 ``repeat_interleave``). Left alone: CPU tensors (unless ``intscale.force_passes`` names this pass), calls that
-autograd watches, operands that the kernel does not support. The repeated copies die with their last reader.
+autograd watches, operands that the kernel does not support, results whose strides may be looked at and are not those of a new
+tensor (:mod:`..layout`). The repeated copies die with their last reader.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 from ...kernels.decode_attention import OP, unsupported
 from ...ops import KERNEL_ABI
 from ..base import GraphRewrite, Pass, example
+from ..layout import take, values_if_contiguous
 
 ATTENTION = {torch.nn.functional.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -30,7 +32,9 @@ def decode_attention(rewrite: GraphRewrite) -> int:
     done = 0
     for node in list(rewrite.graph.nodes):
         operands = _operands(rewrite, node) if node.target in ATTENTION else None
-        if operands is not None:
+        values = None if operands is None else values_if_contiguous(rewrite, node)
+        if operands is not None and values is not None:
+            take(rewrite, node, values)
             _replace(rewrite, node, *operands)
             done += 1
     return done
