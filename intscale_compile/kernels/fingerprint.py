@@ -20,11 +20,10 @@ SAMPLED_BYTES = PIECES * PIECE_BYTES
 
 
 class Pieces(NamedTuple):
-    """Where a tensor's memory is looked at: ``count`` pieces of ``size`` bytes, ``step`` bytes from one to the next."""
+    """Where a tensor's memory is looked at: ``words`` of 4 bytes in pieces of 64 bytes, ``step`` bytes from one to the next."""
 
     address: int
-    count: int
-    size: int
+    words: int
     step: int
 
 
@@ -52,8 +51,8 @@ def pieces_of(tensor: Tensor) -> Optional[Pieces]:
     if not address or whole <= 0:
         return None
     if whole <= SAMPLED_BYTES:
-        return Pieces(start, 1, whole, whole)
-    return Pieces(start, PIECES, PIECE_BYTES, (whole - PIECE_BYTES) // (PIECES - 1) // PIECE_BYTES * PIECE_BYTES)
+        return Pieces(start, whole // 4, PIECE_BYTES)
+    return Pieces(start, SAMPLED_BYTES // 4, (whole - PIECE_BYTES) // (PIECES - 1) // PIECE_BYTES * PIECE_BYTES)
 
 
 class Sample:
@@ -65,9 +64,10 @@ class Sample:
     __slots__ = ("_bytes", "_expected")
 
     def __init__(self, pieces: Pieces):
-        memory = (ctypes.c_char * (pieces.step * (pieces.count - 1) + pieces.size)).from_address(pieces.address)
-        shape, strides = (pieces.count, pieces.size), (pieces.step, 1)
-        self._bytes = np.ndarray(shape, np.uint8, memory, 0, strides).tobytes
+        together = pieces.step == PIECE_BYTES
+        shape = (1, 4 * pieces.words) if together else (PIECES, PIECE_BYTES)
+        memory = (ctypes.c_char * (pieces.step * (shape[0] - 1) + shape[1])).from_address(pieces.address)
+        self._bytes = np.ndarray(shape, np.uint8, memory, 0, (pieces.step, 1)).tobytes
         self._expected = self._bytes()
 
     def same(self) -> bool:

@@ -49,7 +49,7 @@ class GpuSamples:
         if pieces is None:
             return
         sample = torch.empty(self._gpu.words, dtype=torch.int32, device=self._device)
-        row = (pieces.address, pieces.step, pieces.count * pieces.size // 4, sample.data_ptr())
+        row = (pieces.address, pieces.step, pieces.words, sample.data_ptr())
         self._gpu.run(torch.tensor([row], dtype=torch.int64, device=self._device), self._flags, False)
         key = id(tensor)
         gone = weakref.ref(tensor, lambda _: self._drop(key))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..integrations.weight_updates import after_load_state_dict
 from ..kernels import cpu_gemm
@@ -154,7 +155,7 @@ def _watch_updates() -> None:
     global _watching
     if not _watching:
         _watching = True
-        torch.optim.optimizer.register_optimizer_step_post_hook(_after_step)
+        register_optimizer_step_post_hook(_after_step)
         after_load_state_dict(lambda module: forget(_changed([*module.parameters(), *module.buffers()])))
 
 

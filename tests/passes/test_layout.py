@@ -82,9 +82,8 @@ READERS = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_merged_siblings_are_copied_where_a_reader_may_look_at_strides(name, monkeypatch):
+def test_merged_siblings_are_copied_where_a_reader_may_look_at_strides(name):
     read, copies = READERS[name]
-    monkeypatch.setattr(torch._dynamo.config, "assume_static_by_default", True)
     model, x = Siblings(read), torch.randn(B, S, 64)
     rewrite, expected, found = checked_rewrite(model, x)
     assert rewrite.counts["merge_siblings"] == 1 and count(rewrite, torch.clone) == copies
