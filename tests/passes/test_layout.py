@@ -145,7 +145,7 @@ class Transposed(nn.Module):
 
 def test_a_residual_addition_with_other_strides_is_left_alone_where_they_are_read():
     inputs = torch.randn(16, 32, 64), torch.randn(32, 16, 64)
-    on = {"intscale.residual_add": True}
+    on = {"intscale.force_passes": ("residual_add",)}
     for read, done in ((lambda y: y * 2 + 1, None), (lambda y: y.as_strided((4,), (1,)), 0), (lambda y: y, 0)):
         rewrite, expected, found = checked_rewrite(Transposed(read), *inputs, **on)
         (node,) = [n for n in rewrite.graph.nodes if n.op == "output"]
@@ -164,7 +164,7 @@ def test_a_gated_product_with_its_own_strides_is_taken():
             gate, up = fused(self.up(x))
             return F.silu(gate) * up
 
-    rewrite, _, _ = checked_rewrite(Mlp(), torch.randn(256, 64), **{"intscale.gated_activation": True})
+    rewrite, _, _ = checked_rewrite(Mlp(), torch.randn(256, 64), **{"intscale.force_passes": ("gated_activation",)})
     assert count(rewrite, GATED_OP) == 1
 
 
