@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from ..stored_files import first_line
+from ..tensors.stored_files import first_line
 from .loading import is_quantized
 
 STDLIB = Path(__file__).with_name("stdlib_modules.txt")  # names of modules

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, IntScaleError
-from ..stored_files import first_line, open_safetensors, read_json, reading, weight_files
+from ..tensors.stored_files import first_line, open_safetensors, read_json, reading, weight_files
 from ..tensors.intscale_tensor import IntScaleTensor
 from .awq import AwqFormat
 from .compressed import CompressedTensorsFormat

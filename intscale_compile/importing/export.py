@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..stored_files import whole_folder
+from ..tensors.stored_files import whole_folder
 from ..tensors.from_codes import scale_rounding_snr
 from ..tensors.intscale_tensor import IntScaleTensor
 from .compressed import PACKED, PLAIN

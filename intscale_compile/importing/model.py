@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
-from ..stored_files import first_line, reading, weight_files
+from ..tensors.stored_files import first_line, reading, weight_files
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import mark_loaded
 from .checkpoint_files import CheckpointFiles, StoredLayers, checkpoint_folder, layer_format, quantization_config

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import format as fmt
 from ..errors import CheckpointError
-from ..stored_files import PathLike, open_safetensors, parse_json, reading, weight_files
+from ..tensors.stored_files import PathLike, open_safetensors, parse_json, reading, weight_files
 from ..tensors.fields import ABSENT, ATTRIBUTE_NAMES, DATA_NAMES
 from ..versions import __version__
 

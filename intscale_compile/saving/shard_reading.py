@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ShardingError
 from ..integrations.torch import is_dtensor, local_tensor
 from ..integrations.transformers import RENAMING, hook_loading
 from ..parallel.sharding import Layout, chunk
-from ..stored_files import PathLike, open_safetensors, reading
+from ..tensors.stored_files import PathLike, open_safetensors, reading
 from ..tensors.activation_parts import PER_WEIGHT
 from ..tensors.fields import DATA_NAMES
 from ..tensors.selection import mark_loaded

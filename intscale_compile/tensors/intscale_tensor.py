@@ -16,7 +16,7 @@ from ..integrations.torchao import check_unpickled
 from ..kernels.arguments import DequantizeWeightArguments
 from ..kernels.dequantize import WEIGHT_OP
 from ..kernels.hadamard import hadamard_transform
-from ..stored_files import reading
+from .stored_files import reading
 from . import activation_parts
 from .eager import eager_linear
 from .fields import ABSENT, ALL_NAMES, ATTRIBUTE_NAMES, DATA_NAMES, TensorParts

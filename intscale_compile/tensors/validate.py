@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .. import format as fmt
 from ..config import GROUP_SIZES, is_wire_format
 from ..errors import CheckpointError
-from ..stored_files import reading
+from .stored_files import reading
 from .fields import ABSENT, DATA_NAMES, QDATA_DTYPES, SCALE_DTYPES
 
 if TYPE_CHECKING:

@@ -95,7 +95,7 @@ def test_bias_is_added_before_the_only_rounding():
     ],
 )  # fmt: skip
 def test_the_op_is_called_where_gluon_pays(tokens, cudagraphs, dynamic, called):
-    """With CUDA graphs, where the GEMM takes longer than a launch, or where other numbers of tokens follow; always with overlap."""
+    """With CUDA graphs, for a GEMM longer than a launch, or where other numbers of tokens follow; always with overlap."""
 
     def run(x, *weight):
         return linear(*quantize(x), *weight, None, 128, 128, 4, "tiled", torch.bfloat16, ops.KERNEL_ABI, None, True)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, Union
 
-from .errors import CheckpointError, IntScaleError
+from ..errors import CheckpointError, IntScaleError
 
 PathLike = Union[str, Path]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
