@@ -182,7 +182,10 @@ def test_options_of_a_compiled_module_are_known():
     options = {"intscale.disable_passes": ["merge_siblings"]}
     compiled = torch.compile(Model(), backend="intscale", options=options, dynamic=True)
     report = explain(compiled, x(5))
-    assert report.gemms == 12 and report.settings == {"dynamic": True, **options}
+    assert report.gemms == 12 and report.settings == {
+        "dynamic": True,
+        **{name: str(value) for name, value in options.items()},
+    }
     assert explain(compiled, x(5), options={}).gemms == 8
     assert explain(torch.compile(Model(), backend="eager"), x(5)).gemms == 8
 
