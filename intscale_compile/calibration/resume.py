@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..config import IntScaleConfig
 from ..errors import CalibrationError, CheckpointError
-from ..tensors.stored_files import first_line, read_json, regular_file, whole_file
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.stored_files import first_line, read_json, regular_file, whole_file
 from .config import CalibrationConfig
 from .solve import Codes, FloatScaleWeight, frozen, set_integer
 

@@ -13,8 +13,8 @@ from ..importing import ImportReport
 from ..importing.checkpoint_files import FORMATS, quantization_config
 from ..importing.model import architecture, from_quantized
 from ..importing.torchao_tensors import convert_from_torchao
-from ..tensors.stored_files import INDEX, SINGLE, first_line, read_json, reading, weight_files
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.stored_files import INDEX, SINGLE, first_line, read_json, reading, weight_files
 
 PathLike = Union[str, Path]
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

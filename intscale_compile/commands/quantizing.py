@@ -21,9 +21,9 @@ from ..explanation import LayerReport
 from ..explanation.blocks import repeated_blocks
 from ..importing.export import save_compressed_tensors
 from ..saving.checkpoint import save_pretrained
-from ..tensors.stored_files import whole_folder
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import linears_and_experts
+from ..tensors.stored_files import whole_folder
 from .evaluation import read_texts, token_sequences
 from .inspection import products
 from .loading import (

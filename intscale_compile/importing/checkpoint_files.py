@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, IntScaleError
-from ..tensors.stored_files import first_line, open_safetensors, read_json, reading, weight_files
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.stored_files import first_line, open_safetensors, read_json, reading, weight_files
 from .awq import AwqFormat
 from .compressed import CompressedTensorsFormat
 from .gptq import GptqFormat

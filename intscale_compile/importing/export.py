@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tensors.stored_files import whole_folder
 from ..tensors.from_codes import scale_rounding_snr
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.stored_files import whole_folder
 from .compressed import PACKED, PLAIN
 from .layers import headroom_bits
 from .model import unquantized_linears

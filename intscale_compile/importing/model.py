@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
-from ..tensors.stored_files import first_line, reading, weight_files
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import mark_loaded
+from ..tensors.stored_files import first_line, reading, weight_files
 from .checkpoint_files import CheckpointFiles, StoredLayers, checkpoint_folder, layer_format, quantization_config
 from .layers import ScaleOptions
 from .report import ImportReport

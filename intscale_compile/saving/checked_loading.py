@@ -18,8 +18,8 @@ from typing import Any, Optional
 from ..config import IntScaleConfig
 from ..errors import CheckpointError
 from ..integrations.torch import is_dtensor
-from ..tensors.stored_files import open_safetensors, reading, regular_file
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.stored_files import open_safetensors, reading, regular_file
 from .checkpoint import innermost, tensor_names
 from .integrity import ENTRY, check_header, check_metadata, read_entry, stored_key, with_checksums, with_version
 

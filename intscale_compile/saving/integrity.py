@@ -24,8 +24,8 @@ from torch import Tensor
 
 from .. import format as fmt
 from ..errors import CheckpointError
-from ..tensors.stored_files import PathLike, open_safetensors, parse_json, reading, weight_files
 from ..tensors.fields import ABSENT, ATTRIBUTE_NAMES, DATA_NAMES
+from ..tensors.stored_files import PathLike, open_safetensors, parse_json, reading, weight_files
 from ..versions import __version__
 
 ENTRY = "intscale"

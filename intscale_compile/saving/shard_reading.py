@@ -21,10 +21,10 @@ from ..errors import CheckpointError, ShardingError
 from ..integrations.torch import is_dtensor, local_tensor
 from ..integrations.transformers import RENAMING, hook_loading
 from ..parallel.sharding import Layout, chunk
-from ..tensors.stored_files import PathLike, open_safetensors, reading
 from ..tensors.activation_parts import PER_WEIGHT
 from ..tensors.fields import DATA_NAMES
 from ..tensors.selection import mark_loaded
+from ..tensors.stored_files import PathLike, open_safetensors, reading
 from .checked_loading import checking_files, checking_result, keeping_errors, marking, sealing
 from .checkpoint import stored_tensor, tensor_names
 from .integrity import check_header, check_metadata, read_entry, stored_key

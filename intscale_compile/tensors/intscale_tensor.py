@@ -16,12 +16,12 @@ from ..integrations.torchao import check_unpickled
 from ..kernels.arguments import DequantizeWeightArguments
 from ..kernels.dequantize import WEIGHT_OP
 from ..kernels.hadamard import hadamard_transform
-from .stored_files import reading
 from . import activation_parts
 from .eager import eager_linear
 from .fields import ABSENT, ALL_NAMES, ATTRIBUTE_NAMES, DATA_NAMES, TensorParts
 from .from_codes import check_from_codes, check_stack, integer_weight
 from .scale_search import quantize_weight
+from .stored_files import reading
 from .validate import validate_tensor
 from .weight_checks import check_weight
 

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .. import format as fmt
 from ..config import GROUP_SIZES, is_wire_format
 from ..errors import CheckpointError
-from .stored_files import reading
 from .fields import ABSENT, DATA_NAMES, QDATA_DTYPES, SCALE_DTYPES
+from .stored_files import reading
 
 if TYPE_CHECKING:
     from .intscale_tensor import IntScaleTensor
