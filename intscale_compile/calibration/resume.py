@@ -71,8 +71,8 @@ class Checkpoint:
                     )
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as part:
-                part.write_text(json.dumps(now, indent=1))
+            with whole_file(path) as file:
+                file.write_text(json.dumps(now, indent=1))
         return cls(folder)
 
     def _path(self, name: str) -> Path:

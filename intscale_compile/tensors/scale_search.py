@@ -55,8 +55,8 @@ def quantize_weight(weight: Tensor, config: IntScaleConfig) -> QuantizedWeight:
         scale_bits = max(1, int(group_scale.max()).bit_length())
     else:
         scale_bits = 1 if group_size == -1 else config.scale_bits
-    parts = [part.reshape(*lead, -1) for part in (codes, group_scale, row_scale)]
-    return QuantizedWeight(*map(fmt.contiguous, parts), scale_bits)
+    shaped = [fmt.contiguous(part.reshape(*lead, -1)) for part in (codes, group_scale, row_scale)]
+    return QuantizedWeight(shaped[0], shaped[1], shaped[2], scale_bits)
 
 
 def _quantize_rows(chunk: Tensor, config: IntScaleConfig, amplifier: int | None) -> tuple[Tensor, Tensor, Tensor]:
