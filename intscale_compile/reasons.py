@@ -81,7 +81,6 @@ class Reason(enum.Enum):
         "the strides of its result are not those of a new tensor and may be looked at (as_strided, an operator of another "
         "library, a result of the graph): put .contiguous() behind the product"
     )
-    NOT_REACHED = "in no compiled graph: not called with these inputs, or called outside of the graphs (graph break)"
     SUBGRAPH = "inside a higher-order operator (checkpoint, cond, nested_compile_region), which passes do not enter"
     UNKNOWN_FORM = "a product with this weight in a form that no pass knows"
     # Of collectives, where the option intscale.communication asks for quantized ones.
