@@ -23,6 +23,7 @@ from ..ops import register_inductor
 from ..passes import GraphRewrite
 from ..passes.base import EXAMPLE, example
 from ..passes.match import dotted_name
+from ..passes.settings import Settings
 from ..tensors.intscale_tensor import IntScaleTensor
 from .binding import rewrite_graph
 from .inductor_settings import code_generation, inductor_defaults
@@ -65,7 +66,7 @@ def export_program(
         # The graph that the backend would get, with the signature of the model.
         captured = torch._dynamo.export(model, aten_graph=False, dynamic_shapes=dynamic_shapes)(*args, **arguments)
         lifted, inputs = _lifted(captured.graph_module, _names(model))
-        rewrite = rewrite_graph(lifted, inputs, settings)
+        rewrite = _rewritten(model, lifted, inputs, settings)
         program = _unlifted(rewrite, captured.graph_module)
         exported = torch.export.export(program, tuple(args), arguments, dynamic_shapes=dynamic_shapes, strict=False)
     exported.graph_module.meta[META] = _most_tokens(rewrite)
@@ -120,6 +121,11 @@ def _names(model: nn.Module) -> dict[int, tuple[str, str]]:
     return found
 
 
+def _rewritten(self: nn.Module, gm: fx.GraphModule, inputs: list[Any], settings: Settings) -> GraphRewrite:
+    """The passes over a graph of the model ``self``, which is named so that the choice of weights finds the model that runs."""
+    return rewrite_graph(gm, inputs, settings)
+
+
 def _lifted(gm: fx.GraphModule, names: Mapping[int, tuple[str, str]]) -> tuple[fx.GraphModule, list[Any]]:
     """A copy of ``gm`` that takes the tensors of the model as inputs, as Dynamo hands a graph to a backend, and its inputs."""
     graph, nodes = fx.Graph(), {}
@@ -132,7 +138,8 @@ def _lifted(gm: fx.GraphModule, names: Mapping[int, tuple[str, str]]) -> tuple[f
         value = _attribute(gm, str(node.target))
         if id(value) in names and id(value) not in weights:
             kind, name = names[id(value)]
-            weights[id(value)] = new = graph.placeholder(name.replace(".", "_"))
+            flat = name.replace(".", "_")
+            weights[id(value)] = new = graph.placeholder(flat if flat.isidentifier() else f"p_{flat}")
             module, _, leaf = name.rpartition(".")
             new._dynamo_source = SimpleNamespace(
                 name=f"_modules['{module}'].{kind}['{leaf}']" if module else f"{kind}['{leaf}']"

@@ -81,7 +81,7 @@ def test_a_weight_that_is_used_twice_shows_both_products():
     "name, graph, message",
     [
         ("o_proj", None, "fits 2 weights: say which of layers.0.o_proj.weight, layers.1.o_proj.weight"),
-        ("layers.9.o_proj", None, "no graph of this process has a product with such a weight: one of .*layers.0"),
+        ("layers.9.o_proj", None, "no graph of this process has a product with such a weight: one of "),
         ("layers.0.o_proj", 10**6, "not graph 1000000"),
     ],
 )

@@ -119,7 +119,7 @@ MENDED = {
 
 # Their mend says that there is none, or needs ranks (below) or another compiler.
 WITHOUT = {
-    Reason.DIFFERENTIATED,
+    Reason.DIFFERENTIATED, Reason.STRIDES,
     Reason.ROUTER, Reason.ALREADY_QUANTIZED, Reason.FAKE_WEIGHT, Reason.WEIGHT_RANK, Reason.TOO_SMALL, Reason.RECURRENT,
     Reason.EMBEDDING, Reason.NOT_MULTIPLIED, Reason.SHARDED_FORM, Reason.SHARDED_PLAIN,
 }  # fmt: skip

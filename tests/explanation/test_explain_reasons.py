@@ -17,7 +17,9 @@ from torchao.quantization import quantize_
 from intscale_compile import IntScaleConfig, IntScaleTensor, explain
 from intscale_compile.compile.binding import rewrite_graph
 from intscale_compile.compile.options import parse_options
+from intscale_compile.passes import PASSES, apply_passes
 from intscale_compile.reasons import Reason, log_once
+from tests.support.graphs import capture
 from tests.support.reasons import MODELS, Holder
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reasons.md"
@@ -45,7 +47,7 @@ COLLECTIVES = {
 # has no backward graphs, and a graph over a group that is not there does not run; sharded weights need ranks.
 ELSEWHERE = {
     Reason.ALREADY_QUANTIZED, Reason.FAKE_WEIGHT, Reason.COLLECTIVE_BACKWARD, Reason.COLLECTIVE_GROUP, Reason.SHARDED_FORM,
-    Reason.SHARDED_PLAIN,
+    Reason.SHARDED_PLAIN, Reason.STRIDES,
 }  # fmt: skip
 
 
@@ -151,6 +153,17 @@ def test_fake_weight():
     torch._dynamo.reset()
     torch.compile(nn.Linear(64, 64).requires_grad_(False), backend=backend)(torch.randn(4, 64))
     assert found == [Reason.FAKE_WEIGHT]
+
+
+def test_strides():
+    """A product that Dynamo records with other strides than a new tensor has, and a result of the graph."""
+    weight = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+    rewrite = capture(lambda x: torch.matmul(x, weight), torch.randn(8, 64))
+    (node,) = [n for n in rewrite.graph.nodes if n.target is torch.matmul]
+    with rewrite.fake_mode:
+        node.meta["example_value"] = torch.empty_strided((8, 64), (1, 8))
+    apply_passes(rewrite, PASSES)
+    assert [c.reason for c in rewrite.candidates] == [Reason.STRIDES]
 
 
 def test_every_reason_has_a_model():

@@ -192,6 +192,10 @@ class Holder(nn.Module):
         return self.function(x, *[self.weights[i] for i in range(len(self.weights))])
 
 
+class ExpertHolder(Holder):
+    """Named as modules of experts are."""
+
+
 class TopKRouter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -230,7 +234,9 @@ class Checkpointed(nn.Module):
 LEFT_ALONE = {
     Reason.SUBGRAPH: Checkpointed,
     Reason.LEFT_OPERAND: lambda: Holder(lambda x, w: w @ x.t(), torch.randn(32, 64)),
-    Reason.EXPERTS: lambda: Holder(lambda x, w: torch.bmm(w, x.t().expand(4, -1, -1)), torch.randn(4, 32, 64)),
+    Reason.EXPERTS: lambda: nn.Sequential(
+        ExpertHolder(lambda x, w: torch.bmm(w, x.t().expand(4, -1, -1)), torch.randn(4, 32, 64))
+    ),
     Reason.UNKNOWN_FORM: lambda: Holder(lambda x, w: torch.einsum("mk,nk->mn", x, w), torch.randn(32, 64)),
     Reason.SCALED_ADDMM: lambda: Holder(
         lambda x, w, b: torch.addmm(b, x, w, alpha=2), torch.randn(64, 32), torch.randn(32)

@@ -21,6 +21,7 @@ def capture(model, *inputs, dynamic=None, **options) -> GraphRewrite:
         torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs)
     torch._dynamo.reset()
     (rewrite,) = rewrites
+    rewrite.model = model  # which weights are quantized is decided for the whole model, which has to live
     return rewrite
 
 

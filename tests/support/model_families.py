@@ -239,6 +239,7 @@ FAMILIES: dict[str, Family] = {
         15,
         {
             "embeddings.patch_embedding.weight": CONVOLUTION,
+            "head.probe": "ONE_OPERATOR",
             "head.attention.in_proj_weight": "ONE_OPERATOR",
             "head.attention.out_proj.weight": "ONE_OPERATOR",
         },

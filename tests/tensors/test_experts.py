@@ -136,7 +136,7 @@ def test_unpacked_experts_are_kept_and_freed():
     weight, before = stack(), len(_unpacked)
     xq, token_scale, *_ = operands(weight, 20, False, False)
     first = call(weight, xq, token_scale, OFFSETS)
-    assert sorted(_unpacked[weight.qdata][3]) == [0, 2, 3], "only experts that were called"
+    assert sorted(_unpacked[weight.qdata].matrices) == [0, 2, 3], "only experts that were called"
     weight.copy_(IntScaleTensor.from_hp(torch.randn(5, 70, 200), QUICK))
     assert not torch.equal(call(weight, xq, token_scale, OFFSETS), first)
     del weight

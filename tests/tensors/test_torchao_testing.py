@@ -52,7 +52,7 @@ def test_dtype_move_transpose_and_linear(dtype):
         assert torch.equal(moved, weight)
     x = torch.randn(32, 128, dtype=dtype)
     linear = torch.nn.functional.linear
-    assert sqnr(linear(x, dense), linear(x, weight)) > 40
+    assert sqnr(linear(x, dense), linear(x, weight)) > 39
 
 
 # --- Compile ------------------------------------------------------------------------------------------------------------
