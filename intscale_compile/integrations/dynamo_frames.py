@@ -26,7 +26,7 @@ _LIMIT = PrivateName(
 )
 _KEPT = PrivateName("torch._dynamo.utils:_compilation_metrics.maxlen", "the limit as it was", _UNSAID)
 MOST_FRAMES = 4096  # that are kept while somebody listens; Dynamo keeps 64
-_LIBRARIES = tuple(str(Path(package.__file__).parent) for package in (torch, torchao))
+_LIBRARIES = tuple(str(Path(package.__file__).parent) for package in (torch, torchao))  # type: ignore[arg-type]
 _OURS = str(Path(__file__).parents[1])
 
 

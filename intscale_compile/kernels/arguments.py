@@ -189,7 +189,7 @@ def takes(kind: type[Arguments]) -> Callable[[Callable[[Arguments], Tensor]], Ca
 
 def arguments_of(kind: type[Arguments], node: fx.Node) -> Arguments:
     """The arguments of a node that calls the op of ``kind``."""
-    return kind(*node.args, **node.kwargs)
+    return kind(*node.args, **node.kwargs)  # type: ignore[arg-type]
 
 
 def converted(kind: type[Arguments], given: tuple, **others: Any) -> Arguments:

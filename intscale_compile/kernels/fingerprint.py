@@ -67,7 +67,7 @@ class Sample:
         together = pieces.step == PIECE_BYTES
         shape = (1, 4 * pieces.words) if together else (PIECES, PIECE_BYTES)
         memory = (ctypes.c_char * (pieces.step * (shape[0] - 1) + shape[1])).from_address(pieces.address)
-        self._bytes = np.ndarray(shape, np.uint8, memory, 0, (pieces.step, 1)).tobytes
+        self._bytes = np.ndarray(shape, np.uint8, memory, 0, (pieces.step, 1)).tobytes  # type: ignore[arg-type]
         self._expected = self._bytes()
 
     def same(self) -> bool:

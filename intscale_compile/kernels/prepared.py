@@ -100,7 +100,7 @@ class LaunchSequence:
 
     def __call__(self, addresses: Sequence[int]) -> Union[Tensor, tuple[Tensor, ...]]:
         """Start the launches on the current stream of the device; ``addresses`` of the operands, without those that are None."""
-        if current_device() != self.index:
+        if current_device() != self.index:  # type: ignore[misc]
             with torch.cuda.device(self.index):
                 return self(addresses)
         device, launches = self.device, self.launches
@@ -118,7 +118,7 @@ class LaunchSequence:
             taken = take_counters(device, self.counters)
             counters = taken.data_ptr()
         slots = launches.pack(*addresses, *results, space, counters)
-        code = launches.run(launches.handle, self.index, raw_stream(self.index), slots)
+        code = launches.run(launches.handle, self.index, raw_stream(self.index), slots)  # type: ignore[misc]
         if code:
             raise RuntimeError(f"intscale: the CUDA driver refused a launch with error {code}.")
         return outputs

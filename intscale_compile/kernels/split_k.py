@@ -59,7 +59,7 @@ class Counters:
         if self.used + max(count, STREAM_RANGE) > CHUNK:
             self.chunks.append(_zeros_outside_pools(self.device))
             self.used = 0
-        stream = raw_stream(self.index)
+        stream = raw_stream(self.index)  # type: ignore[misc]
         found = self.streams.get(stream)
         if found is None or len(found) < count:
             found = self.streams[stream] = self._fresh(max(count, STREAM_RANGE))

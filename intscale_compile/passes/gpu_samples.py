@@ -40,7 +40,7 @@ class GpuSamples:
         self._watched: dict[int, _Watched] = {}
         self._started: list[_Watched] = []  # those of the kernel that was started last, in its order
         self._table: Any = None  # None: not of ``_watched`` as they are
-        self._flags, self._view = self._gpu.flags(1)
+        self._flags, self._view = self._gpu.flags(1)  # type: ignore[var-annotated]
         self._done: Any = None
 
     def add(self, tensor: Tensor) -> None:

@@ -86,7 +86,7 @@ def _(func, types, args, kwargs):
     return as_view(func, args, kwargs, tensor.replaced())
 
 
-@implements_torch_function([torch.Tensor.numpy, torch.Tensor.__array__])
+@implements_torch_function([torch.Tensor.numpy, torch.Tensor.__array__])  # type: ignore[list-item]
 def _(func, types, args, kwargs):
     raise UnsupportedOpError(
         "IntScaleTensor: a quantized weight is no NumPy array, so accelerate's disk_offload cannot store it; offload to the CPU "

@@ -121,7 +121,7 @@ def eager_linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = Non
     found = form.kept.get(key)
     if found is None:
         return _first_call(form, key, (x, *form.parts, bias, *form.numbers, result), addresses)
-    return found(addresses)
+    return found(addresses)  # type: ignore[return-value]
 
 
 def _is_bias(bias: Tensor, form: WeightForm) -> bool:
@@ -150,7 +150,7 @@ def eager_grouped(
     if not all(t is None or (is_plain(t) and t.device == x.device) for t in operands):
         return None
     # The kernel reads int32; a conversion is no launch of ours, so it comes first.
-    offsets, row_index, out_index = (None if t is None else t.to(torch.int32) for t in operands[-3:])
+    offsets, row_index, out_index = (None if t is None else t.to(torch.int32) for t in operands[-3:])  # type: ignore[assignment]
     return _grouped(
         x, *operands[:-3], offsets, row_index, out_index, weight.rotation, weight.out_features, weight.group_size,
         weight.scale_bits, weight.packing_format, x.dtype,

@@ -216,7 +216,7 @@ class IntScaleTensor(TorchAOBaseTensor):
             zeros = [None] * len(codes) if zero_point is None else zero_point
             rest = dict(how, dtype=dtype, packing_format=packing_format)
             parts = enumerate(zip(codes, group_scale, zeros))
-            experts = (cls.from_codes(c, s, zero_point=z, name=f"{name}[{e}]", **rest) for e, (c, s, z) in parts)
+            experts = (cls.from_codes(c, s, zero_point=z, name=f"{name}[{e}]", **rest) for e, (c, s, z) in parts)  # type: ignore[arg-type]
             return _stacked(experts, codes.shape[0])
         made = integer_weight(codes, group_scale, zero_point, name=name, **how)  # type: ignore[arg-type]
         tensor = cls(

@@ -83,7 +83,7 @@ def test_a_package_computes_the_bits_of_the_backend_in_a_fresh_process(tmp_path)
     model = Block()
     quantize_(model, IntScaleConfig())
     inputs = [(torch.randn(2, t, 64),) for t in (7, 19)]
-    shapes = {"x": {1: Dim("t", min=2, max=64)}, "scale": None}
+    shapes = {"x": {1: Dim("t", min=2, max=64)}}
     program = same_in_a_fresh_process(model, inputs, tmp_path, shapes, lambda y: y["logits"])
     assert len(called(program, "w4a8_linear")) == 2
 

@@ -208,9 +208,9 @@ def test_a_function_skipped_for_a_recurrent_layer(monkeypatch):
     (place,) = report.graph_breaks
     assert "test_explain_mends.py" in place and "in forward: not compiled" in place
     assert "torch._dynamo.config.allow_rnn = True" in str(report) and "not compiled, but run by Python" in str(report)
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
     torch._dynamo.reset()
-    report = explain(model, x)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        report = explain(model, x)
     assert {row.name: row.reason for row in report.layers} == {
         "first.weight": None,
         "last.weight": None,
