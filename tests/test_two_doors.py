@@ -292,8 +292,10 @@ def test_choices_over_all_families():
         linears = {f"{n}.weight" for n, m in linear_modules(model).items()} & set(weights)
         rest = {n for n in family.rest if family.rest[n] not in ("CONVOLUTION", "TIED_EMBEDDING")}
         assert {n for n in linears if weights[n] is None} == linears - rest, name
-        for weight in rest & set(weights):
+        for weight in (rest & set(weights)) - {"head.probe"}:
             assert weights[weight].name == family.rest[weight], name
+        # A learned query: that the attention operator reads it is known of a graph only.
+        assert "head.probe" not in weights or weights["head.probe"] is Reason.RAW_PARAMETER
         assert len([n for n in weights if weights[n] is None]) == family.linears(family.layers), name
         alone = left_alone_by_default(model)
         layers = {n: model.get_submodule(n.removesuffix(".weight")) for n in rest & linears}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Iterable
 from typing import Any, Optional
@@ -22,7 +23,7 @@ GUARDS = PrivateName(
     "torch._dynamo.guards:GuardBuilder.HASATTR",
     "not serving a quantized model with the graph of a plain one",
     "call torch._dynamo.reset() between a plain and a quantized model of one class that are compiled block by block",
-    parameters=("guard", "attr"),
+    parameters=("guard",),
 )
 
 
@@ -60,6 +61,7 @@ def _traced_scope() -> Optional[dict[str, Any]]:
 def guard_presence(nodes: Iterable[fx.Node], attribute: str) -> None:
     """Let the graph that is being compiled serve only models that have, or lack, an attribute as those of its inputs do."""
     # Slow to import, and there by now.
+    from torch._dynamo.source import AttrSource
     from torch._guards import TracingContext
 
     context, scope = TracingContext.try_get(), _traced_scope()
@@ -69,7 +71,10 @@ def guard_presence(nodes: Iterable[fx.Node], attribute: str) -> None:
     cache: dict[str, Any] = {}
     found = {_first_link(getattr(node, "_dynamo_source", None), scope, cache)[0] for node in nodes} - {None}
     for source in found:
-        guard = source.make_guard(functools.partial(builder, attr=attribute))
+        if "attr" in inspect.signature(builder).parameters:
+            guard = source.make_guard(functools.partial(builder, attr=attribute))
+        else:  # torch 2.11 takes the attribute as the source
+            guard = AttrSource(source, attribute).make_guard(builder)
         context.guards_context.dynamo_guards.add(guard)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What decides on generated code: kernels with their tables, lowerings and decompositions; what writes the graph and the settings
 # that it is compiled with; the layout of stored weights; the kernels and formats of collectives.
 FOLDERS = ("kernels", "passes", "compile", "tensors", "communication")
-FILES = ("backend.py", "format.py", "ops.py")
+FILES = ("backend.py", "format.py", "ops.py", "integrations/torch.py")  # the last patches Inductor
 
 
 def hashed_files(root: Path = ROOT) -> list[Path]:
