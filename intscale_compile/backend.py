@@ -21,12 +21,9 @@ from .compile.recorder.stages import StageRecorder
 from .compile.times import timed
 from .debug import report
 from .debug.knobs import debug_patches
-from .errors import ConfigError
-from .integrations.torch import local_tensor
 from .ops import register_inductor
 from .passes import GraphRewrite
 from .passes.kept import forget_all
-from .tensors.intscale_tensor import IntScaleTensor
 
 if TYPE_CHECKING:
     from .passes.quantize_collectives import QuantizeCollectives
@@ -64,7 +61,7 @@ def intscale(
     recorder = StageRecorder()
     rewrite = rewrite_graph(gm, example_inputs, settings, bool(patches.get("triton.cudagraphs")), recorder)
     patches = {**inductor_defaults(example_inputs, most_tokens(rewrite)), **patches, **debug_patches()}
-    collectives = collectives_pass(settings, example_inputs, bool(patches.get("triton.cudagraphs")))
+    collectives = collectives_pass(settings, bool(patches.get("triton.cudagraphs")))
     if collectives is not None:
         patches["post_grad_custom_pre_pass"] = after_users_pass(collectives, patches)
 
@@ -90,31 +87,18 @@ def intscale(
 intscale.reset = forget_all  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
 
 
-def collectives_pass(
-    settings: _options.Settings, example_inputs: Sequence[Any], cuda_graphs: bool
-) -> Optional[QuantizeCollectives]:
-    """The pass over collectives, where an option or the weights ask for it.
+def collectives_pass(settings: _options.Settings, cuda_graphs: bool) -> Optional[QuantizeCollectives]:
+    """The pass over collectives, where the option asks for it.
 
     Raises:
-        ConfigError: the weights of the graph ask for different wire formats, or the table of a link is malformed.
+        ConfigError: the table of a link is malformed.
     """
-    wire = settings.config.communication or wire_of_weights(example_inputs)
+    wire = settings.communication
     if wire is None:
         return None
     from .passes.quantize_collectives import NAME, QuantizeCollectives
 
     return QuantizeCollectives(wire, settings.communication_min_bytes, NAME in settings.disable_passes, cuda_graphs)
-
-
-def wire_of_weights(example_inputs: Sequence[Any]) -> Optional[str]:
-    """The wire format that quantized weights, sharded or not, carry since they were quantized; None where there is none."""
-    weights = map(local_tensor, example_inputs)
-    asked = {w.communication for w in weights if isinstance(w, IntScaleTensor)} - {None}
-    if len(asked) > 1:
-        raise ConfigError(
-            f"the weights of one graph ask for different wire formats, {sorted(map(str, asked))}: set intscale.communication."
-        )
-    return asked.pop() if asked else None
 
 
 def after_users_pass(ours: QuantizeCollectives, patches: Mapping[str, Any]) -> Any:

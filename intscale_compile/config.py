@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import InitVar, dataclass
 from typing import Optional, Union
 
 from torchao.core.config import AOBaseConfig
 
 from .errors import ConfigError
+from .reasons import log_once
 
 GROUP_SIZES = (32, 64, 128, 256, -1)
 WEIGHT_BITS = (4, 8)
 SCALE_SEARCHES = ("mse", "absmax")
 PACKING_FORMATS = ("auto", "plain", "tiled")
-WIRE_FORMATS = '"int8", "int6", "int5" or "int4", with "-spikes" after it where wanted, or None'
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_wire_format(value: object) -> bool:
-    """Whether ``value`` names a wire format of collectives, or is None."""
-    if value is None:
-        return True
-    from .communication.message import WireFormat
-
-    try:
-        WireFormat.parse(value)  # type: ignore[arg-type]
-    except (ConfigError, TypeError):
-        return False
-    return True
+def say_communication_moved() -> None:
+    """Say once that a wire format was dropped: it belongs to a compilation, not to a weight."""
+    log_once(
+        logging.WARNING,
+        "a configuration or a weight asks for quantized collectives (communication), as version 0.1.0 stored it: that is "
+        'ignored; write torch.compile(model, backend="intscale", options={"intscale.communication": "int8"}).',
+    )
 
 
 @dataclass
@@ -52,8 +49,6 @@ class IntScaleConfig(AOBaseConfig):
             scale from the largest magnitude of the group.
         packing_format: ``"plain"`` rows, ``"tiled"`` blocks that a GPU reads contiguously, or ``"auto"``: tiled on a
             GPU, plain elsewhere. Lossless both ways.
-        communication: wire format of the collectives of a sharded model, as ``"int8"`` or ``"int6-spikes"``
-            (``communication.WireFormat``); None: they stay plain. It is kept in the weights and changes no code of them.
         version: version of the stored format.
 
     Raises:
@@ -66,10 +61,12 @@ class IntScaleConfig(AOBaseConfig):
     amplifier: Union[str, int] = "row"
     scale_search: str = "mse"
     packing_format: str = "auto"
-    communication: Optional[str] = None
     version: int = 1
+    communication: InitVar[Optional[str]] = None  # files of version 0.1.0 have it
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, communication: Optional[str] = None) -> None:
+        if communication is not None:
+            say_communication_moved()
         self._check("group_size", _is_int(self.group_size) and self.group_size in GROUP_SIZES, f"one of {GROUP_SIZES}")
         self._check(
             "weight_bits", _is_int(self.weight_bits) and self.weight_bits in WEIGHT_BITS, f"one of {WEIGHT_BITS}"
@@ -83,7 +80,6 @@ class IntScaleConfig(AOBaseConfig):
         self._check("amplifier", amplifier_ok, '"row", "layer" or an integer from 1 to 1048576')
         self._check("scale_search", self.scale_search in SCALE_SEARCHES, f"one of {SCALE_SEARCHES}")
         self._check("packing_format", self.packing_format in PACKING_FORMATS, f"one of {PACKING_FORMATS}")
-        self._check("communication", is_wire_format(self.communication), WIRE_FORMATS)
         self._check("version", self.version == 1, "1: this release knows no other format")
         if self.weight_bits == 8:
             self._check("group_size", self.group_size in (128, -1), "-1 with weight_bits=8, which is per channel")

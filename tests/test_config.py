@@ -12,6 +12,7 @@ from intscale_compile.compile.options import parse_options
 from intscale_compile.config import GROUP_SIZES
 from intscale_compile.errors import ConfigError
 from intscale_compile.passes.settings import Settings
+from intscale_compile.reasons import log_once
 
 # --- IntScaleConfig -------------------------------------------------------------------------------------------------
 
@@ -25,7 +26,6 @@ BAD = [
     ),
     *(("scale_search", value, "'mse', 'absmax'") for value in ("MSE", "grid", "", None, 1, [])),
     *(("packing_format", value, "'auto', 'plain', 'tiled'") for value in ("Plain", "", None, 0, [])),
-    *(("communication", value, '"int8", "int6"') for value in ("int7", "INT8", "", 8, True, ["int8"], "int8-g64")),
     *(("version", value, "knows no other format") for value in (0, 2, "1", None)),
 ]
 
@@ -55,8 +55,6 @@ GOOD = [
     {"scale_search": "absmax"},
     {"packing_format": "tiled"},
     {"packing_format": "plain"},
-    {"communication": "int8"},
-    {"communication": "int4-spikes"},
     {},
 ]
 
@@ -81,7 +79,6 @@ def test_defaults_are_the_documented_ones():
         "amplifier": "row",
         "scale_search": "mse",
         "packing_format": "auto",
-        "communication": None,
         "version": 1,
     }
 
@@ -95,6 +92,27 @@ def test_altered_dictionary_is_refused_with_our_message():
     stored["_version"] = 7
     with pytest.warns(UserWarning, match="version"), pytest.raises(ValueError, match="IntScaleConfig.version=7"):
         config_from_dict(stored)
+
+
+def test_communication_of_an_old_configuration_is_dropped_and_said_once(caplog):
+    log_once.cache_clear()
+    stored = config_to_dict(IntScaleConfig(group_size=64))
+    assert "communication" not in stored["_data"]
+    for value, said in ((None, 0), ("int8", 1), ("int4", 1)):
+        stored["_data"]["communication"] = value
+        found = config_from_dict(stored)
+        assert found == IntScaleConfig(group_size=64) and config_to_dict(found)["_data"].keys() == {
+            field.name for field in dataclasses.fields(IntScaleConfig)
+        } - {"version"} | ({"version"} & stored["_data"].keys())
+        assert caplog.text.count('options={"intscale.communication": "int8"}') == said
+    log_once.cache_clear()
+
+
+@pytest.mark.parametrize("value", ["int7", "INT8", "", 8, True, ["int8"], "int8-g64"])
+def test_bad_wire_format(value):
+    with pytest.raises(ConfigError, match=r'\'intscale.communication\'=.*use "int8", "int6"'):
+        parse_options(None, {"intscale.communication": value})
+    assert parse_options(None, {"intscale.communication": "int4-spikes"})[0].communication == "int4-spikes"
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 256])
@@ -126,7 +144,6 @@ CONFIG_FIELDS = {
     "amplifier": "layer",
     "scale_search": "absmax",
     "packing_format": "plain",
-    "communication": "int6",
 }
 
 

@@ -9,6 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from intscale_compile import IntScaleTensor, load_safetensors
+from intscale_compile.reasons import log_once
+from intscale_compile.saving.checkpoint import rebuild_tensor
+from intscale_compile.tensors.fields import ALL_NAMES
 
 SAVED = Path(__file__).with_name("fixtures") / "saved_by_0_1_0"
 EXPECTED = torch.load(SAVED / "expected.pt", weights_only=True)  # "file|parameter|inner tensor"
@@ -34,3 +37,20 @@ def test_safetensors_of_our_own():
 def test_save_pretrained(name):
     model = AutoModelForCausalLM.from_pretrained(SAVED / name, dtype=torch.bfloat16)
     assert_as_saved(model.state_dict(), name)
+
+
+def test_wire_format_in_a_stored_weight(caplog, tmp_path):
+    """Version 0.1.0 kept one in each weight: accepted and dropped, said once where it was not None."""
+    log_once.cache_clear()
+    log_once.cache_clear()
+    weights = [t for t in load_safetensors(SAVED / "formats.safetensors").values() if isinstance(t, IntScaleTensor)]
+    for weight in weights[:2]:
+        parts = {name: getattr(weight, name) for name in ALL_NAMES}
+        assert torch.equal(rebuild_tensor(**parts, communication="int8"), weight)
+        stored = weight.detach()
+        stored.__dict__["communication"] = "int4"
+        torch.save(stored, tmp_path / "weight.pt")
+        loaded = torch.load(tmp_path / "weight.pt", weights_only=True)
+        assert torch.equal(loaded, weight) and not hasattr(loaded, "communication")
+    assert caplog.text.count("as version 0.1.0 stored it: that is ignored") == 1
+    log_once.cache_clear()

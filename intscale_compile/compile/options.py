@@ -8,12 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
+from ..communication.message import WireFormat
 from ..config import IntScaleConfig
 from ..errors import ConfigError
 from ..passes import PASSES, POST_GRAD_PASSES
 from ..passes.settings import FORCIBLE, Settings
 
 PREFIX = "intscale."
+WIRE_FORMATS = '"int8", "int6", "int5" or "int4", with "-spikes" after it where wanted, or None'
 _CONFIG_FIELDS = tuple(f.name for f in dataclasses.fields(IntScaleConfig) if f.name != "version")
 
 
@@ -90,9 +92,18 @@ def _settings(own: dict[str, Any]) -> Settings:
         _patterns(own.get("skip", ())),
         _disabled(own.get("disable_passes", ())),
         _pass_names("force_passes", own.get("force_passes", ()), FORCIBLE),
+        _wire_format(own.get("communication")),
         _bytes("communication_min_bytes", own.get("communication_min_bytes")),
         whole_prompt,
     )
+
+
+def _wire_format(name: Any) -> Optional[str]:
+    """The value of the option that names a wire format, checked."""
+    try:
+        return None if name is None else str(WireFormat.parse(name))
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"option 'intscale.communication'={name!r} is not supported: use {WIRE_FORMATS}.") from error
 
 
 def _disabled(names: Any) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ def run(
         uses = uses_of(gm.graph, example_inputs)
         rewrite = rewrite_graph(gm, example_inputs, settings, cuda_graphs, recorder)
         graph = SeenGraph(rewrite, recorder.finish(rewrite), uses)
-        collectives = collectives_pass(settings, example_inputs, cuda_graphs)
+        collectives = collectives_pass(settings, cuda_graphs)
         bound = bind(rewrite, functools.partial(_compile, collectives))
         if collectives is not None:
             note_collectives(rewrite, collectives)

@@ -23,8 +23,10 @@ class Settings:
         disable_passes: names of passes that do not run, forced or not.
         force_passes: names of passes in ``FORCIBLE`` that rewrite also where it would not pay: without a GPU, or where
             Inductor would not call the op.
-        communication_min_bytes: from how many bytes on a collective is quantized, where ``config.communication`` asks for
-            it. The default is the threshold of the link that joins the ranks (``communication.link_cost``).
+        communication: wire format of collectives, such as ``"int8"`` or ``"int4-spikes"`` (``communication.WireFormat``); None:
+            they stay plain.
+        communication_min_bytes: from how many bytes on a collective is quantized, where ``communication`` asks for it. The
+            default is the threshold of the link that joins the ranks (``communication.link_cost``).
         whole_prompt: the caller promises that the graph is a whole prompt without padding, with nothing in the cache before
             it: masks of type bool hide just the future, and keys behind the prompt need not be read. Set by
             ``prepare_for_generation``, which looks.
@@ -35,5 +37,6 @@ class Settings:
     skip: tuple[str, ...] = ()
     disable_passes: tuple[str, ...] = ()
     force_passes: tuple[str, ...] = ()
+    communication: Optional[str] = None
     communication_min_bytes: Optional[int] = None
     whole_prompt: bool = False

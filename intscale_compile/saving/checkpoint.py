@@ -15,7 +15,7 @@ from ..errors import CheckpointError, ConfigError
 from ..integrations import torchao
 from ..integrations.torch import local_tensor
 from ..tensors.fields import ABSENT, ALL_NAMES
-from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.intscale_tensor import IntScaleTensor, drop_old_parts
 from ..tensors.stored_files import PathLike, first_line, open_safetensors, parse_json, reading, whole_file, whole_folder
 from .integrity import check_header, check_metadata, read_entry, verify_file, with_checksums, with_version
 from .shard_writing import gather_shards, is_divided
@@ -28,6 +28,7 @@ def rebuild_tensor(**parts) -> IntScaleTensor:
         CheckpointError: parts are missing, unknown, or contradict each other.
     """
     names = set(ALL_NAMES)
+    drop_old_parts(parts)
     parts = {**ABSENT, **parts}
     if set(parts) != names:
         raise CheckpointError(

@@ -29,7 +29,7 @@ from ..tensors.fields import ATTRIBUTE_NAMES
 from ..tensors.intscale_tensor import IntScaleTensor
 
 RECORD = "_intscale_divided"  # attribute of a module that ``parallelize`` divided: a list of ``Divided``
-NOT_STORED = ("packing_format", "communication")  # attributes in which a stored shard may differ from the model's
+NOT_STORED = ("packing_format",)  # attributes in which a stored shard may differ from the model's
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ class TensorParts(NamedTuple):
     act_pre_scale: Optional[Tensor] = None
     input_order: Optional[Tensor] = None
     rotation: int = 0
-    communication: Optional[str] = None
 
 
 _DATA = ("Tensor", "Optional[Tensor]")  # annotations are text here
@@ -36,6 +35,7 @@ _is_data = {
     name: str(getattr(kind, "__forward_arg__", kind)) in _DATA for name, kind in TensorParts.__annotations__.items()
 }
 
+OF_0_1_0 = ("communication",)  # attributes that files of version 0.1.0 have, which mean nothing now
 ABSENT = TensorParts._field_defaults  # what absent parts mean
 ALL_NAMES = TensorParts._fields  # in the order of the constructor
 DATA_NAMES = tuple(name for name in ALL_NAMES if _is_data[name])

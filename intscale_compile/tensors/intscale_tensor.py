@@ -10,7 +10,7 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from .. import format as fmt
-from ..config import IntScaleConfig
+from ..config import IntScaleConfig, say_communication_moved
 from ..errors import CheckpointError, ConfigError, UnsupportedOpError
 from ..integrations.torchao import check_unpickled
 from ..kernels.arguments import DequantizeWeightArguments
@@ -18,7 +18,7 @@ from ..kernels.dequantize import WEIGHT_OP
 from ..kernels.hadamard import hadamard_transform
 from . import activation_parts
 from .eager import eager_linear
-from .fields import ABSENT, ALL_NAMES, ATTRIBUTE_NAMES, DATA_NAMES, TensorParts
+from .fields import ABSENT, ALL_NAMES, ATTRIBUTE_NAMES, DATA_NAMES, OF_0_1_0, TensorParts
 from .from_codes import check_from_codes, check_stack, integer_weight
 from .scale_search import quantize_weight
 from .stored_files import reading
@@ -55,7 +55,6 @@ class IntScaleTensor(TorchAOBaseTensor):
         dtype: the dtype that the tensor claims, and of ``dequantize()``.
         rotation: size of the block Hadamard transform that is applied to the activation before it is quantized; the
             stored weight is already multiplied by it. 0: none.
-        communication: wire format of the collectives of graphs that this weight is in (``IntScaleConfig.communication``).
 
     Raises:
         CheckpointError: the parts contradict each other.
@@ -160,7 +159,6 @@ class IntScaleTensor(TorchAOBaseTensor):
             "plain",
             False,
             weight.dtype,
-            communication=config.communication,
         )
         return tensor.to_packing(resolve_packing(config.packing_format, weight.device))
 
@@ -371,7 +369,6 @@ class IntScaleTensor(TorchAOBaseTensor):
         flag += ", static activation scale" if self.act_pre_scale is not None else ""
         flag += ", input order" if self.input_order is not None else ""
         flag += f", rotation={self.rotation}" if self.rotation else ""
-        flag += f", communication={self.communication}" if self.communication else ""
         return (
             f"IntScaleTensor(shape={tuple(self.shape)}, int{self.weight_bits}, {group}, scale_bits={self.scale_bits}, "
             f"{self.packing_format}{flag}, dtype={self.dtype}, device={self.device})"
@@ -402,6 +399,12 @@ class IntScaleTensor(TorchAOBaseTensor):
 check_unpickled(IntScaleTensor, IntScaleTensor._set_checked_state)
 # torch pickles classes by module and name: the public path keeps files readable when modules move.
 IntScaleTensor.__module__ = "intscale_compile"
+
+
+def drop_old_parts(parts: dict) -> None:
+    """Take out of stored parts what only files of version 0.1.0 have; said once where it asked for something."""
+    if any(parts.pop(name, None) is not None for name in OF_0_1_0):
+        say_communication_moved()
 
 
 def _parts_of(*args, **kwargs) -> TensorParts:

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import format as fmt
-from ..config import GROUP_SIZES, is_wire_format
+from ..config import GROUP_SIZES
 from ..errors import CheckpointError
 from .fields import ABSENT, DATA_NAMES, QDATA_DTYPES, SCALE_DTYPES
 from .stored_files import reading
@@ -72,8 +72,6 @@ def _check_attributes(tensor: IntScaleTensor, name: str) -> None:
         _require(not tensor.rotation, name, f"an input order together with rotation={tensor.rotation}")
         _require(tensor.qdata.dim() == 2, name, "a stack of experts with an input order")
     _require(tensor.weight_bits == 4 or tensor.group_size == -1, name, "8-bit codes with group scales")
-    known = is_wire_format(tensor.communication)
-    _require(known, name, f"communication={tensor.communication!r} is no wire format")
 
 
 def _check_shapes(tensor: IntScaleTensor, name: str) -> None:

@@ -13,9 +13,8 @@ from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torchao.quantization import quantize_
 
-from intscale_compile import IntScaleConfig, explain
+from intscale_compile import explain
 from intscale_compile.communication.link_table import Key, link_of, table_path, times_of, write_table
 from intscale_compile.compile.options import parse_options
 from intscale_compile.debug import last_compilation
@@ -281,29 +280,6 @@ def test_a_gather_is_quantized_only_on_its_way_into_a_product(group):
 
     report = explain(Gathers(), torch.randn(4, 128), options=INT8)
     assert [one.decision for one in report.collectives] == ["int8", "COLLECTIVE_NOT_MULTIPLIED"]
-
-
-def test_weights_carry_the_wire_format(group, tmp_path):
-    x = torch.randn(16, 128)
-    model = Reduced()
-    quantize_(model, IntScaleConfig(communication="int4"))
-    assert model.proj.weight.communication == "int4" and "communication=int4" in repr(model.proj.weight)
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    again = Reduced()
-    again.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=False), assign=True)
-    for one in (model, again):
-        assert explain(one, x).collectives[0].wire == "int4"
-    assert explain(model, x, options={"intscale.communication": "int8"}).collectives[0].wire == "int8", "an option wins"
-    config = IntScaleConfig(communication="int6")
-    assert explain(Reduced(), x, options={"intscale.config": config}).collectives[0].wire == "int6"
-
-
-def test_weights_that_disagree_are_refused(group):
-    model = nn.Sequential(inner(128, 128), Reduced())
-    quantize_(model[0], IntScaleConfig(communication="int8"))
-    quantize_(model[1], IntScaleConfig(communication="int4"))
-    with pytest.raises(Exception, match=r"different wire formats, \['int4', 'int8'\]: set intscale.communication"):
-        explain(model, torch.randn(4, 128))
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "1MB", True])

@@ -170,7 +170,6 @@ DAMAGE = {
     "unknown field": (set_field(zero_points=0), "unknown \\['zero_points'\\]"),
     "zero point no tensor": (set_field(zero_point=0), "zero_point is int, not a tensor"),
     "rotation of 3": (set_field(rotation=3), "rotation=3 does not fit"),
-    "communication of 3 bits": (set_field(communication="int3"), "communication='int3' is no wire format"),
     "rotation a list": (set_field(rotation=[64]), "rotation=\\[64\\] does not fit"),
     "missing part": (lambda tensors, header: tensors.pop("0._weight_scale") is None or None, "data missing"),
     "extra part": (lambda tensors, header: tensors.update({"0._weight_extra": torch.zeros(2)}), "data missing|extra"),

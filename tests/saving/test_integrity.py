@@ -135,9 +135,7 @@ def test_a_newer_format_in_a_folder_and_in_a_torch_file(folder, tmp_path, monkey
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize(
-    "attribute", [{"rotation": 8}, {"transposed": True}, {"communication": "int8"}, {"in_features": 201}]
-)
+@pytest.mark.parametrize("attribute", [{"rotation": 8}, {"transposed": True}, {"in_features": 201}])
 def test_an_attribute_that_was_changed(reader, attribute, file):
     """Each of these fits the data: only the checksum knows. Files of version 0.1.0 have none."""
     original = load_safetensors(file)["0.weight"]
