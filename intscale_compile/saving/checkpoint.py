@@ -14,8 +14,8 @@ from ..config import IntScaleConfig
 from ..errors import CheckpointError, ConfigError
 from ..integrations import torchao
 from ..integrations.torch import local_tensor
-from ..tensors.fields import ABSENT, ALL_NAMES
-from ..tensors.intscale_tensor import IntScaleTensor, drop_old_parts
+from ..tensors.fields import ABSENT, ALL_NAMES, drop_old_parts
+from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.stored_files import PathLike, first_line, open_safetensors, parse_json, reading, whole_file, whole_folder
 from .integrity import check_header, check_metadata, read_entry, verify_file, with_checksums, with_version
 from .shard_writing import gather_shards, is_divided

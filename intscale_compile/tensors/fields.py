@@ -7,6 +7,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from ..config import say_communication_moved
+
 SCALE_DTYPES = (torch.uint8, torch.int16)
 QDATA_DTYPES = (torch.uint8, torch.int8)
 
@@ -40,3 +42,9 @@ ABSENT = TensorParts._field_defaults  # what absent parts mean
 ALL_NAMES = TensorParts._fields  # in the order of the constructor
 DATA_NAMES = tuple(name for name in ALL_NAMES if _is_data[name])
 ATTRIBUTE_NAMES = tuple(name for name in ALL_NAMES if not _is_data[name])
+
+
+def drop_old_parts(parts: dict) -> None:
+    """Take out of stored parts what only files of version 0.1.0 have; said once where it asked for something."""
+    if any(parts.pop(name, None) is not None for name in OF_0_1_0):
+        say_communication_moved()

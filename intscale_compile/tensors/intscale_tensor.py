@@ -10,7 +10,7 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from .. import format as fmt
-from ..config import IntScaleConfig, say_communication_moved
+from ..config import IntScaleConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedOpError
 from ..integrations.torchao import check_unpickled
 from ..kernels.arguments import DequantizeWeightArguments
@@ -18,7 +18,7 @@ from ..kernels.dequantize import WEIGHT_OP
 from ..kernels.hadamard import hadamard_transform
 from . import activation_parts
 from .eager import eager_linear
-from .fields import ABSENT, ALL_NAMES, ATTRIBUTE_NAMES, DATA_NAMES, OF_0_1_0, TensorParts
+from .fields import ABSENT, ALL_NAMES, ATTRIBUTE_NAMES, DATA_NAMES, TensorParts, drop_old_parts
 from .from_codes import check_from_codes, check_stack, integer_weight
 from .scale_search import quantize_weight
 from .stored_files import reading
@@ -380,6 +380,7 @@ class IntScaleTensor(TorchAOBaseTensor):
             torch._utils._set_obj_state(self, state)
         for name in KEPT:  # never from a file: nothing would check it
             self.__dict__.pop(name, None)
+        drop_old_parts(self.__dict__)
         version = self.__dict__.pop("_format_version", 1)  # version 0.1.0 stored none
         if type(version) is not int or not 1 <= version <= fmt.VERSION:
             raise CheckpointError(
@@ -399,12 +400,6 @@ class IntScaleTensor(TorchAOBaseTensor):
 check_unpickled(IntScaleTensor, IntScaleTensor._set_checked_state)
 # torch pickles classes by module and name: the public path keeps files readable when modules move.
 IntScaleTensor.__module__ = "intscale_compile"
-
-
-def drop_old_parts(parts: dict) -> None:
-    """Take out of stored parts what only files of version 0.1.0 have; said once where it asked for something."""
-    if any(parts.pop(name, None) is not None for name in OF_0_1_0):
-        say_communication_moved()
 
 
 def _parts_of(*args, **kwargs) -> TensorParts:
