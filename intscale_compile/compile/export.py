@@ -59,7 +59,7 @@ def export_program(
     settings, patches = parse_options(None, options)
     if patches:
         raise ConfigError(f"{', '.join(sorted(patches))}: options of Inductor are arguments of compile_package.")
-    if settings.config.communication is not None:
+    if settings.communication is not None:
         raise ConfigError("intscale.communication: an exported program has no process groups; export without it.")
     arguments = {name: value for name, value in (kwargs or {}).items()}
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..errors import UnsupportedOpError
@@ -13,6 +15,7 @@ from .operators import DENSE_MEND, as_view, refuse
 aten = torch.ops.aten
 implements = IntScaleTensor.implements
 implements_torch_function = IntScaleTensor.implements_torch_function
+TO_NUMPY: list[Any] = [torch.Tensor.numpy, torch.Tensor.__array__]
 SAME_LAYOUT = ("shape", "block_size", "transposed", "weight_bits", "rotation", "data_names")
 
 
@@ -86,7 +89,7 @@ def _(func, types, args, kwargs):
     return as_view(func, args, kwargs, tensor.replaced())
 
 
-@implements_torch_function([torch.Tensor.numpy, torch.Tensor.__array__])  # type: ignore[list-item]
+@implements_torch_function(TO_NUMPY)
 def _(func, types, args, kwargs):
     raise UnsupportedOpError(
         "IntScaleTensor: a quantized weight is no NumPy array, so accelerate's disk_offload cannot store it; offload to the CPU "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -212,7 +212,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         if codes.dim() == 3:
             check_stack(codes, group_scale, zero_point, name)
             zeros = [None] * len(codes) if zero_point is None else zero_point
-            rest = dict(how, dtype=dtype, packing_format=packing_format)
+            rest: dict[str, Any] = dict(how, dtype=dtype, packing_format=packing_format)
             parts = enumerate(zip(codes, group_scale, zeros))
             experts = (cls.from_codes(c, s, zero_point=z, name=f"{name}[{e}]", **rest) for e, (c, s, z) in parts)  # type: ignore[arg-type]
             return _stacked(experts, codes.shape[0])

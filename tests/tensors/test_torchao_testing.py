@@ -24,7 +24,7 @@ from tests.support.moe import sqnr
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INT4 = IntScaleConfig(scale_search="absmax")
-CONFIG = IntScaleConfig(weight_bits=8, scale_search="absmax")  # their bound of 40 dB is one for eight bits
+CONFIG = IntScaleConfig(weight_bits=8)  # their bound of 40 dB is one for eight bits
 
 
 def quantized(*shape, dtype=torch.float32, config=CONFIG):
