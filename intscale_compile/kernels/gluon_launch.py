@@ -44,6 +44,11 @@ UNROLLS = {
 }  # fmt: skip
 
 
+def blocks_in_body(cooperative: bool, scales: str, int8: bool, blocks: int) -> int:
+    """Blocks of K that a loop's body holds, for a K of ``blocks``."""
+    return next(unroll for unroll in UNROLLS[cooperative, scales, int8] if blocks % unroll == 0)
+
+
 @functools.lru_cache(None)
 def missing_feature(capability: int) -> Optional[str]:
     """Why this machine cannot run the Gluon kernels, or None."""
@@ -162,7 +167,7 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
         block = [2, tile.block_n // 128, 1, 64]
     s_desc = _descriptor(scales, shape, strides, tuple(block), swizzled=False)
     cooperative = tile.kernel == "cooperative"
-    unroll = next(u for u in UNROLLS[cooperative, flags["SCALES"], int8] if blocks % u == 0)
+    unroll = blocks_in_body(cooperative, flags["SCALES"], int8, blocks)
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
     split_k = min(tile.split_k, blocks // unroll)
     partial = counters = None

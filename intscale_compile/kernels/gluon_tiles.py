@@ -146,16 +146,28 @@ def _costed_tiles(m: int, n: int, k: int, schedule: str, sm_count: int) -> Itera
     for kernel, block_m, block_n, programs in COSTS:
         if kernel == "decode" or 2 * block_m < natural or (block_m > 16 and 2 * m < block_m):
             continue
-        warps, group_n = 8 if kernel == "cooperative" else 4, 16 if m >= 512 else 8
         tiles = tile_count(m, block_m) * tile_count(n, block_n)
         splits = [s for s in (2, 4, 8) if 10 * tiles * s <= 11 * sm_count and k // 128 // s >= MIN_SPLIT_BLOCKS]
         for split in (1, *(splits if kernel != "pipelined" and programs == 1 else ())):
-            tile = Tile(
-                block_m, block_n, warps, group_n=group_n, kernel=kernel, split_k=split, programs_per_sm=programs
-            )
-            fitted = deepest(tile, schedule, most=4 if kernel == "pipelined" else MAX_STAGES)
-            if illegal(fitted, schedule, k) is None:
-                yield fitted
+            tile = costed_tile(kernel, block_m, block_n, programs, split, schedule, group_n=16 if m >= 512 else 8)
+            if illegal(tile, schedule, k) is None:
+                yield tile
+
+
+def costed_tile(
+    kernel: str, block_m: int, block_n: int, programs: int, split: int, schedule: str, group_n: int = 8
+) -> Tile:
+    """The tile of a kind that ``COSTS`` lists (but of ``decode``), with the stages that fit; it may be illegal."""
+    tile = Tile(
+        block_m,
+        block_n,
+        num_warps=8 if kernel == "cooperative" else 4,
+        group_n=group_n,
+        kernel=kernel,
+        split_k=split,
+        programs_per_sm=programs,
+    )
+    return deepest(tile, schedule, most=4 if kernel == "pipelined" else MAX_STAGES)
 
 
 def _decode_tile(m: int, n: int, k: int, schedule: str, sm_count: int) -> Tile:

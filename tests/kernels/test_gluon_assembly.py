@@ -6,6 +6,8 @@ code runs always, the others with the slow tests. ``.ci/run`` repeats this file 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,16 +15,19 @@ from typing import Any
 import pytest
 
 triton = pytest.importorskip("triton")
-from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES, UNROLLS  # noqa: E402
+from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES, UNROLLS, blocks_in_body  # noqa: E402
 from intscale_compile.kernels.gluon_tiles import (  # noqa: E402
     SCHEDULES,
+    choose_gated_tile,
     choose_gluon_tile,
+    costed_tile,
     deepest,
     fits_resident,
     gated_tile,
     illegal,
 )
 from intscale_compile.kernels.tile import Tile  # noqa: E402
+from intscale_compile.kernels.tile_costs import COSTS  # noqa: E402
 from intscale_compile.kernels.tile_tables import SHIPPED, active_tiles  # noqa: E402
 from tests.support.sass import disassemble  # noqa: E402
 
@@ -102,7 +107,7 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
             BLOCKS_PER_GROUP=1,
             GROUP_N=tile.group_n,
             SPLIT_K=tile.split_k,
-            UNROLL=UNROLLS[tile.kernel == "cooperative", schedule, int8][0],
+            UNROLL=blocks_in_body(tile.kernel == "cooperative", schedule, int8, blocks),
             INT8=int8,
             GATED=gated,
             HAS_RESIDUAL=residual,
@@ -137,17 +142,62 @@ def test_there_are_tables():
     assert list(SHIPPED.glob("*.json")) and distinct_tiles()
 
 
+def test_the_rules_take_nothing_that_is_not_assembled_here():
+    tested = {same_code(schedule, tile) for schedule, tile, _ in [*distinct_tiles(), *tiles_by_rule()]}
+    assert not chosen(choose_gluon_tile, SCHEDULES) - tested
+    gated = {(schedule, tile) for schedule, tile, *_ in gated_tiles()}
+    assert not chosen(choose_gated_tile, ("fold", "accumulate", "none", "int8")) - gated
+
+
 @pytest.mark.parametrize("schedule,tile,k", quick_first(distinct_tiles(), path_of), ids=str)
 def test_shipped_tiles_assemble_without_spills(schedule, tile, k, tmp_path):
     check(disassemble(compile_tile(schedule, tile, k), tmp_path), tile)
 
 
+def same_code(schedule: str, tile: Tile) -> tuple[str, Tile]:
+    """A tile without what changes no instruction: how many tiles are visited together, and how many parts K has."""
+    return schedule, dataclasses.replace(tile, group_n=8, split_k=min(tile.split_k, 2))
+
+
+@functools.cache
+def costed_tiles() -> list[tuple[str, Tile]]:
+    """Every legal tile of a kind whose time can be predicted, but of the decode kernel: with K whole and in parts."""
+    kinds = [kind for kind in COSTS if kind[0] != "decode"]
+    cases = [
+        (schedule, costed_tile(*kind, split, schedule)) for schedule in SCHEDULES for kind in kinds for split in (1, 2)
+    ]
+    return [
+        (schedule, tile)
+        for schedule, tile in cases
+        if illegal(tile, schedule, 4096) is None
+        and (tile.split_k == 1 or tile.kernel != "pipelined" and tile.programs_per_sm == 1)
+    ]
+
+
+def chosen(choose: Callable[..., Tile], schedules: Iterable[str]) -> set[tuple[str, Tile]]:
+    """What the rules take for some problems, from one token to prefill."""
+    tokens, features, k = (1, 9, 16, 17, 40, 64, 150, 300, 1024, 4096), (1024, 2560, 4096, 28672), (1024, 4096, 14336)
+    problems = itertools.product(schedules, tokens, features, k)
+    return {same_code(schedule, choose(*problem, schedule)) for schedule, *problem in problems}
+
+
+def largest(kernel: str, schedule: str) -> Tile:
+    tiles = [tile for name, tile in costed_tiles() if (name, tile.kernel, tile.split_k) == (schedule, kernel, 1)]
+    return max(tiles, key=lambda tile: (tile.block_m * tile.block_n, tile.block_m))
+
+
 def tiles_by_rule() -> list[tuple[str, Tile, int]]:
-    """What the rules take where no table holds a tile, from one token to prefill, once; 4096 features."""
-    tokens = (1, 16, 17, 64, 300, 4096)
-    found = {(s, choose_gluon_tile(m, n, 4096, s)) for s, m, n in itertools.product(SCHEDULES, tokens, (4096, 28672))}
+    """What the rules can take where no table holds a tile, once, and the largest with fewer blocks in the loop's body."""
     shipped = {(schedule, tile) for schedule, tile, _ in distinct_tiles()}
-    return [(*case, 4096) for case in sorted(found - shipped, key=str)]
+    decode = {case for case in chosen(choose_gluon_tile, SCHEDULES) if case[1].kernel == "decode"}
+    cases = [(*case, 4096) for case in sorted({*costed_tiles(), *decode} - shipped, key=str)]
+    kernels = ("specialized", "pipelined", "cooperative")
+    for schedule, kernel, blocks in itertools.product(SCHEDULES, kernels, (30, 27)):
+        int8 = schedule == "int8"
+        bodies = UNROLLS[kernel == "cooperative", "none" if int8 else schedule, int8]
+        if any(blocks % body == 0 and body < max(bodies) for body in bodies):
+            cases.append((schedule, largest(kernel, schedule), 128 * blocks))
+    return cases
 
 
 @pytest.mark.parametrize(
@@ -162,10 +212,12 @@ def test_tiles_by_rule_assemble_without_spills(schedule, tile, k, tmp_path):
 
 
 def gated_tiles() -> list[tuple[str, Tile, int, str]]:
-    """Every tile that a shipped one, or one by rule, becomes in a gated launch, once; one of them with each activation."""
-    found = {(s, gated_tile(tile, s)): k for s, tile, k in distinct_tiles() if tile.kernel != "decode"}
-    for schedule, m in itertools.product(("fold", "accumulate", "none"), (17, 64, 300, 4096)):
-        found.setdefault((schedule, gated_tile(choose_gluon_tile(m, 28672, 4096, schedule), schedule)), 4096)
+    """Every tile that a shipped one, or one by rule, becomes in a gated launch, once; the widest with each activation."""
+    schedules = ("fold", "accumulate", "none", "int8")
+    found = {same_code(s, gated_tile(tile, s)): k for s, tile, k in distinct_tiles() if tile.kernel != "decode"}
+    for schedule, tile in costed_tiles():
+        if schedule in schedules and gated_tile(tile, schedule) == tile:
+            found.setdefault((schedule, tile), 4096)
     found["fold", deepest(Tile(128, 256, 8, kernel="specialized"), "fold")] = 4096
     cases = [(schedule, tile, k, "silu") for (schedule, tile), k in found.items()]
     wide = [case for case in cases if case[1].block_m == case[1].block_n == 128]
