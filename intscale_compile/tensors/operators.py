@@ -262,6 +262,16 @@ def _(func, types, args, kwargs):
     return aten.cat.default([_as_stack(tensor) for tensor in tensors], 0)
 
 
+@implements(aten.unsqueeze.default)
+def _(func, types, args, kwargs):
+    tensor, dim = args
+    if tensor.dim() != 2 or dim % 3 != 0 or tensor.transposed:
+        raise refuse(
+            f"unsqueeze of a weight of shape {tuple(tensor.shape)} at {dim}: a matrix becomes a stack of one only"
+        )
+    return as_view(func, args, kwargs, _as_stack(tensor))
+
+
 def _as_stack(tensor: IntScaleTensor) -> IntScaleTensor:
     """A matrix as a stack of one expert."""
     _require_no_order(tensor, "a stack of experts")

@@ -1,0 +1,146 @@
+"""Linear layers of vLLM whose weights are quantized by us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    WEIGHT_LOADER_V2_SUPPORTED,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from ...errors import ConfigError
+from ...tensors.intscale_tensor import IntScaleTensor
+from .weights import Rows, cut, hold, joined, product
+
+if TYPE_CHECKING:  # it imports this module
+    from .config import IntScaleVllmConfig
+
+
+class LoadedWeight(ModelWeightParameter):
+    """What vLLM's loaders load into: it has the shape of the weight and no data, and keeps the rows that they bring.
+
+    vLLM's layers say which rows and features of a stored tensor a rank holds, and where they belong in a merged layer.
+
+    Attributes:
+        rows: what was loaded.
+        layer_name: in vLLM.
+    """
+
+    def __init__(self, layer_name: str, **kwargs: Any):
+        super().__init__(output_dim=0, input_dim=1, **kwargs)
+        self.rows: list[Rows] = []
+        self.layer_name = layer_name
+
+    def keep(self, start: int, weight: Tensor) -> None:
+        """Rows from ``start`` on, of all input features of this rank."""
+        features = self.shape[1]
+        self.rows.append(Rows(start, cut(weight, 1, 0, features, self.layer_name, self.tp_size)))
+        if weight.shape[1] != features:
+            raise ConfigError(
+                f"{self.layer_name}: the checkpoint has {weight.shape[1]} input features where vLLM has {features}: its "
+                "config.json is another model's."
+            )
+
+    def _part(self, weight: Tensor, dim: int, rank: int, size: int) -> Tensor:
+        return cut(weight, dim, rank * size, size, self.layer_name, self.tp_size)
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        """This rank's rows of a whole weight."""
+        self.keep(0, self._part(loaded_weight, 0, self.tp_rank, self.shape[0]))
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        """This rank's input features of a whole weight."""
+        self.keep(0, self._part(loaded_weight, 1, self.tp_rank, self.shape[1]))
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, **where: Any) -> None:
+        """This rank's rows of one of several merged weights."""
+        self.keep(where["shard_offset"], self._part(loaded_weight, 0, self.tp_rank, where["shard_size"]))
+
+    def load_qkv_weight(self, loaded_weight: Tensor, **where: Any) -> None:
+        """This rank's heads of a query, key or value weight; keys and values may be replicated."""
+        rank = self.tp_rank if where["shard_id"] == "q" else self.tp_rank // where["num_heads"]
+        self.keep(where["shard_offset"], self._part(loaded_weight, 0, rank, where["shard_size"]))
+
+
+class IntScaleLinearMethod(LinearMethodBase):
+    """Loads a linear layer and runs it as W4A8, or plain where the checkpoint holds it plain.
+
+    Args:
+        config: of the model.
+        prefix: name of the layer in vLLM.
+    """
+
+    def __init__(self, config: IntScaleVllmConfig, prefix: str):
+        self.config, self.prefix = config, prefix
+        self.forms: tuple = ()
+
+    def create_weights(
+        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, **extra: Any,
+    ) -> None:  # fmt: skip
+        """Give the layer a parameter ``weight`` that keeps what is loaded."""
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        weight = LoadedWeight(
+            layer_name=self.prefix,
+            data=torch.empty(shape, dtype=params_dtype, device="meta"),
+            weight_loader=self._loader(extra["weight_loader"]),
+        )
+        layer.register_parameter("weight", weight)
+        # FusedMoE and others read these of a layer that has not been loaded.
+        layer.intscale_dtype = params_dtype
+
+    def _loader(self, loader: Callable) -> Callable:
+        """vLLM's own loader of the layer, handed weights that are quantized, whole, before it cuts them."""
+        cuts = getattr(loader, "__name__", "") == "weight_loader_v2"
+
+        def load(param: LoadedWeight, loaded_weight: Tensor, *shard: Any, **named: Any) -> None:
+            weight = self.config.quantize(loaded_weight, self.prefix)
+            if cuts:
+                loader(param, weight, *shard, **named)
+            elif shard or named or weight.shape != param.shape:
+                raise ConfigError(
+                    f"{self.prefix}: vLLM loads this kind of layer in a way that is not known here: leave it out with "
+                    '--hf-overrides \'{"quantization_config_dict_json": "{\\"ignore\\": [...]}"}\'.'
+                )
+            else:
+                param.keep(0, weight)
+
+        return load
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Join what was loaded and pack it for the device."""
+        loaded = layer.weight
+        if not isinstance(loaded, LoadedWeight):
+            return  # processed before
+        weights = joined(loaded.rows, loaded.shape[0], self.prefix)
+        device, dtype = _device(), layer.intscale_dtype
+        del layer.weight
+        if not any(isinstance(weight, IntScaleTensor) for weight in weights):
+            layer.weight = nn.Parameter(torch.cat(weights).to(device, dtype), requires_grad=False)
+            layer.quant_method = UnquantizedLinearMethod()
+            layer.quant_method.process_weights_after_loading(layer)
+            return
+        plain = [w if isinstance(w, IntScaleTensor) else w.to(dtype) for w in weights]  # type: ignore[call-overload]
+        self.forms = hold(layer, plain, device)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        """``x @ W.T + bias``, activations quantized per token, or with the weight's static scale."""
+        return product(layer, self.forms, x, bias)
+
+
+def _device() -> torch.device:
+    from vllm.platforms import current_platform  # it looks for devices
+
+    kind = current_platform.device_type
+    return torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device(kind)
+
+
+if IntScaleLinearMethod.__name__ not in WEIGHT_LOADER_V2_SUPPORTED:
+    register_weight_loader_v2_supported_method(IntScaleLinearMethod)
