@@ -28,6 +28,7 @@ pytestmark = pytest.mark.slow
 
 LEAST_DB = 50.0
 JITTER = 1e-7
+JITTERS = 8
 QUICK_CPP = {"cpp.simdlen": 1}  # vectorized C++ takes a compiler twice as long
 
 
@@ -75,18 +76,22 @@ def explained(model: nn.Module, inputs: dict) -> tuple[Any, list[torch.Tensor]]:
 
 
 def noise_floor(model: nn.Module, inputs: dict, reference: list[torch.Tensor]) -> float:
-    """How much the output changes when each input embedding or activation changes by its last bits."""
-    generator = torch.Generator().manual_seed(1)
+    """How much the output changes at most when each input embedding or activation changes by its last bits.
+
+    Where an activation lies between two codes, or a router between two experts, one choice of last bits turns it over and
+    another does not: the least of several.
+    """
+    generator = torch.Generator()
 
     def jittered(module, args, result):
         if isinstance(result, torch.Tensor) and result.is_floating_point():
             return result * (1 + JITTER * torch.randn(result.shape, generator=generator))
         return result
 
-    kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d)
+    kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     hooks = [module.register_forward_hook(jittered) for module in model.modules() if isinstance(module, kinds)]
     try:
-        return decibels(tensors(model(**inputs)), reference)
+        return min(decibels(tensors(model(**inputs)), reference) for seed in range(JITTERS) if generator.manual_seed(seed))
     finally:
         for hook in hooks:
             hook.remove()

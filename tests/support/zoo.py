@@ -105,6 +105,15 @@ CHANGES: dict[str, dict[str, Any]] = {  # by model_type
     "falcon_mamba": {"conv_kernel": 4},
     "mamba": {"conv_kernel": 4},
     "dots1": {"num_key_value_heads": 4},
+    "deepseek_v2": {"num_key_value_heads": 4},  # as all that were published; with fewer, eager attention reads past its queries
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 128, "ffn_hidden_size": 256, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "qwen2_vl": {"image_token_id": 159, "video_token_id": 158, "vision_start_token_id": 157, "vision_end_token_id": 156},
+    "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}},
+    "qwen2_vl_vision": {"depth": 2},
     "codegen": {"rotary_dim": 16},
     "gptj": {"rotary_dim": 16},
 }
@@ -265,6 +274,8 @@ ZOO: dict[str, str] = {  # name: class of transformers
     "olmoe-odd": "OlmoeForCausalLM",
     "deberta-v2-odd": "DebertaV2ForMaskedLM",
     "wav2vec2-odd": "Wav2Vec2ForCTC",
+    "dbrx": "DbrxForCausalLM",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
 }
 KNOWN: dict[str, str] = {}  # what does not hold yet, and why
 
@@ -295,16 +306,25 @@ def token_ids(rows: int = 2, columns: int = 12) -> torch.Tensor:
 def inputs_of(model: nn.Module) -> dict[str, Any]:
     """What a model is called with, by the name of its main input."""
     main = model.main_input_name
+    found: dict[str, Any]
     if main == "pixel_values":
         size = getattr(model.config, "image_size", 32)
         size = size if isinstance(size, int) else 32
-        return {main: torch.linspace(-50, 50, 2 * 3 * size * size).sin().view(2, 3, size, size)}
+        found = {main: torch.linspace(-50, 50, 2 * 3 * size * size).sin().view(2, 3, size, size)}
+        if model.config.model_type == "vit_mae":  # which patches are masked: at random otherwise
+            found["noise"] = torch.linspace(-50, 50, 2 * (size // model.config.patch_size) ** 2).sin().view(2, -1)
+        return found
     if main == "input_values":
         return {main: torch.linspace(-50, 50, 2 * 1600).sin().view(2, 1600)}
     if main == "input_features":
-        found: dict[str, Any] = {main: torch.linspace(-50, 50, 2 * 8 * 32).sin().view(2, 8, 32)}
+        found = {main: torch.linspace(-50, 50, 2 * 8 * 32).sin().view(2, 8, 32)}
     else:
         found = {"input_ids": token_ids()}
+    if model.config.model_type == "qwen2_vl":  # a picture of 4 x 4 patches in each row, merged to 4 tokens
+        found["input_ids"].clamp_(max=155)[:, 3:7] = model.config.image_token_id
+        found["mm_token_type_ids"] = (found["input_ids"] == model.config.image_token_id).int()
+        found["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 2)
+        found["pixel_values"] = torch.linspace(-50, 50, 2 * 16 * 3 * 2 * 64).sin().view(32, -1)
     if model.config.is_encoder_decoder:
         found["decoder_input_ids"] = token_ids(2, 5)
     return found
