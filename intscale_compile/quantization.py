@@ -28,10 +28,10 @@ from .integrations.torchao_calls import watch_quantize_calls
 from .progress import Progress
 from .reasons import Reason, log_once
 from .tensors.expert_layers import expert_stacks
+from .tensors.input_rotation import ROTATION, hand_over_rotation
 from .tensors.intscale_tensor import IntScaleTensor
 from .tensors.model_state import ModelState
 from .tensors.selection import (
-    ROTATION,
     is_conv1d,
     is_transposed,
     linears_and_experts,
@@ -148,6 +148,7 @@ class _Plan:
             return
         first = weight.packed is None
         setattr(module, leaf, weight.quantized())
+        hand_over_rotation(module)
         show_quantized(module)
         if first:
             self.progress.add(name, weight.parameter.nbytes, weight.packed.nbytes_packed())  # type: ignore[union-attr]

@@ -91,7 +91,9 @@ def noise_floor(model: nn.Module, inputs: dict, reference: list[torch.Tensor]) -
     kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     hooks = [module.register_forward_hook(jittered) for module in model.modules() if isinstance(module, kinds)]
     try:
-        return min(decibels(tensors(model(**inputs)), reference) for seed in range(JITTERS) if generator.manual_seed(seed))
+        return min(
+            decibels(tensors(model(**inputs)), reference) for seed in range(JITTERS) if generator.manual_seed(seed)
+        )
     finally:
         for hook in hooks:
             hook.remove()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..kernels.hadamard import hadamard_transform
-from ..tensors.selection import ROTATION
+from ..tensors.input_rotation import start_rotating
 from .groups import Norm, difference, norm_offset, scaling_groups
 from .layers import (
     Inputs,
@@ -74,7 +74,8 @@ def rotate(model: nn.Module, batch: Optional[Any] = None, *, seed: int = 0, onli
 
     Returns:
         Size of the online Hadamard transform by name of the linear layer. A forward pre-hook rotates the input of such
-        a layer until it is quantized: ``quantize_`` and ``calibrate`` set ``rotation`` of its ``IntScaleTensor``. Hooks
+        a layer until it is quantized: ``quantize_`` and ``calibrate`` set ``rotation`` of its ``IntScaleTensor`` and take
+        the hook off. Hooks
         are not saved: save the quantized model, or rotate with ``online=False``.
 
     Raises:
@@ -140,13 +141,6 @@ def hadamard_matrix(size: int) -> Tensor:
 def subtracts_mean(norm: nn.Module, x: Tensor) -> bool:
     """Whether a norm is blind to a constant added to all channels (LayerNorm), found by adding one."""
     return difference(norm(x + x.abs().max()), norm(x)) < 1e-2
-
-
-def rotate_input(module: nn.Module, args: tuple) -> Optional[tuple]:
-    """Forward pre-hook of a layer that is not quantized yet; an ``IntScaleTensor`` rotates its activation itself."""
-    if getattr(module.weight, "rotation", 0):
-        return None
-    return (hadamard_transform(args[0], getattr(module, ROTATION)), *args[1:])
 
 
 def _checked_plan(name: str, block: nn.Module, inputs: Inputs, q: Tensor, online: bool) -> _Plan:
@@ -263,8 +257,7 @@ def _apply(plan: _Plan, block: nn.Module, q: Tensor) -> None:
     for name, size in plan.online.items():
         weight, module = weights[name].weight, weights[name].module
         weight.copy_(_transformed(weight, size))
-        setattr(module, ROTATION, size)
-        module.register_forward_pre_hook(rotate_input)
+        start_rotating(module, size)
 
 
 def _read(norm: Norm, consumers: list[LinearWeight], q: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ..config import IntScaleConfig
 from ..errors import CalibrationError
+from ..tensors.input_rotation import hand_over_rotation
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import show_quantized
 from ..tensors.weight_checks import check_weight
@@ -232,4 +233,5 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 def set_integer(module: nn.Module, parameter: str, tensor: Tensor) -> None:
     """Give a module a weight with integer scales, and a linear layer its description."""
     setattr(module, parameter, frozen(tensor))
+    hand_over_rotation(module)
     show_quantized(module)

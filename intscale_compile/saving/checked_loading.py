@@ -18,10 +18,12 @@ from typing import Any, Optional
 from ..config import IntScaleConfig
 from ..errors import CheckpointError
 from ..integrations.torch import is_dtensor
+from ..integrations.transformers import RENAMING
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.stored_files import open_safetensors, reading, regular_file
 from .checkpoint import innermost, tensor_names
 from .integrity import ENTRY, check_header, check_metadata, read_entry, stored_key, with_checksums, with_version
+from .ties import read_ties, shared_names, store_once
 
 LOADING = "_intscale_loading"  # attribute of transformers' quantizer
 _PART = re.compile(r"\._(\w+)_qdata$")
@@ -31,13 +33,18 @@ _PART = re.compile(r"\._(\w+)_qdata$")
 
 
 def marking(get_state: Callable) -> Callable:
-    """Around ``get_state_dict_and_metadata``: the format version and digests of the headers go into the metadata."""
+    """Around ``get_state_dict_and_metadata``: the format version and digests of the headers go into the metadata.
+
+    What several names share is left once in the state dict: transformers does so where the model's class declares it.
+    """
 
     @functools.wraps(get_state)
     def marked(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         state, metadata = get_state(self, model, *args, **kwargs)
-        ours = any('"IntScaleTensor"' in text for text in metadata.values())
-        return state, with_version(metadata) if ours else metadata
+        if not any('"IntScaleTensor"' in text for text in metadata.values()):
+            return state, metadata
+        state, metadata = store_once(state, metadata, shared_names(model.state_dict()))
+        return state, with_version(metadata)
 
     return marked
 
@@ -56,9 +63,10 @@ def sealing(save: Callable) -> Callable:
 
 @dataclass
 class _Loading:
-    """One call of ``from_pretrained``: the names of all stored tensors, and the first error of a weight."""
+    """One call of ``from_pretrained``: the names of all stored tensors, those that share one, the first error of a weight."""
 
     names: set[str]
+    ties: dict[str, str]
     error: Optional[CheckpointError] = None
 
     def __deepcopy__(self, memo: dict) -> _Loading:
@@ -79,7 +87,7 @@ def checking_files(prepare: Callable) -> Callable:
         files = list(checkpoint_files or ())
         if self.pre_quantized and files and all(str(file).endswith(".safetensors") for file in files):
             folder = str(getattr(model.config, "_name_or_path", "") or "")
-            setattr(self, LOADING, _Loading(_checked_files(files, _is_ours(self.quantization_config), folder)))
+            setattr(self, LOADING, _Loading(*_checked_files(files, _is_ours(self.quantization_config), folder)))
         return prepare(self, model, checkpoint_files=checkpoint_files, **kwargs)
 
     return checked
@@ -92,8 +100,8 @@ def _is_ours(quantization_config: Any) -> bool:
     return any(isinstance(kind, IntScaleConfig) for kind in (kinds.values() if kinds else [quant_type]))
 
 
-def _checked_files(files: Iterable[Any], ours: bool, folder: str) -> set[str]:
-    """Names of all stored tensors; empty where none is ours.
+def _checked_files(files: Iterable[Any], ours: bool, folder: str) -> tuple[set[str], dict[str, str]]:
+    """Names of all stored tensors, and the table of tied names; both empty where none is ours.
 
     Raises:
         CheckpointError: a file is not regular or lies elsewhere, or a header is damaged or of a newer release.
@@ -101,6 +109,7 @@ def _checked_files(files: Iterable[Any], ours: bool, folder: str) -> set[str]:
     names: set[str] = set()
     quantized: dict[str, tuple[dict, Path]] = {}
     keys: set[str] = set()
+    ties: dict[str, str] = {}
     for path in map(Path, files):
         _check_place(path, folder)
         regular_file(path)
@@ -110,7 +119,9 @@ def _checked_files(files: Iterable[Any], ours: bool, folder: str) -> set[str]:
         if not known:
             continue
         read_entry(metadata, path)  # a newer format before anything else
-        for name in tensor_names(metadata, path):
+        stored = tensor_names(metadata, path)
+        ties.update(read_ties(metadata, stored, path))
+        for name in stored:
             names.add(name)
             header = check_header(metadata[name], f"{path}: {name}")
             if header is not None:
@@ -122,7 +133,7 @@ def _checked_files(files: Iterable[Any], ours: bool, folder: str) -> set[str]:
         lost = sorted(set(header["_tensor_data_names"]) - set(parts))
         if parts and lost:  # where none is there, the keys have names that transformers changes
             raise CheckpointError(f"{path}: {name}: {lost[0]} is missing; the checkpoint is incomplete.")
-    return names
+    return names, ties
 
 
 def _check_place(path: Path, folder: str) -> None:
@@ -181,10 +192,23 @@ def checking_result(load: Callable) -> Callable:
         result = load(model, state_dict, load_config, *args, **kwargs)
         _forget_deserializing(model)
         if loading is not None:
+            _tie(model, loading.ties, renaming(model, load_config) if loading.ties else str, result[0])
             _check_report(loading, result[0], model, getattr(load_config, "ignore_mismatched_sizes", False))
         return result
 
     return checked
+
+
+def _tie(model: Any, ties: dict[str, str], rename: Callable[[str], str], report: Any) -> None:
+    """Give the names that shared a stored weight one parameter again; what a model lacks was left out by its architecture."""
+    missing = getattr(report, "missing_keys", set())
+    for name, stored in ties.items():
+        name, stored = rename(name), rename(stored)
+        (owner, _, leaf), (source, _, of_source) = name.rpartition("."), stored.rpartition(".")
+        modules = dict(model.named_modules(remove_duplicate=False))
+        if owner in modules and source in modules and isinstance(getattr(modules[source], of_source), IntScaleTensor):
+            setattr(modules[owner], leaf, getattr(modules[source], of_source))
+            missing.discard(name)
 
 
 def _check_report(loading: _Loading, report: Any, model: Any, other_sizes: bool) -> None:
@@ -229,3 +253,15 @@ def _forget_deserializing(model: Any) -> None:
 def _deserializes(conversion: Any) -> bool:
     operations: Optional[list] = getattr(conversion, "operations", None)
     return any(type(operation).__name__ == "TorchAoDeserialize" for operation in operations or ())
+
+
+def renaming(model: Any, load_config: Any) -> Callable[[str], str]:
+    """What transformers calls the parameter that it fills from a key of the file."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming  # optional
+
+    rename_source_key = RENAMING.get()
+    mapping = load_config.weight_mapping or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    own = model.state_dict()
+    return lambda key: rename_source_key(key, renamings, converters, model.base_model_prefix, own)[0]

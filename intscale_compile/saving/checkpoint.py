@@ -19,6 +19,7 @@ from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.stored_files import PathLike, first_line, open_safetensors, parse_json, reading, whole_file, whole_folder
 from .integrity import check_header, check_metadata, read_entry, verify_file, with_checksums, with_version
 from .shard_writing import gather_shards, is_divided
+from .ties import read_ties, shared_names, store_once, tie
 
 
 def rebuild_tensor(**parts) -> IntScaleTensor:
@@ -105,8 +106,9 @@ def attach_quantizer(model: nn.Module, config: IntScaleConfig | None = None) -> 
 def save_safetensors(model: nn.Module, path: PathLike) -> None:
     """Write the model's state dict, quantized weights included, into one safetensors file.
 
-    Tied weights are written once for each of their names. The file appears under its name once it is whole: a failed call
-    leaves the one that was there before, and nothing beside it. Checksums are stored with it (``saving.integrity``).
+    A parameter that several names share is written once (``saving.ties``). The file appears under its name once it is
+    whole: a failed call leaves the one that was there before, and nothing beside it. Checksums are stored with it
+    (``saving.integrity``).
 
     A model that is divided among ranks is gathered: every rank calls this, and rank 0 writes the file that it would have
     written before.
@@ -124,7 +126,8 @@ def save_safetensors(model: nn.Module, path: PathLike) -> None:
     else:
         whole = model.state_dict()
     state = {_stored_name(n): t if isinstance(t, IntScaleTensor) else t.detach() for n, t in whole.items()}
-    tensors, metadata = torchao.FLATTEN.get()(state)
+    parameters = {_stored_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    tensors, metadata = store_once(*torchao.FLATTEN.get()(state), shared_names(state, parameters))
     separate, seen = {}, set()
     for name, tensor in tensors.items():
         memory = tensor.untyped_storage().data_ptr()
@@ -142,6 +145,8 @@ def _stored_name(name: str) -> str:
 
 def load_safetensors(path: PathLike, device: str = "cpu", *, verify: bool = False) -> dict[str, torch.Tensor]:
     """Read a file of :func:`save_safetensors`; load it with ``model.load_state_dict(state, assign=True)``.
+
+    Names that shared a parameter share one in the result, and in a model that it is assigned to.
 
     Args:
         path: the file.
@@ -168,6 +173,7 @@ def load_safetensors(path: PathLike, device: str = "cpu", *, verify: bool = Fals
     if unused:
         raise CheckpointError(f"{path}: data without a name in the header: {sorted(unused)[:3]}.")
     check_metadata(metadata, path)
+    tie(state, read_ties(metadata, names, path))
     if verify and verify_file(Path(path)) is None:
         raise CheckpointError(
             f"{path}: it has no checksums, as files of version 0.1.0: it cannot be verified; save it again."

@@ -19,16 +19,17 @@ from torch import Tensor
 from .. import format as fmt
 from ..errors import CheckpointError, ShardingError
 from ..integrations.torch import is_dtensor, local_tensor
-from ..integrations.transformers import RENAMING, hook_loading
+from ..integrations.transformers import hook_loading
 from ..parallel.sharding import Layout, chunk
 from ..tensors.activation_parts import PER_WEIGHT
 from ..tensors.fields import DATA_NAMES
 from ..tensors.selection import mark_loaded
 from ..tensors.stored_files import PathLike, open_safetensors, reading
-from .checked_loading import checking_files, checking_result, keeping_errors, marking, sealing
+from .checked_loading import checking_files, checking_result, keeping_errors, marking, renaming, sealing
 from .checkpoint import stored_tensor, tensor_names
 from .integrity import check_header, check_metadata, read_entry, stored_key
 from .shard_writing import gather_shards, is_divided
+from .ties import read_ties
 
 
 class StoredPart:
@@ -165,12 +166,13 @@ def read_shards(
         check_metadata(metadata, path)
         with reading(f"{path}: a header"):
             parts = stored_parts({key: file.get_slice(key) for key in file.keys()}, metadata)
-        for name in names:
-            public = name.removeprefix(".")
+        ties = read_ties(metadata, names, path)
+        for name in (*names, *ties):
+            public, stored = name.removeprefix("."), ties.get(name, name)
             dim, packed, copies = divided.get(public, (None, 1, 1))
             cut = None if dim is None else (dim, packed)
             with reading(f"{path}: {public}"):
-                state[public] = _read_shard(name, parts, metadata, cut, rank // copies, ranks // copies, path)
+                state[public] = _read_shard(stored, parts, metadata, cut, rank // copies, ranks // copies, path)
     return state
 
 
@@ -283,22 +285,10 @@ def _reading_shards(load: Callable) -> Callable:
     def convert_and_load(model: Any, state_dict: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         metadata = getattr(load_config.hf_quantizer, "metadata", None)
         if metadata and any(is_dtensor(p) for p in model.parameters()):
-            state_dict = stored_parts(state_dict, metadata, _renaming(model, load_config))
+            state_dict = stored_parts(state_dict, metadata, renaming(model, load_config))
         return load(model, state_dict, load_config, *args, **kwargs)
 
     return convert_and_load
-
-
-def _renaming(model: Any, load_config: Any) -> Callable[[str], str]:
-    """What transformers calls the parameter that it fills from a key of the file."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming  # optional
-
-    rename_source_key = RENAMING.get()
-    mapping = load_config.weight_mapping or []
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    own = model.state_dict()
-    return lambda key: rename_source_key(key, renamings, converters, model.base_model_prefix, own)[0]
 
 
 def _of_whole_parts(shard_tensor: Callable) -> Callable:

@@ -30,7 +30,6 @@ from .intscale_tensor import IntScaleTensor
 from .weight_reads import stacks_in_a_loop, weight_reads
 
 DECIDED = "_intscale_decided"  # attribute of every module of a model whose weights were chosen
-ROTATION = "_intscale_rotation"  # attribute of a module that rotates its input: the size of the Hadamard blocks
 
 
 @dataclass

@@ -9,12 +9,14 @@ from torch import nn
 hf = pytest.importorskip("transformers")
 from torchao.quantization import quantize_  # noqa: E402
 
+import intscale_compile  # noqa: E402
 from intscale_compile import IntScaleConfig, IntScaleTensor, linears_and_experts  # noqa: E402
-from intscale_compile.calibration import rotation  # noqa: E402
+from intscale_compile.calibration import rotation, solve  # noqa: E402
 from intscale_compile.calibration.groups import difference  # noqa: E402
 from intscale_compile.calibration.layers import blocks  # noqa: E402
-from intscale_compile.errors import CalibrationError  # noqa: E402
+from intscale_compile.errors import CalibrationError, OverflowProofError  # noqa: E402
 from intscale_compile.kernels.hadamard import hadamard_transform  # noqa: E402
+from intscale_compile.tensors import input_rotation  # noqa: E402
 from tests.support.benchmarks import inject_outliers  # noqa: E402
 from tests.support.calibration import logits_of, small_model  # noqa: E402
 
@@ -192,3 +194,37 @@ def test_bfloat16_models_are_rotated_within_their_precision():
     rotation.rotate(model, inputs)
     assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
     assert difference(logits_of(model, inputs), before) < 0.05
+
+
+@pytest.mark.parametrize("door", ["quantize", "calibrate"])
+def test_a_dequantized_weight_reads_the_input_as_it_is(door):
+    """The hook leaves with the plain weight that it was for: adapters are merged into dequantized weights."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    input_rotation.start_rotating(layer, 64)
+    other = copy.deepcopy(layer)
+    if door == "quantize":
+        intscale_compile.quantize(layer, IntScaleConfig(group_size=32))
+        assert layer.weight.rotation == 64
+    else:
+        tensor = IntScaleTensor.from_hp(layer.weight, IntScaleConfig(group_size=32)).replaced(rotation=64)
+        solve.set_integer(layer, "weight", tensor)
+    assert not layer._forward_pre_hooks and not hasattr(layer, input_rotation.ROTATION)
+    x = torch.randn(4, 64)
+    dense = layer.weight.dequantize()
+    layer.weight = nn.Parameter(dense, requires_grad=False)
+    assert torch.equal(layer(x), nn.functional.linear(x, dense, layer.bias))
+    intscale_compile.quantize(layer, IntScaleConfig(group_size=32))
+    assert layer.weight.rotation == 0
+    assert difference(layer(x), other(x)) < 0.2
+    assert other._forward_pre_hooks  # a copy keeps its own
+
+
+def test_a_failed_quantization_leaves_the_hook():
+    layer = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
+    input_rotation.start_rotating(layer[0], 64)
+    layer[1].weight[0, 0] = 3e38
+    with pytest.raises(OverflowProofError):
+        intscale_compile.quantize(layer, IntScaleConfig(group_size=32, amplifier=1024))
+    assert list(layer[0]._forward_pre_hooks.values()) == [input_rotation.rotate_input]
+    assert layer[0]._intscale_rotation == 64

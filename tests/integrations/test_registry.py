@@ -13,11 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 import intscale_compile
 from intscale_cli import doctor
 from intscale_compile.errors import VersionError
-from intscale_compile.integrations import after_import, registry, transformers
+from intscale_compile.integrations import after_import, registry, transformers, weight_updates
 from intscale_compile.integrations import torchao as ours
 from intscale_compile.integrations.registry import CHANGED, FOUND, MISSING, NAMES, NOT_INSTALLED, PrivateName
 from intscale_compile.reasons import log_once
@@ -149,6 +150,23 @@ def test_another_form_and_another_package(declared):
     assert PrivateName("torch:relu_", "x", "y", parameters=("nothing",)).state().state == CHANGED
     assert PrivateName("torch:nn", "x", "y", form=lambda found: False).state().state == CHANGED
     assert PrivateName("no_such_package.module:name", "x", "y").state().state == NOT_INSTALLED
+
+
+def test_explain_repeats_what_was_missing(declared):
+    name = PrivateName("torch:nowhere_to_be_found", "a test", "the slow way is taken")
+    model, x = torch.nn.Linear(64, 64).requires_grad_(False), torch.randn(2, 64)
+    assert not [note for note in intscale_compile.explain(model, x).notes if "slow way" in note]
+    name.find()
+    assert name.message(MISSING) in intscale_compile.explain(model, x).notes
+    assert "torch:nowhere_to_be_found is not there in torch" in str(intscale_compile.explain(model, x))
+
+
+def test_load_state_dict_is_wrapped_once_and_listed():
+    weight_updates.after_load_state_dict(lambda module: None)
+    wrapped = torch.nn.Module.load_state_dict
+    weight_updates.after_load_state_dict(lambda module: None)
+    assert torch.nn.Module.load_state_dict is wrapped and wrapped.__wrapped__.__name__ == "load_state_dict"
+    assert weight_updates.LOADING in NAMES and weight_updates.LOADING.state().state == FOUND
 
 
 def test_import_fails_with_the_name_that_is_missing():

@@ -105,13 +105,20 @@ CHANGES: dict[str, dict[str, Any]] = {  # by model_type
     "falcon_mamba": {"conv_kernel": 4},
     "mamba": {"conv_kernel": 4},
     "dots1": {"num_key_value_heads": 4},
-    "deepseek_v2": {"num_key_value_heads": 4},  # as all that were published; with fewer, eager attention reads past its queries
+    "deepseek_v2": {
+        "num_key_value_heads": 4
+    },  # as all that were published; with fewer, eager attention reads past its queries
     "deepseek_v3": {"num_key_value_heads": 4},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 128, "ffn_hidden_size": 256, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "qwen2_vl": {"image_token_id": 159, "video_token_id": 158, "vision_start_token_id": 157, "vision_end_token_id": 156},
+    "qwen2_vl": {
+        "image_token_id": 159,
+        "video_token_id": 158,
+        "vision_start_token_id": 157,
+        "vision_end_token_id": 156,
+    },
     "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}},
     "qwen2_vl_vision": {"depth": 2},
     "codegen": {"rotary_dim": 16},
