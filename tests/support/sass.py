@@ -63,11 +63,23 @@ class Sass:
                 bodies.append([i for i in self.instructions if start <= i.address <= branch.address])
         return sorted(bodies, key=len)
 
-    def k_loop(self) -> list[Instruction]:
-        """The loop that holds tensor-core instructions."""
+    def k_loops(self) -> list[list[Instruction]]:
+        """Innermost loops with tensor-core instructions, shortest first: one for each group of warps that computes.
+
+        What overlaps a shorter one is not another: it holds it, or is a wait out of line that branches into it.
+        """
+        found: list[list[Instruction]] = []
         for body in self.loops():
-            if any(i.base in TENSOR_CORE for i in body):
-                return body
+            start, end = body[0].address, body[-1].address
+            overlaps = any(start <= inner[-1].address and inner[0].address <= end for inner in found)
+            if not overlaps and any(i.base in TENSOR_CORE for i in body):
+                found.append(body)
+        return found
+
+    def k_loop(self) -> list[Instruction]:
+        """The shortest of :meth:`k_loops`."""
+        for body in self.k_loops():
+            return body
         raise AssertionError(f"no loop with tensor-core instructions; opcodes: {self.opcodes()}")
 
 
