@@ -76,7 +76,7 @@ def explained(model: nn.Module, inputs: dict) -> tuple[Any, list[torch.Tensor]]:
 
 
 def noise_floor(model: nn.Module, inputs: dict, reference: list[torch.Tensor]) -> float:
-    """How much the output changes at most when each input embedding or activation changes by its last bits.
+    """How much the output changes at most when what each of the innermost modules returns changes by its last bits.
 
     Where an activation lies between two codes, or a router between two experts, one choice of last bits turns it over and
     another does not: the least of several.
@@ -88,8 +88,7 @@ def noise_floor(model: nn.Module, inputs: dict, reference: list[torch.Tensor]) -
             return result * (1 + JITTER * torch.randn(result.shape, generator=generator))
         return result
 
-    kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    hooks = [module.register_forward_hook(jittered) for module in model.modules() if isinstance(module, kinds)]
+    hooks = [m.register_forward_hook(jittered) for m in model.modules() if not list(m.children())]
     try:
         return min(
             decibels(tensors(model(**inputs)), reference) for seed in range(JITTERS) if generator.manual_seed(seed)
@@ -133,6 +132,8 @@ def examine(name: str) -> Result:
     torch.manual_seed(0)
     model = build(name)
     inputs = inputs_of(model)
+    with torch.no_grad():
+        model(**inputs)  # RWKV rescales its weights in its first call
     quantized = copy.deepcopy(model)
     quantize_(quantized, IntScaleConfig(), filter_fn=linears_and_experts)
     with torch.no_grad():

@@ -72,6 +72,12 @@ PREPARING = PrivateName(
     parameters=("model", "checkpoint_files"),
     own=True,
 )
+QUANTIZER = PrivateName(
+    "transformers.modeling_utils:get_hf_quantizer",
+    "an error of ours where the quantization_config of a quantized model is damaged",
+    "from_pretrained raises what transformers finds, without a mend",
+    parameters=("config", "quantization_config"),
+)
 LOADED = PrivateName(
     "transformers.quantizers.quantizer_torchao:TorchAoHfQuantizer.postprocess_model",
     "marking a model that was loaded quantized",
@@ -111,7 +117,7 @@ PrivateName(
     "gates of experts in the implementation intscale",
 )
 PrivateName("transformers:PreTrainedModel._from_config", "a model without weights")
-HOOKED = (LOADING, FILE_WRITING, SHARDING, DESERIALIZING, STATE, PREPARING, CONVERSIONS, LOADED)
+HOOKED = (LOADING, FILE_WRITING, SHARDING, DESERIALIZING, STATE, PREPARING, CONVERSIONS, LOADED, QUANTIZER)
 _ENTRANCE = "transformers.modeling_utils"  # every model imports it
 
 

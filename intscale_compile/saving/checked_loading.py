@@ -16,13 +16,13 @@ from pathlib import Path, PurePath
 from typing import Any, Optional
 
 from ..config import IntScaleConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, IntScaleError
 from ..integrations.torch import is_dtensor
 from ..integrations.transformers import RENAMING
 from ..tensors.intscale_tensor import IntScaleTensor
-from ..tensors.stored_files import open_safetensors, reading, regular_file
+from ..tensors.stored_files import first_line, open_safetensors, reading, regular_file, weight_files
 from .checkpoint import innermost, tensor_names
-from .integrity import ENTRY, check_header, check_metadata, read_entry, stored_key, with_checksums, with_version
+from .integrity import ENTRY, MEND, check_header, check_metadata, read_entry, stored_key, with_checksums, with_version
 from .ties import read_ties, shared_names, store_once
 
 LOADING = "_intscale_loading"  # attribute of transformers' quantizer
@@ -76,6 +76,56 @@ class _Loading:
 # --- before anything is read ----------------------------------------------------------------------------------------------
 
 
+def checking_config(get_quantizer: Callable) -> Callable:
+    """Around ``get_hf_quantizer``: a ``quantization_config`` that cannot be read, of weights that are ours, is our error."""
+
+    @functools.wraps(get_quantizer)
+    def checked(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+        stored = getattr(config, "quantization_config", None)
+        try:
+            return get_quantizer(config, quantization_config, *args, **kwargs)
+        except IntScaleError:
+            raise
+        except Exception as error:
+            folder = str(getattr(config, "_name_or_path", "") or "")
+            if (
+                isinstance(stored, dict)
+                and not _parses(stored)
+                and ("IntScaleConfig" in str(stored) or _has_ours(folder))
+            ):
+                raise damaged_config(error, folder) from error
+            raise
+
+    return checked
+
+
+def damaged_config(error: Exception, folder: str) -> CheckpointError:
+    """The error of a ``quantization_config`` that something failed with."""
+    what = f"{type(error).__name__}: {first_line(error)}"
+    return CheckpointError(f"{folder}: config.json: its quantization_config cannot be used ({what}); {MEND}.")
+
+
+def _parses(stored: dict) -> bool:
+    from transformers import TorchAoConfig  # optional
+
+    try:
+        return stored["quant_method"] == "torchao" and TorchAoConfig.from_dict(dict(stored)) is not None
+    except Exception:  # whatever wrong types lead to
+        return False
+
+
+def _has_ours(folder: str) -> bool:
+    """Whether a folder holds weights that this package stored."""
+    try:
+        for path in weight_files(Path(folder)):
+            with open_safetensors(path) as file:
+                if ENTRY in (file.metadata() or {}):
+                    return True
+    except (IntScaleError, OSError):  # no folder, or none that can be read
+        pass
+    return False
+
+
 def checking_files(prepare: Callable) -> Callable:
     """Around ``_process_model_before_weight_loading`` of the quantizer: every header of ours is checked first.
 
@@ -88,7 +138,12 @@ def checking_files(prepare: Callable) -> Callable:
         if self.pre_quantized and files and all(str(file).endswith(".safetensors") for file in files):
             folder = str(getattr(model.config, "_name_or_path", "") or "")
             setattr(self, LOADING, _Loading(*_checked_files(files, _is_ours(self.quantization_config), folder)))
-        return prepare(self, model, checkpoint_files=checkpoint_files, **kwargs)
+        try:
+            return prepare(self, model, checkpoint_files=checkpoint_files, **kwargs)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            if not getattr(self, LOADING, _Loading(set(), {})).names or isinstance(error, IntScaleError):
+                raise
+            raise damaged_config(error, str(getattr(model.config, "_name_or_path", "") or "")) from error
 
     return checked
 

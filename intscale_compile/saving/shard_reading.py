@@ -25,7 +25,15 @@ from ..tensors.activation_parts import PER_WEIGHT
 from ..tensors.fields import DATA_NAMES
 from ..tensors.selection import mark_loaded
 from ..tensors.stored_files import PathLike, open_safetensors, reading
-from .checked_loading import checking_files, checking_result, keeping_errors, marking, renaming, sealing
+from .checked_loading import (
+    checking_config,
+    checking_files,
+    checking_result,
+    keeping_errors,
+    marking,
+    renaming,
+    sealing,
+)
 from .checkpoint import stored_tensor, tensor_names
 from .integrity import check_header, check_metadata, read_entry, stored_key
 from .shard_writing import gather_shards, is_divided
@@ -228,6 +236,7 @@ def register_sharded_loading() -> None:
             "_process_model_before_weight_loading": checking_files,
             "get_weight_conversions": _with_all_parts,
             "postprocess_model": _deciding,
+            "get_hf_quantizer": checking_config,
         }
     )
 

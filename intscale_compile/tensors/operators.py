@@ -366,6 +366,20 @@ def _(func, types, args, kwargs):
     return as_view(func, args, kwargs, tensor.replaced(**parts, out_features=size[-2], block_size=block_size))
 
 
+@implements([aten.mul_.Tensor, aten.div_.Tensor])
+def _(func, types, args, kwargs):
+    """In place by one positive number, as RWKV rescales its layers: the row scales take it, the codes and the proof stay."""
+    tensor, factor = args
+    number = factor.item() if isinstance(factor, torch.Tensor) and factor.numel() == 1 else factor
+    if kwargs or not isinstance(tensor, IntScaleTensor) or not isinstance(number, (int, float)):
+        raise refuse("in place it can be multiplied and divided by one positive number only", DENSE_MEND)
+    rows = func(tensor.per_tensor_scale.clone(), number)
+    if not bool((torch.isfinite(rows) & (rows > 0)).all()):
+        raise refuse(f"{func} by {number} leaves row scales that are not positive and finite", DENSE_MEND)
+    tensor.per_tensor_scale.copy_(rows)
+    return tensor
+
+
 @implements_torch_function(torch.Tensor.share_memory_)
 def _(func, types, args, kwargs):
     for name in args[0].data_names:

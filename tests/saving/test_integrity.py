@@ -355,3 +355,41 @@ def test_only_regular_files_are_opened(reader, make, tmp_path):
     make(tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match="it is not a regular file"):
         READERS[reader](tmp_path / "m.safetensors")
+
+
+KIND = ("quant_type", "default")
+DAMAGED_CONFIG = {
+    "empty": ((), {}),
+    "method": (("quant_method",), None),
+    "type": (("quant_type",), 3),
+    "default": (KIND, None),
+    "class": ((*KIND, "_type"), 3),
+    "other class": ((*KIND, "_type"), "Nothing"),
+    "data": ((*KIND, "_data"), []),
+    "group size": ((*KIND, "_data", "group_size"), [1]),
+    "unknown field": ((*KIND, "_data", "what"), 1),
+    "modules": (("modules_to_not_convert",), 3),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_CONFIG)
+def test_a_damaged_quantization_config_is_our_error(folder, name):
+    """Wrong types there made transformers raise what it met, which says neither the file nor what to do."""
+    path, value = DAMAGED_CONFIG[name]
+    config = json.loads((folder / "config.json").read_text())
+    place = config
+    for key in ("quantization_config", *path)[:-1]:
+        place = place[key]
+    place[("quantization_config", *path)[-1]] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match="config.json: its quantization_config cannot be used .*save the model again"
+    ):
+        load_folder(folder)
+
+
+def test_a_mistake_in_the_call_is_no_damage(folder):
+    """What is wrong with other arguments than the stored configuration stays transformers' to say."""
+    with pytest.raises(Exception) as error:
+        transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config="nothing")
+    assert "cannot be used" not in str(error.value)

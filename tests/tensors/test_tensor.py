@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -277,7 +278,7 @@ def test_copy_between_packings():
 REFUSED = {
     "add": lambda w: w + 1,
     "mul": lambda w: 2 * w,
-    "inplace": lambda w: w.mul_(2),
+    "inplace": lambda w: w.add_(2),
     "relu": lambda w: torch.relu(w),
     "sum": lambda w: w.sum(),
     "equal": lambda w: w == w,
@@ -289,7 +290,7 @@ REFUSED = {
     "index_columns": lambda w: w[:, torch.tensor([0, 1])],
     "odd_columns": lambda w: w[:, 3:],
     "strided_columns": lambda w: w[:, ::2],
-    "unsqueeze": lambda w: w[None],
+    "unsqueeze": lambda w: w[:, None],
     "unbind": lambda w: w.unbind(0),
     "stack_last": lambda w: torch.stack([w, w], dim=1),
     "flat": lambda w: w.view(-1),
@@ -598,3 +599,26 @@ def test_gradient_through_a_small_model_and_only_where_asked():
     only_bias = F.linear(x.detach(), first.weight, first.bias)
     only_bias.sum().backward()
     assert only_bias.requires_grad
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_scaling_in_place_scales_the_rows(transposed):
+    """RWKV divides weights by powers of two in its first call; compiled graphs and eager calls see it."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    tensor = IntScaleTensor.from_hp(layer.weight, IntScaleConfig(group_size=32))
+    layer.weight = nn.Parameter(tensor, requires_grad=False)
+    x = torch.randn(3, 64)
+    y, dense = layer(x) - layer.bias, layer.weight.dequantize()
+    weight = layer.weight.t() if transposed else layer.weight
+    with torch.no_grad():
+        assert weight.div_(4) is weight
+        assert torch.equal(layer(x) - layer.bias, y / 4) or (layer(x) - layer.bias - y / 4).abs().max() < 1e-6
+        weight.mul_(torch.tensor(8.0))
+    assert torch.equal(layer.weight.dequantize(), dense * 2)
+    layer.weight.validate()
+    before = layer.weight.per_tensor_scale.clone()
+    for factor in (0, -1.0, math.inf, math.nan, 1e-60, torch.ones(64)):
+        with torch.no_grad(), pytest.raises(UnsupportedOpError, match="in place|not positive and finite"):
+            layer.weight.mul_(factor)
+    assert torch.equal(layer.weight.per_tensor_scale, before)
