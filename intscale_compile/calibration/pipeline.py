@@ -128,10 +128,20 @@ def _left_alone(model: nn.Module, layers: list[nn.Module]) -> set[tuple[int, str
 
     Raises:
         WeightError: one of the others cannot be quantized; nothing has been changed yet.
+        CalibrationError: layers share one of the others.
     """
-    owners = [(owner, weight.reason) for weight in model_weights(model).values() for owner in weight.owners]
+    weights = list(model_weights(model).values())
+    owners = [(owner, weight.reason) for weight in weights for owner in weight.owners]
     left = {(id(module), leaf) for (_, module, leaf), reason in owners if reason is not None}
     inside = {id(module) for layer in layers for module in layer.modules()}
+    for weight in weights:
+        names = [f"{name}.{leaf}" for name, module, leaf in weight.owners if id(module) in inside]
+        if weight.reason is None and names and len({id(module) for _, module, _ in weight.owners}) > 1:
+            raise CalibrationError(
+                f"{names[-1]} is one parameter with {len(weight.owners) - 1} other(s), but a weight is calibrated for the inputs "
+                "of one layer: give each layer its own (layer.weight = nn.Parameter(layer.weight.clone())), or call quantize, "
+                "which keeps them shared."
+            )
     for name, module in model.named_modules():
         if id(module) in inside and linears_and_experts(module):
             for leaf in expert_stacks(module) or ("weight",):

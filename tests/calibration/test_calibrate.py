@@ -440,3 +440,20 @@ def test_a_rotation_where_possible(model, data, caplog):
     assert same_weights(found, calibrated(encoder, data, CalibrationConfig(**SHORT)))
     with pytest.raises(CalibrationError):
         calibrated(encoder, data, CalibrationConfig(rotation="hadamard", **SHORT))
+
+
+@pytest.mark.parametrize(
+    "pair", [("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"), ("layers.0.mlp.down_proj", "layers.1.mlp.down_proj")]
+)
+def test_a_shared_weight_is_refused_before_anything_changes(model, data, pair):
+    """Two layers would calibrate two different weights, and the tie be lost."""
+    first, second = (model.model.get_submodule(name) for name in pair)
+    second.weight = first.weight
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CalibrationError, match=rf"model.{pair[1]}.weight is one parameter with 1 other.*clone"):
+        calibrate(model, data, "llama3", progress=False)
+    assert second.weight is first.weight
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    second.weight = nn.Parameter(second.weight.clone(), requires_grad=False)  # the mend
+    calibrate(model, data[:2], CalibrationConfig(**SHORT), progress=False)
+    assert isinstance(first.weight, IntScaleTensor) and isinstance(second.weight, IntScaleTensor)
