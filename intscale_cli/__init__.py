@@ -17,12 +17,14 @@ def main(arguments: Optional[Sequence[str]] = None) -> NoReturn:
     An error is one line on stderr; with ``INTSCALE_DEBUG`` set, the traceback comes before it.
     """
     try:
+        # Slow to import: commands that need it not begin at once.
         from .app import app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich"):
             raise
         print(f"intscale: {error.name} is not installed: pip install 'intscale-compile[cli]'", file=sys.stderr)
         sys.exit(2)
+    # Slow to import: commands that need it not begin at once.
     from .errors import report
 
     try:

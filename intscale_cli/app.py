@@ -42,8 +42,10 @@ def _examples(*lines: str) -> str:
 
 def _dtype(name: str, device: Any, stored: bool = False) -> Any:
     """A torch dtype; ``auto`` is the checkpoint's, and where a model is to run on a CPU float32, which is faster there."""
+    # Slow to import: commands that need it not begin at once.
     import torch
 
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.errors import ConfigError
 
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -108,6 +110,7 @@ def inspect(
 ) -> None:  # fmt: skip
     """Say what the compiler does with each layer of a model, and why where it does nothing. Needs no GPU."""
     commands = _library()
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.errors import ConfigError
     from intscale_compile.explanation.blocks import repeated_blocks
 
@@ -168,6 +171,7 @@ def evaluate(
 ) -> None:
     """Perplexity on a text, distance from the original's logits, or tasks of lm-eval."""
     commands = _library()
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.errors import ConfigError
 
     if (bool(text) + stdlib + bool(task)) != 1:
@@ -245,6 +249,7 @@ def tune(
     or is one of those that torchrun starts: torchrun --nproc-per-node 8 --nnodes 2 ... -m intscale_cli tune --link
     """
     commands = _library()
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.errors import ConfigError
 
     if link:
@@ -256,6 +261,7 @@ def tune(
         return
     if ranks is not None or device is not None or wire or size or op:
         raise ConfigError("--ranks, --device, --wire, --bytes and --op belong to --link: give that too.")
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.kernels.tile_timing import GpuBench
     from intscale_compile.tuning import TOKENS
     from intscale_compile.tuning import tune as tune_tiles
@@ -276,6 +282,7 @@ def _tune_link(
     device: str, ranks: Optional[int], lists: dict[str, Any], path: Optional[Path], seconds: Optional[float], json: bool
 ) -> None:
     """``intscale tune --link``, as one of the ranks or as what starts them."""
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.commands import link
     from intscale_compile.errors import ConfigError
 
@@ -302,6 +309,7 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Look at versions, GPU, caches and a tiny layer; say what will run where, and what to mend. Exits with 1 if broken."""
+    # Slow to import: commands that need it not begin at once.
     from .doctor import BROKEN, diagnose
 
     output.quiet()
@@ -315,6 +323,7 @@ def doctor(
 def _library() -> Any:
     """``intscale_compile.commands``, imported when a command needs it: that takes seconds."""
     output.quiet()
+    # Slow to import: commands that need it not begin at once.
     import intscale_compile.commands
 
     return intscale_compile.commands

@@ -63,6 +63,7 @@ def diagnose(*, compiled: bool = True, names: bool = False) -> Iterator[Check]:
     yield processor()
     yield from folders()
     yield from links()
+    # Slow to import: commands that need it not begin at once.
     import torch
 
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
@@ -147,6 +148,7 @@ def private_names(every: bool) -> Iterator[Check]:
     Args:
         every: also one line for each name that is there.
     """
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.integrations import registry
 
     for library in ("torch", "transformers", "torchao", "lm_eval"):
@@ -171,6 +173,7 @@ def private_names(every: bool) -> Iterator[Check]:
 
 def graphics() -> Iterator[Check]:
     """Each GPU and which kernels run on it."""
+    # Slow to import: commands that need it not begin at once.
     import torch
 
     if torch.cuda.is_available():
@@ -186,8 +189,10 @@ def graphics() -> Iterator[Check]:
 
 def gpu(index: int) -> Check:
     """One GPU: Gluon kernels, or plain Triton and why."""
+    # Slow to import: commands that need it not begin at once.
     import torch
 
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.kernels.gluon_launch import missing_feature
     from intscale_compile.kernels.triton_gemm import capability
 
@@ -208,8 +213,10 @@ def gpu(index: int) -> Check:
 
 def processor() -> Check:
     """Which integer product runs on the CPU."""
+    # Slow to import: commands that need it not begin at once.
     import torch
 
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.kernels.cpu_gemm import int8_product_is_exact
 
     features = torch.cpu.get_capabilities()
@@ -228,6 +235,7 @@ def processor() -> Check:
 
 def folders() -> Iterator[Check]:
     """Whether caches can be written, and whether tables of tiles can be read."""
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.communication import link_table
     from intscale_compile.kernels import tile_tables
 
@@ -259,6 +267,7 @@ def folder(name: str, path: Path, variable: str) -> Check:
 
 
 def _read_table(path: Path) -> str:
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.kernels import tile_tables
 
     return f"{len(tile_tables.read_table(path)[1])} entries in {path}"
@@ -266,8 +275,10 @@ def _read_table(path: Path) -> str:
 
 def links() -> Iterator[Check]:
     """Which links between ranks were measured, and from how many bytes on a collective is quantized on each."""
+    # Slow to import: commands that need it not begin at once.
     import torch
 
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.communication import link_cost, link_table
 
     measured = set()
@@ -289,6 +300,7 @@ def links() -> Iterator[Check]:
 
 
 def _thresholds(path: Path) -> str:
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.communication import link_cost, link_table
 
     link, times = link_table.read_table(path)
@@ -303,6 +315,7 @@ def linear(device: str, compiled: bool) -> Check:
     """A tiny W4A8 linear: integers bit for bit, and compiled."""
 
     def run() -> str:
+        # Slow to import: commands that need it not begin at once.
         from intscale_compile.commands import check_linear
 
         check_linear(device, compiled=compiled)

@@ -20,6 +20,7 @@ def quantized(summary: Any) -> None:
     ]
     print_table([summary.method, "before", "after"], rows, ["before", "after"])
     if summary.left_alone:
+        # Slow to import: commands that need it not begin at once.
         from intscale_compile.explanation.folding import fold
 
         print_lines("Left in high precision:")
@@ -42,6 +43,7 @@ def verified(found: Any) -> None:
 
 def explained(explanation: Any, report: Any, unfolded: bool) -> None:
     """``intscale inspect``."""
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.explanation.folding import fold
     from intscale_compile.explanation.text import HEADER, row, totals
 
@@ -65,6 +67,7 @@ def explanation_dict(explanation: Any, report: Any) -> dict[str, Any]:
 
 def planned(layers: list[Any], blocks: Sequence[str]) -> None:
     """``intscale inspect --plan``."""
+    # Slow to import: commands that need it not begin at once.
     from intscale_compile.explanation.folding import fold
     from intscale_compile.explanation.text import size_of
 
@@ -135,6 +138,7 @@ def timed(timings: list[Any]) -> None:
 
 def with_bar(rows: Iterable[Any], total: int, quiet: bool) -> Iterator[Any]:
     """The rows, with a bar on a terminal's stderr."""
+    # Slow to import: commands that need it not begin at once.
     from rich.console import Console
     from rich.progress import track
 

@@ -24,6 +24,7 @@ from .debug.knobs import debug_patches
 from .ops import register_inductor
 from .passes import GraphRewrite
 from .passes.kept import forget_all
+from .passes.quantize_collectives import NAME, QuantizeCollectives, chained
 
 if TYPE_CHECKING:
     from .passes.quantize_collectives import QuantizeCollectives
@@ -54,6 +55,7 @@ def intscale(
     Raises:
         ConfigError: an option is unknown or has the wrong type.
     """
+    # Slow to import.
     from torch._inductor.compile_fx import compile_fx
 
     settings, patches = _options.parse_options(mode, options)
@@ -96,16 +98,13 @@ def collectives_pass(settings: _options.Settings, cuda_graphs: bool) -> Optional
     wire = settings.communication
     if wire is None:
         return None
-    from .passes.quantize_collectives import NAME, QuantizeCollectives
-
     return QuantizeCollectives(wire, settings.communication_min_bytes, NAME in settings.disable_passes, cuda_graphs)
 
 
 def after_users_pass(ours: QuantizeCollectives, patches: Mapping[str, Any]) -> Any:
     """A value for Inductor's option that runs the user's own post-grad pass, wherever it was set, and then ours."""
+    # Slow to import.
     from torch._inductor import config
-
-    from .passes.quantize_collectives import chained
 
     return chained(ours, patches.get("post_grad_custom_pre_pass", config.post_grad_custom_pre_pass))
 

@@ -16,6 +16,7 @@ import torch
 
 from .errors import ConfigError
 from .integrations.transformers_generate import PromptState, foreign_forward, prepare_model, restore_model
+from .tensors.intscale_tensor import IntScaleTensor
 
 log = logging.getLogger("intscale_compile")
 PROMPTS = ("auto", "compiled", "eager")
@@ -122,8 +123,6 @@ def undo_prepare_for_generation(model: Any) -> None:
 def _describe(
     model: Any, mode: str, compiled_prompt: bool, keep_cache: bool, max_cache_len: Optional[int]
 ) -> GenerationSetup:
-    from .tensors.intscale_tensor import IntScaleTensor
-
     weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     quantized = sum(isinstance(w, IntScaleTensor) for w in weights)
     notes = []

@@ -44,6 +44,7 @@ def register_inductor() -> None:
     # Slow to import: Inductor, and what imports it.
     from torch._inductor.decomposition import register_decomposition
 
+    # Imports Triton, which only GPUs need.
     from .kernels.template import register_lowerings
 
     register_decomposition([quantize_per_token.OP])(quantize_per_token.quantize_per_token_aten)

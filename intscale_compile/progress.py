@@ -63,6 +63,7 @@ def _bar(total: int, done: int) -> Optional[Any]:
     if not (sys.stderr is not None and sys.stderr.isatty()) and "ipykernel" not in sys.modules:
         return None
     try:
+        # Comes with transformers.
         from tqdm.auto import tqdm
     except ImportError:
         return None

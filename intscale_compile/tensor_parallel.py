@@ -328,6 +328,7 @@ def _finish(
 
 
 def _after(kind: str, group: Any) -> Callable:
+    # Slow to import.
     from torch.distributed import _functional_collectives as collectives
 
     # torch 2.13 renamed it

@@ -1,12 +1,7 @@
 """The backend end to end on small models: both doors, forms of a product, options, staleness, autograd, caches."""
 
 import copy
-import gc
 import logging
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -15,12 +10,9 @@ from torchao.quantization import quantize_
 
 import intscale_compile
 from intscale_compile import IntScaleConfig, IntScaleTensor
-from intscale_compile.compile.binding import bind, rewrite_graph
-from intscale_compile.compile.options import parse_options
 from intscale_compile.errors import ConfigError
 from intscale_compile.passes import PASSES
-from intscale_compile.passes.kept import _kept
-from intscale_compile.tensors.linear import linear
+from tests.support.compiled import Block, compiled, rewritten, w4a8
 
 
 @pytest.fixture(autouse=True)
@@ -30,44 +22,8 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-class Block(nn.Module):
-    """q/k/v with biases, a product with a residual, and a gated MLP without biases."""
-
-    def __init__(self, width=64, bias=True):
-        super().__init__()
-        self.q = nn.Linear(width, width, bias=bias)
-        self.k = nn.Linear(width, 32, bias=bias)
-        self.v = nn.Linear(width, 32, bias=bias)
-        self.gate = nn.Linear(width, 96, bias=False)
-        self.up = nn.Linear(width, 96, bias=False)
-        self.down = nn.Linear(96, width, bias=False)
-
-    def forward(self, x):
-        attention = torch.cat([self.k(x) * self.v(x)] * 2, -1) + self.q(x)
-        return x + self.down(torch.nn.functional.silu(self.gate(attention)) * self.up(attention))
-
-
 def sqnr(reference, value):
     return (10 * torch.log10(reference.square().mean() / (reference - value).square().mean())).item()
-
-
-def compiled(model, **kwargs):
-    return torch.compile(model, backend="intscale", fullgraph=True, **kwargs)
-
-
-def rewritten(model, fullgraph=True, **options):
-    """The rewritten graph run op by op: what the passes made, without Inductor's compile time."""
-    settings, _ = parse_options(None, options)
-
-    def backend(gm, example_inputs):
-        return bind(rewrite_graph(gm, example_inputs, settings), lambda graph, _: graph.forward)
-
-    return torch.compile(model, backend=backend, fullgraph=fullgraph)
-
-
-def w4a8(x, weight, bias=None, config=None):
-    """What the fused product must give, op by op."""
-    return linear(x, IntScaleTensor.from_hp(weight, config or IntScaleConfig()), bias)
 
 
 def test_backend_is_found_by_name():
@@ -201,76 +157,6 @@ def test_graph_breaks():
     torch.testing.assert_close(y, w4a8(w4a8(x, model.a.weight, model.a.bias), model.b.weight, model.b.bias))
 
 
-def test_weight_updates_are_seen():
-    module, x = nn.Linear(64, 48), torch.randn(4, 64)
-    run = compiled(module)
-    with torch.no_grad():
-        run(x)
-        module.weight.mul_(2.0)
-        torch.testing.assert_close(run(x), w4a8(x, module.weight, module.bias))
-        module.weight = nn.Parameter(torch.randn(48, 64))
-        torch.testing.assert_close(run(x), w4a8(x, module.weight, module.bias))
-
-
-def test_updates_of_a_quantized_weight_are_seen_also_when_merged():
-    model = Block().eval().requires_grad_(False)
-    quantize_(model, IntScaleConfig())
-    run, x = rewritten(model), torch.randn(4, 64)
-    run(x)
-    model.q.weight.copy_(IntScaleTensor.from_hp(torch.randn(64, 64)))
-    changed = run(x)
-    torch._dynamo.reset()
-    assert torch.equal(changed, rewritten(model)(x))
-    run(x)
-    model.q.weight[:32].copy_(IntScaleTensor.from_hp(torch.randn(32, 64)))
-    changed_again = run(x)
-    _kept.clear()
-    torch._dynamo.reset()
-    assert torch.equal(changed_again, rewritten(model)(x)) and not torch.equal(changed, changed_again)
-
-
-def test_layers_that_share_a_graph_keep_their_own_weights():
-    """Regional compilation: Dynamo serves the second layer with the graph of the first."""
-    layers = nn.ModuleList([Block(bias=False).eval().requires_grad_(False) for _ in range(3)])
-    x = torch.randn(4, 64)
-    expected = [rewritten(copy.deepcopy(layer))(x) for layer in layers]
-    torch._dynamo.reset()
-    for layer in layers:
-        layer.compile(backend="intscale")
-    for layer, want in zip(layers, expected):
-        assert torch.equal(layer(x), want)
-
-
-def test_repeated_compilation_does_not_quantize_again(monkeypatch):
-    calls = []
-    original = IntScaleTensor.from_hp.__func__
-    monkeypatch.setattr(
-        IntScaleTensor, "from_hp", classmethod(lambda cls, *a, **k: calls.append(1) or original(cls, *a, **k))
-    )
-    model, x = Block().eval().requires_grad_(False), torch.randn(4, 64)
-    rewritten(model)(x)
-    first = len(calls)
-    torch._dynamo.reset()
-    rewritten(model)(x)
-    intscale_compile.explain(model, x)
-    assert (first, len(calls)) == (6, 6)
-
-
-def test_kept_weights_die_with_their_parameters():
-    model = Block().eval().requires_grad_(False)
-    mine = {id(p) for p in model.parameters()}
-    rewritten(model)(torch.randn(4, 64))
-
-    def kept():
-        return [key for key in _kept if mine & {id(r()) for r in _kept[key].sources}]
-
-    assert len(kept()) == 7  # six weights, one merged bias; merged weights are the weights themselves
-    del model
-    torch._dynamo.reset()
-    gc.collect()
-    assert kept() == []
-
-
 def test_training_weights_are_left_alone_with_a_warning(caplog):
     intscale_compile.reasons.log_once.cache_clear()
     module, x = nn.Linear(64, 48), torch.randn(4, 64)
@@ -400,47 +286,3 @@ def test_view_that_a_slice_does_not_allow():
     a, b = rewritten(model)(x)
     torch.testing.assert_close(a, w4a8(x, model.a.weight).view(-1))
     torch.testing.assert_close(b, w4a8(x, model.b.weight).view(4, 2, 16).transpose(0, 1))
-
-
-SCRIPT = textwrap.dedent(
-    """
-    import torch, intscale_compile, sys
-    from torch._dynamo.utils import counters
-    torch.manual_seed(0)
-    m = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.SiLU(), torch.nn.Linear(48, 32)).requires_grad_(False)
-    y = torch.compile(m, backend="intscale")(torch.randn(4, 64))
-    hits = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
-    print("RESULT", hits, y.double().sum().item().hex())
-    """
-)
-
-
-def _run(cache, source_change=None):
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    prefix = ""
-    if source_change is not None:  # as if a source file had other contents
-        prefix = (
-            "import importlib.util, sys, hashlib\n"
-            "real = hashlib.sha256\n"
-            f"hashlib.sha256 = lambda data=b'', **k: real(data + b'{source_change}', **k)\n"
-            "import intscale_compile\n"
-            "hashlib.sha256 = real\n"
-        )
-    out = subprocess.run([sys.executable, "-c", prefix + SCRIPT], env=env, capture_output=True, text=True, check=True)
-    _, hits, value = next(line for line in out.stdout.splitlines() if line.startswith("RESULT")).split()
-    return int(hits), value
-
-
-def test_caches_hit_across_processes_and_never_with_other_sources(tmp_path):
-    cold, warm, changed = _run(tmp_path), _run(tmp_path), _run(tmp_path, source_change=7)
-    assert cold[0] == 0 and warm[0] >= 1 and changed[0] == 0
-    assert cold[1] == warm[1] == changed[1]
-
-
-@pytest.mark.slow
-def test_tables_that_inductor_copied_before_us_do_not_matter(tmp_path):
-    """transformers may import torch.distributed.tensor.debug, which reads Inductor's decompositions at its import."""
-    before = "from torch._inductor.decomposition import select_decomp_table as t; t()\n"
-    after = "from intscale_compile.kernels.quantize_per_token import OP\nassert OP in t()"
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", before + SCRIPT + after], env=env, capture_output=True, text=True, check=True)

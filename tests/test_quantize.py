@@ -10,45 +10,13 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 
 from intscale_compile import IntScaleConfig, IntScaleTensor
 from intscale_compile.errors import OverflowProofError, WeightError
 from intscale_compile.tensors.selection import is_decided
-
-QUICK = IntScaleConfig(scale_search="absmax")
-
-
-def quantized_names(model):
-    return sorted(name for name, p in model.named_parameters() if isinstance(p, IntScaleTensor))
-
-
-class Model(nn.Module):
-    """Two blocks, an embedding, an output head and a layer too small to gain anything."""
-
-    def __init__(self, tied=False, head="lm_head"):
-        super().__init__()
-        self.embed = nn.Embedding(40, 64)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"up": nn.Linear(64, 96), "down": nn.Linear(96, 64, bias=False)}) for _ in range(2)
-        )
-        self.tiny = nn.Linear(64, 8)
-        self.add_module(head, nn.Linear(64, 40, bias=False))
-        self.head = head
-        if tied:
-            getattr(self, head).weight = self.embed.weight
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = x + block["down"](F.silu(block["up"](x)))
-        return getattr(self, self.head)(x), self.tiny(x)
-
-
-BLOCKS = sorted(f"blocks.{i}.{name}.weight" for i in range(2) for name in ("up", "down"))
-
+from tests.support.quantized import BLOCKS, QUICK, Model, quantized_names
 
 # --- selection ------------------------------------------------------------------------------------------------------
 
@@ -122,71 +90,6 @@ def test_weights_are_those_of_from_hp():
     quantize_(model, QUICK)
     found = model.blocks[1]["up"].weight
     assert torch.equal(found.dequantize(), wanted.dequantize()) and repr(found.data) == repr(wanted)
-
-
-# --- FqnToConfig ----------------------------------------------------------------------------------------------------
-
-
-class Experts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(3, 64, 32))
-        self.down_proj = nn.Parameter(torch.randn(3, 32, 64))
-
-
-def test_fqn_of_modules_and_parameters():
-    wide = IntScaleConfig(weight_bits=8, scale_search="absmax")
-    model = Model()
-    quantize_(model, FqnToConfig({"lm_head": wide, "blocks.0.up.weight": QUICK, "blocks.1.up": QUICK}), filter_fn=None)
-    assert quantized_names(model) == ["blocks.0.up.weight", "blocks.1.up.weight", "lm_head.weight"]
-    assert model.lm_head.weight.weight_bits == 8 and model.blocks[0]["up"].weight.weight_bits == 4
-
-
-def test_fqn_patterns_with_exact_names_first():
-    model = Model()
-    table = {
-        r"re:blocks\.\d\.(up|down)": QUICK,
-        "blocks.1.up": None,
-        r"re:.*tiny\.weight": IntScaleConfig(group_size=32, scale_search="absmax"),
-    }
-    quantize_(model, FqnToConfig(table), filter_fn=None)
-    assert quantized_names(model) == sorted([*(n for n in BLOCKS if n != "blocks.1.up.weight"), "tiny.weight"])
-    assert model.tiny.weight.group_size == 32
-
-
-def test_excluded_layer_is_not_checked():
-    """A layer that the table excludes may be broken: it is not ours to refuse."""
-    model = Model()
-    model.blocks[1]["up"].weight.data[0, 0] = float("nan")
-    quantize_(model, FqnToConfig({"blocks.1.up": None, r"re:blocks\.\d\.up": QUICK}), filter_fn=None)
-    assert quantized_names(model) == ["blocks.0.up.weight"]
-
-
-def test_fqn_of_stacks_of_experts():
-    model = nn.ModuleDict({"experts": Experts(), "router": nn.Linear(32, 3)})
-    dense = model["experts"].gate_up_proj.detach().clone()
-    quantize_(model, FqnToConfig({r"re:.*experts\.(gate_up|down)_proj": QUICK}), filter_fn=None)
-    assert quantized_names(model) == ["experts.down_proj", "experts.gate_up_proj"]
-    stack = model["experts"].gate_up_proj
-    assert stack.shape == (3, 64, 32) and torch.equal(
-        stack.dequantize(), IntScaleTensor.from_hp(dense, QUICK).dequantize()
-    )
-    x = torch.randn(2, 32)
-    assert torch.equal(F.linear(x, stack[1]), F.linear(x, IntScaleTensor.from_hp(dense[1], QUICK)))
-
-
-def test_conv1d_of_transformers():
-    """GPT-2's layers keep [K, N]: quantized along K all the same, and still called as x @ weight + bias."""
-    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
-    layer = pytorch_utils.Conv1D(96, 64)
-    nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
-    weight, x = layer.weight.detach().clone(), torch.randn(2, 5, 64)
-    model = nn.Sequential(layer)
-    quantize_(model, QUICK, filter_fn=lambda module, name: isinstance(module, pytorch_utils.Conv1D))
-    assert isinstance(layer.weight, IntScaleTensor) and layer.weight.shape == (64, 96)
-    rows = IntScaleTensor.from_hp(weight.t(), QUICK)
-    assert torch.equal(layer.weight.dequantize(), rows.dequantize().t())
-    assert torch.equal(model(x), F.linear(x, rows, layer.bias.detach()))
 
 
 # --- failed calls ---------------------------------------------------------------------------------------------------

@@ -160,6 +160,7 @@ def round_block(
         Codes int8 and errors fp32, ``[B, N, C]``.
     """
     if target.is_cuda:
+        # Imports Triton, which only GPUs need.
         from ..kernels.gptq_block import round_block_gpu
 
         return round_block_gpu(target, reference, steps, rows, code_range)

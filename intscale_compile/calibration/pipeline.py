@@ -28,6 +28,7 @@ from .resume import Checkpoint
 from .rotation import NotRotatableError, rotate
 from .smoothing import EQUALIZATIONS, ActivationPolicy, smooth_awq, smooth_fptq
 from .solve import Codes, FloatScaleWeight, frozen, set_integer, solve
+from .tuning import tune_block
 
 CONFIG_ATTRIBUTE = "intscale_calibration_config"
 
@@ -259,8 +260,6 @@ class _Block:
         put(weight, solved, name, float_scales=self.options.scales == "float" or not on_integer_grid(config))
 
     def _tune(self, target: list[Tensor]) -> None:
-        from .tuning import tune_block
-
         tune_block(self.block, self._runs(self.streams.quantized), target, self.options)
 
 
@@ -333,6 +332,7 @@ def _finish(model: nn.Module, chosen: CalibrationConfig) -> None:
 
 
 def _bar(total: int, shown: bool):
+    # Comes with transformers.
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc="calibrate", unit="block", disable=None if shown else True, leave=False)

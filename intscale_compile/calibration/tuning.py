@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from ..tensors.intscale_tensor import IntScaleTensor
 from .config import CalibrationConfig
+from .layers import run_block
 from .solve import FloatScaleWeight, frozen
 
 LEARNING_RATE = 2e-3  # of logarithms of row scales, and of vectors relative to their mean magnitude
@@ -131,6 +132,4 @@ def _error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _mean_error(block: nn.Module, runs: list[Callable], target: list[Tensor]) -> float:
-    from .layers import run_block
-
     return sum(float(_error(run_block(block, inputs()), t)) for inputs, t in zip(runs, target)) / len(runs)

@@ -147,6 +147,7 @@ def _alternate(functions: Sequence[Callable[[], Any]], seconds: float) -> list[f
 
 
 def _on_gpu(shapes: Sequence[tuple[int, int]], tokens: Sequence[int], config: IntScaleConfig) -> Iterator[GemmTiming]:
+    # Imports Triton, which only GPUs need.
     from ..kernels.triton_gemm import gluon_obstacle, pick_tile
 
     bench, form = GpuBench(), (config.effective_group_size, config.scale_bits, config.weight_bits)

@@ -117,6 +117,7 @@ def evaluate(model: Any, sequences: Tensor, original: Optional[Any] = None, *, p
     Raises:
         ConfigError: a model is not a causal language model, takes fewer tokens, or the two have different vocabularies.
     """
+    # Comes with transformers.
     from tqdm.auto import tqdm
 
     for one in [model] if original is None else [model, original]:
@@ -204,6 +205,7 @@ def evaluate_tasks(
         VersionError: lm-eval is not installed.
         ConfigError: lm-eval knows no such task, or cannot load its data.
     """
+    # Optional.
     from ..integrations.lm_eval import IntScaleLM
 
     from lm_eval import simple_evaluate  # isort: skip

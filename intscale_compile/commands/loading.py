@@ -40,6 +40,7 @@ def source_folder(name: PathLike, *, weights: bool = True) -> Path:
         raise ConfigError(f"{name} is not a folder: give the folder of a transformers model, or its hub name.")
     if _looks_local(str(name)):
         raise ConfigError(f"{name}: there is no such folder: give the folder of a transformers model, or its hub name.")
+    # Slow to import.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -125,6 +126,7 @@ def _from_pretrained(folder: Path, dtype: Optional[torch.dtype]) -> Any:
 
 
 def _config(folder: Path) -> Any:
+    # Slow to import.
     from transformers import AutoConfig
 
     try:
@@ -153,6 +155,7 @@ def load_tokenizer(name: PathLike) -> Any:
     Raises:
         ConfigError: there is none.
     """
+    # Slow to import.
     from transformers import AutoTokenizer
 
     folder = source_folder(name)

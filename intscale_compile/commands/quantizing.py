@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torchao.quantization import quantize_
 
 from ..calibration.config import CalibrationConfig
 from ..calibration.pipeline import calibrate
@@ -101,8 +102,7 @@ def quantize_folder(
 ) -> QuantizeSummary:
     """Quantize the model of a folder or hub name and save it, tokenizer included, as a folder.
 
-    A plain model is quantized, or calibrated where a preset is given; a checkpoint of GPTQ, AWQ, compressed-tensors or
-    torchao is imported with its codes.
+    A plain model is quantized, or calibrated where a preset is given; a checkpoint of another tool is imported with its codes.
 
     Args:
         source: folder or hub name.
@@ -113,8 +113,7 @@ def quantize_folder(
         data: text files for the calibration.
         sequences, tokens: how much of the text is used.
         checkpoint_dir: where ``calibrate`` keeps finished blocks.
-        device: where weights are quantized.
-        dtype: of the model; the default is the checkpoint's.
+        device, dtype: where weights are quantized; the model's type, by default the checkpoint's.
         export: ``"compressed-tensors"`` writes that format instead of ours.
         progress: show bars.
 
@@ -128,32 +127,20 @@ def quantize_folder(
     method, config, calibration = stored_method(folder), None, None
     if method is not None:
         _check_import(source, preset, fields, export, ours=stored_by_us(folder))
-    elif preset is not None:
+    elif preset is None:
+        config = make_config(fields)
+    else:
         calibration = _Calibration.of(preset, fields, folder, data, sequences, tokens)
         config = calibration.options.base_config
-    else:
-        config = make_config(fields)
     model, _ = load_model(folder, dtype=dtype, **({"device": device, **fields} if method is not None else {}))
-    start = time.perf_counter()
     summary = QuantizeSummary(str(source), str(target), preset or method or "IntScaleConfig", {})
+    start = time.perf_counter()
     if calibration is not None:
-        report = calibrate(
-            model.to(device),
-            calibration.ids.to(device),
-            calibration.options,
-            checkpoint_dir=checkpoint_dir,
-            progress=progress,
-            restore=False,  # the model is nobody else's
-        )
-        summary.losses, summary.config = report.losses, calibration.options.to_dict()
+        calibration.run(model, summary, checkpoint_dir, device, progress)
     elif config is not None:
-        from torchao.quantization import quantize_
-
         quantize_(model, config, filter_fn=linears_and_experts, device=str(device))
         summary.config = dataclasses.asdict(config)
     summary.seconds = time.perf_counter() - start
-    if not is_quantized(model):
-        raise ConfigError(f"{source}: no weight of this model can be quantized: see intscale inspect {source}.")
     _count(model, summary)
     _save(model, folder, target, config, export, summary)
     summary.bytes_before, summary.bytes_after = weight_bytes(folder), weight_bytes(target)
@@ -172,6 +159,25 @@ class _Calibration(NamedTuple):
     ) -> _Calibration:
         chosen, texts = CalibrationConfig.from_preset(name, **fields), read_texts(data)
         return cls(chosen, token_sequences(load_tokenizer(folder), texts, sequences, tokens))
+
+    def run(
+        self,
+        model: nn.Module,
+        summary: QuantizeSummary,
+        checkpoint_dir: Optional[PathLike],
+        device: Union[str, torch.device],
+        progress: bool,
+    ) -> None:
+        """Calibrate a model, which is nobody else's: it need not be restored where that fails."""
+        report = calibrate(
+            model.to(device),
+            self.ids.to(device),
+            self.options,
+            checkpoint_dir=checkpoint_dir,
+            progress=progress,
+            restore=False,
+        )
+        summary.losses, summary.config = report.losses, self.options.to_dict()
 
 
 def make_config(fields: dict[str, Any]) -> IntScaleConfig:
@@ -249,6 +255,10 @@ def _check_import(
 
 
 def _count(model: nn.Module, summary: QuantizeSummary) -> None:
+    """Count weights and layers; an error where nothing is quantized."""
+    if not is_quantized(model):
+        source = summary.source
+        raise ConfigError(f"{source}: no weight of this model can be quantized: see intscale inspect {source}.")
     parameters = {id(p): p for p in model.parameters()}.values()
     summary.parameters = sum(p.numel() for p in parameters)
     quantized = [p for p in parameters if isinstance(p, IntScaleTensor)]

@@ -85,13 +85,27 @@ def tune_link(
     wires, sizes = checked(wires, sizes, ops, group.size())
     where = _device(group) if device is None else torch.device(device)
     link, show = link_of(group, where), progress and group.rank() == 0
-    bench, left = _Bench(group, where), []
-    times: Times = {}
+    bench = _Bench(group, where)
     target = table_path(link) if path is None else Path(path)
     writes = os.environ.get("LOCAL_RANK", "0") == "0" or group.rank() == 0
     with bench.failing_together():
         if writes:
             check_table(target, link)
+    times, left = _measured(bench, ops, wires, sizes, seconds, show)
+    with bench.failing_together():
+        if writes:
+            write_table(target, link, {"torch": torch.__version__, "date": _today()}, times)
+    if show:
+        _summary(link, left, seconds, target)
+    return times
+
+
+def _measured(
+    bench: _Bench, ops: Sequence[str], wires: Sequence[str], sizes: Iterable[int], seconds: Optional[float], show: bool
+) -> tuple[Times, list[int]]:
+    """Times of all collectives and forms, and the sizes that the budget of seconds did not reach."""
+    times: Times = {}
+    left: list[int] = []
     start = time.monotonic()
     for nbytes in sizes:
         if seconds is not None and bench.agreed(time.monotonic() - start) > seconds:
@@ -103,12 +117,7 @@ def tune_link(
                 times.setdefault(Key(op, form), {})[nbytes] = round(us, 2)
             if show:
                 print(_line(op, nbytes, found), flush=True)
-    with bench.failing_together():
-        if writes:
-            write_table(target, link, {"torch": torch.__version__, "date": _today()}, times)
-    if show:
-        _summary(link, left, seconds, target)
-    return times
+    return times, left
 
 
 def checked(wires: Sequence[str], sizes: Iterable[int], ops: Sequence[str], ranks: int) -> tuple[list[str], list[int]]:

@@ -56,6 +56,7 @@ _members: weakref.WeakKeyDictionary[dist.ProcessGroup, _Member] = weakref.WeakKe
 
 def all_reduce(x: Tensor, wire: WireFormat, group: dist.ProcessGroup) -> Optional[Tensor]:
     """Sum of the 1-D ``x`` over the ranks, the same bits on each and as through the process group; None: not possible here."""
+    # Imports Triton, which only GPUs need.
     from .fused_kernel import MOST_PROGRAMS, fused_all_reduce_kernel, gather_slots
 
     ranks = group.size()
@@ -77,6 +78,7 @@ def all_reduce(x: Tensor, wire: WireFormat, group: dist.ProcessGroup) -> Optiona
 @functools.lru_cache(maxsize=256)
 def _plan(elements: int, wire: WireFormat, ranks: int, multiprocessors: int) -> tuple[tuple[int, ...], dict, int, int]:
     """Of a launch: sizes, from ``elements`` to ``out_nbytes``; constants and options; programs; bytes of the workspace."""
+    # Imports Triton, which only GPUs need.
     from .fused_kernel import schedule, workspace_bytes
 
     length = wire.slice_elements(elements, ranks)
@@ -168,8 +170,10 @@ def _workspace(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> O
 
 
 def _make(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Workspace:
+    # Slow to import.
     import torch.distributed._symmetric_memory as symmetric_memory
 
+    # Imports Triton, which only GPUs need.
     from .fused_kernel import MOST_PROGRAMS
 
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):

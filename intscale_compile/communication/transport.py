@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import reference
 from .message import MessageLayout, WireFormat
 from .pieces import Piece, pieces
 
@@ -28,15 +29,15 @@ PIECE_BYTES = {"cpu": 1 << 18}
 def codec_for(x: Tensor) -> Any:
     """The module whose ``encode``, ``reduce`` and ``decode`` serve the device of ``x``."""
     if x.device.type == "cpu":
+        # Imports Triton, which only GPUs need.
         from . import cpu_codec
 
         return cpu_codec
     if x.is_cuda:
+        # Imports Triton, which only GPUs need.
         from . import triton_kernels
 
         return triton_kernels
-    from . import reference
-
     return reference
 
 

@@ -119,6 +119,7 @@ def compiling_ahead(rewrite: GraphRewrite, patches: dict[str, Any]) -> Iterator[
 
 
 def _setting(name: str, patches: dict[str, Any]) -> Any:
+    # Slow to import.
     from torch._inductor import config
 
     return patches.get(name, config.get_config_copy()[name])
@@ -140,6 +141,7 @@ def gpu_of(rewrite: GraphRewrite) -> Optional[torch.device]:
 
 def _use_inductors_folder(device: torch.device) -> None:
     """Name Triton's cache folder as Inductor does when it loads its first kernel: it must not change in between."""
+    # Slow to import.
     from torch._inductor.runtime.runtime_utils import triton_cache_dir
 
     os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index))
@@ -208,6 +210,7 @@ def _is_called(name: str, arguments: dict[str, Any], cuda_graphs: bool) -> bool:
         return False
     if name != "intscale::w4a8_linear":
         return True
+    # Imports Triton, which only GPUs need.
     from ..kernels.template import op_is_faster
 
     xq, qdata, scale = (arguments[key] for key in ("xq", "qdata", "scale"))
@@ -221,6 +224,7 @@ def _is_called(name: str, arguments: dict[str, Any], cuda_graphs: bool) -> bool:
 
 def request_of(launches: list[Launch], device: torch.device) -> dict[str, Any]:
     """What the process needs to know: the kernels of ``launches`` that this process has not compiled, each once."""
+    # Only GPUs need Triton.
     from triton.runtime import driver
 
     found: dict[tuple, dict[str, str]] = {}
@@ -236,6 +240,7 @@ def request_of(launches: list[Launch], device: torch.device) -> dict[str, Any]:
 
 def _specialization(one: Launch) -> Optional[str]:
     """What Triton says it would compile for a launch (and does not); None where it has compiled it in this process."""
+    # Only GPUs need Triton.
     from triton import knobs
 
     thread, data = threading.get_ident(), []

@@ -31,11 +31,13 @@ class _Target:
 
 def compile_one(module: str, name: str, specialization: str) -> None:
     """Compile a kernel for the active driver's target, and its launcher where it is NVIDIA's."""
+    # Only GPUs need Triton.
     from triton.runtime import driver
 
     kernel = getattr(importlib.import_module(module), name)
     compiled = kernel.preload(specialization)
     if driver.active.get_current_target().backend == "cuda":
+        # Only GPUs need Triton.
         from triton.backends.nvidia import driver as nvidia
 
         # Without libcuda.so there is none, and later releases (3.9) generate none: not a reason to call the kernel failed.
@@ -45,6 +47,7 @@ def compile_one(module: str, name: str, specialization: str) -> None:
 
 def main() -> int:
     """Compile what standard input asks for."""
+    # Only GPUs need Triton.
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 

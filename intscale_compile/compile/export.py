@@ -97,6 +97,7 @@ def compile_package(
         raise ConfigError(f"{', '.join(own)}: options of the passes are arguments of export_program.")
     if not str(path).endswith(".pt2"):
         raise ConfigError(f"{path}: AOTInductor wants a path that ends in .pt2.")
+    # Slow to import.
     from torch._inductor import aoti_compile_and_package
 
     register_inductor()

@@ -29,6 +29,7 @@ def parse_options(mode: Optional[str], options: Optional[Mapping[str, Any]]) -> 
     Raises:
         ConfigError: an ``intscale.`` key is unknown or its value has the wrong type; an Inductor option is unknown.
     """
+    # Slow to import.
     from torch._inductor import list_mode_options
 
     try:
@@ -48,6 +49,7 @@ def parse_options(mode: Optional[str], options: Optional[Mapping[str, Any]]) -> 
 
 def _inductor_key(key: str) -> str:
     """The attribute name of an Inductor option; unknown ones are refused here, with the nearest name."""
+    # Slow to import.
     from torch._inductor import config as inductor_config
 
     known = inductor_config.get_config_copy()

@@ -81,6 +81,7 @@ def timed(linears: int, passes: Mapping[str, float], ahead: Optional[Ahead] = No
 
 
 def _cache_hits() -> int:
+    # Slow to import.
     from torch._dynamo.utils import counters
 
     return counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]

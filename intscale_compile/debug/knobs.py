@@ -112,6 +112,7 @@ def _write_kernels(kernels: tuple[KernelSource, ...], folder: Path) -> None:
 @functools.cache
 def _listen_to_triton() -> None:
     """Write PTX and SASS of every kernel that Triton compiles, or finds in its cache, from here on."""
+    # Only GPUs need Triton.
     from triton import knobs
 
     before = knobs.compilation.listener
@@ -136,6 +137,7 @@ def _write_machine_code(files: dict[str, str], folder: Path) -> None:
         if path.suffix == ".ptx":
             (folder / f"{stem}.ptx").write_bytes(path.read_bytes())
         elif path.suffix == ".cubin":
+            # Only GPUs need Triton.
             from triton import knobs
 
             done = subprocess.run([knobs.nvidia.cuobjdump.path, "-sass", str(path)], capture_output=True, text=True)

@@ -142,6 +142,7 @@ def _compile(collectives: Optional[QuantizeCollectives], module: fx.GraphModule,
     """The graph as it is; where collectives are to be quantized, what AOTAutograd makes of it and then the pass."""
     if collectives is None:
         return module.forward
+    # Slow to import.
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 

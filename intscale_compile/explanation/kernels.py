@@ -18,12 +18,14 @@ def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, behind: 
     grouped, also = packed.dim() == 3, f" + {behind}" if behind else ""
     if packed.device.type != "cuda":
         return f"oneDNN {'grouped ' if grouped else ''}{schedule}{also}"
+    # Imports Triton, which only GPUs need.
     from ..kernels.template import GLUON_TOKENS
     from ..kernels.triton_gated import pick_gated_tile
     from ..kernels.triton_gemm import pick_tile
 
     rows = int(tokens) if tokens.isdigit() else 1024
     if grouped:
+        # Imports Triton, which only GPUs need.
         from ..kernels.grouped_tiles import choose_grouped_tile
         from ..kernels.triton_gemm import capability
 
@@ -40,6 +42,7 @@ def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, behind: 
 
 
 def _gluon_obstacle(packed: IntScaleTensor) -> Optional[str]:
+    # Imports Triton, which only GPUs need.
     from ..kernels.triton_gemm import gluon_obstacle
 
     return gluon_obstacle(

@@ -35,6 +35,7 @@ def checkpoint_folder(path: Union[str, Path], revision: Optional[str] = None) ->
         return folder
     if folder.is_absolute() or not 1 <= str(path).count("/") + 1 <= 2:
         raise FileNotFoundError(f"{path} is not a folder, and no hub name either.")
+    # Slow to import.
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.safetensors"]))

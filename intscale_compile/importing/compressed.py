@@ -193,6 +193,7 @@ def _group_size(weights: Mapping[str, Any]) -> int:
 def _check_with_library(config: Mapping[str, Any]) -> None:
     """Let compressed-tensors read the configuration, where it is installed: what it refuses is refused."""
     try:
+        # Optional.
         from compressed_tensors.quantization import QuantizationConfig
     except ImportError:
         return

@@ -76,6 +76,7 @@ def save_compressed_tensors(
             compressed-tensors cannot express: the message names the layer.
         CheckpointError: the folder cannot be written.
     """
+    # Slow to import.
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):

@@ -80,14 +80,17 @@ def from_quantized(
     model = _load(model_class, config, layers, dtype).to(device)
     _share_input_orders(model)
     _add_generation_config(model, folder)
-    layers.report.layers.sort(key=lambda row: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", row.name)])
-    layers.report.unquantized = unquantized_linears(model)
-    layers.report.notes.sort()
-    if layers.report.notes:
-        log.warning(
-            "from_quantized: %s (%d such notes in the report)", layers.report.notes[0], len(layers.report.notes)
-        )
+    _finish(layers.report, model)
     return model, layers.report
+
+
+def _finish(report: ImportReport, model: nn.Module) -> None:
+    """Sort the rows of a report, add what was left in floating point, and log its first note."""
+    report.layers.sort(key=lambda row: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", row.name)])
+    report.unquantized = unquantized_linears(model)
+    report.notes.sort()
+    if report.notes:
+        log.warning("from_quantized: %s (%d such notes in the report)", report.notes[0], len(report.notes))
 
 
 def unquantized_linears(model: nn.Module) -> list[str]:
@@ -102,6 +105,7 @@ def plain_config(folder: Path) -> Any:
     Raises:
         ConfigError: transformers cannot read it.
     """
+    # Slow to import.
     from transformers import AutoConfig
 
     try:
@@ -122,6 +126,7 @@ def architecture(config: Any) -> Any:
     Raises:
         ConfigError: it names none that transformers has.
     """
+    # Slow to import.
     import transformers
 
     names = getattr(config, "architectures", None)
@@ -221,6 +226,7 @@ def _forget_quantization(model: Any) -> None:
 
 def _add_generation_config(model: Any, folder: Path) -> None:
     if model.can_generate() and (folder / "generation_config.json").is_file():
+        # Slow to import.
         from transformers import GenerationConfig
 
         with reading(folder / "generation_config.json"):

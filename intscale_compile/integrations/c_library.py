@@ -30,6 +30,7 @@ def built_library(source: Path, compiler: str, flags: Sequence[str], libraries: 
         OSError: there is no such compiler.
         subprocess.SubprocessError: it failed, or took minutes.
     """
+    # Slow to import.
     from torch._inductor.runtime.runtime_utils import cache_dir
 
     command = [compiler, *flags, "-shared", "-fPIC", str(source), *libraries, "-o"]

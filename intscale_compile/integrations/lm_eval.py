@@ -133,6 +133,7 @@ class IntScaleLM(HFLM):
 
 def _method(pretrained: str, revision: Optional[str]) -> Optional[str]:
     """How a checkpoint says that it was quantized, from its ``config.json`` alone."""
+    # Slow to import.
     from transformers.utils import cached_file
 
     path = cached_file(pretrained, "config.json", revision=revision)
@@ -142,6 +143,7 @@ def _method(pretrained: str, revision: Optional[str]) -> Optional[str]:
 
 def main() -> None:
     """lm-eval's command line, with the model ``intscale``."""
+    # Optional.
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

@@ -142,6 +142,7 @@ def _is_prompt(model: Any, kwargs: dict[str, Any]) -> bool:
 
 def _is_empty(cache: Any) -> bool:
     """Whether nothing is in the cache, and every layer sees all that comes; waits for a GPU where it was used before."""
+    # Slow to import.
     from transformers.cache_utils import StaticLayer
 
     if not all(type(layer) is StaticLayer for layer in cache.layers):
@@ -150,6 +151,7 @@ def _is_empty(cache: Any) -> bool:
 
 
 def _is_static(cache: Any) -> bool:
+    # Slow to import.
     from transformers import StaticCache
 
     return type(cache) is StaticCache
@@ -188,6 +190,7 @@ def _prepare_cache(
     self: Any, generation_config: Any, model_kwargs: dict, generation_mode: Any, *args: Any, **kwargs: Any
 ):
     """``_prepare_cache_for_generation``: assisted decoding gets a cache that it can cut, others the one of the last call."""
+    # Slow to import.
     from transformers.generation.utils import GenerationMode
 
     original = type(self)._prepare_cache_for_generation

@@ -52,6 +52,7 @@ def open_library(driver: str) -> Any:
     Raises:
         OSError: no compiler, no driver, or a driver that lacks a function (CUDA 12.4 has all).
     """
+    # Only GPUs need Triton.
     import triton
 
     compiler = os.environ.get("CC") or next((c for c in ("gcc", "clang", "cc") if shutil.which(c)), "cc")

@@ -63,6 +63,7 @@ def _decode_attention_cpu(q, k, v, mask, scale, abi, overlap=False):
 
 @on_gpu("intscale::decode_attention")
 def _decode_attention_cuda(q, k, v, mask, scale, abi, overlap=False):
+    # Imports Triton, which only GPUs need.
     from .triton_attention import decode_attention_cuda
 
     _check(q, k, v, mask)

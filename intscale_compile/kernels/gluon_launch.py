@@ -107,6 +107,7 @@ def scale_schedule(group_size: int, scale_bits: int, weight_bits: int, decode: b
 
 @functools.lru_cache(None)
 def _layout(block: tuple[int, ...], bits: int, swizzled: bool) -> Any:
+    # Only GPUs need Triton.
     from triton.experimental.gluon import language as gl
 
     if swizzled:
@@ -117,6 +118,7 @@ def _layout(block: tuple[int, ...], bits: int, swizzled: bool) -> Any:
 def _descriptor(
     base: Tensor, shape: list[int], strides: list[int], block: tuple[int, ...], swizzled: bool = True
 ) -> Any:
+    # Only GPUs need Triton.
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     layout = _layout(block, base.element_size() * 8, swizzled)
@@ -126,6 +128,7 @@ def _descriptor(
 def _decode(
     grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any], overlap: bool, flags: dict[str, Any]
 ):
+    # Imports Triton, which only GPUs need.
     from .gluon_decode import gemm_decode
 
     xq, qdata, scale, blocks = operands["xq"], operands["qdata"], operands["scale"], operands["blocks"]
@@ -147,6 +150,7 @@ def _decode(
 
 
 def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any], overlap: bool, flags: dict[str, Any]):
+    # Imports Triton, which only GPUs need.
     from .gluon_cooperative import gemm_cooperative
     from .gluon_gemm import gemm_pipelined, gemm_specialized
 

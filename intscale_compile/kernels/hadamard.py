@@ -92,6 +92,7 @@ def _hadamard(x: Tensor, size: int) -> Tensor:
 
 @on_gpu("intscale::hadamard")
 def _hadamard_cuda(x: Tensor, size: int) -> Tensor:
+    # Imports Triton, which only GPUs need.
     from .triton_hadamard import LONGEST_ROW, hadamard_cuda
 
     check_hadamard(x, size)
@@ -136,6 +137,7 @@ def _hadamard_quantize(x: Tensor, size: int, activation_scale: Optional[Tensor])
 @on_gpu("intscale::hadamard_quantize")
 def hadamard_quantize_on_gpu(x: Tensor, size: int, activation_scale: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     """``intscale::hadamard_quantize`` on a GPU, without the dispatcher."""
+    # Imports Triton, which only GPUs need.
     from .triton_hadamard import LONGEST_ROW, hadamard_quantize_cuda
 
     _check_quantize(x, size, activation_scale)

@@ -100,6 +100,7 @@ def _without_memory(value: Any) -> Any:
 
 def stand_in(x: Tensor) -> Any:
     """What has the dtype of ``x`` and, as every tensor of ours and of Inductor, an address that is a multiple of 16."""
+    # Only GPUs need Triton.
     from triton.runtime.jit import MockTensor
 
     return MockTensor(x.dtype, list(x.shape))

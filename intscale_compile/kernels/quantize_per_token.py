@@ -55,6 +55,7 @@ def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_per_token_on_gpu(x: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`quantize_per_token_aten`, in one kernel."""
+    # Imports Triton, which only GPUs need.
     from .triton_quantize import LONGEST_ROW, quantize_per_token_cuda
 
     check_activation(x)

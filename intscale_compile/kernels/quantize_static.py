@@ -64,6 +64,7 @@ def _quantize_static(x: Tensor, activation_scale: Tensor) -> tuple[Tensor, Tenso
 
 def quantize_static_on_gpu(x: Tensor, activation_scale: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`quantize_static_aten`, in one kernel."""
+    # Imports Triton, which only GPUs need.
     from .triton_hadamard import LONGEST_ROW, hadamard_quantize_cuda
 
     check_activation(x)

@@ -93,6 +93,7 @@ class Problem:
 
     def accumulate(self, tile: Tile, rows: int) -> Tensor:
         """Integer accumulator of the first ``rows`` tokens, int32 ``[rows, n]``."""
+        # Imports Triton, which only GPUs need.
         from .triton_gemm import accumulate_cuda
 
         s = self.shape
@@ -102,6 +103,7 @@ class Problem:
 
     def linear(self, tile: Tile, copy: int) -> Tensor:
         """bf16 output ``[m, n]`` of one copy of the weight."""
+        # Imports Triton, which only GPUs need.
         from .triton_gemm import linear_cuda
 
         s, (qdata, scale) = self.shape, self.weights[copy]
@@ -143,6 +145,7 @@ class GpuBench:
             raise ConfigError(
                 "tune times kernels and needs a GPU, PyTorch sees none: run it on the machine to tune for."
             )
+        # Imports Triton, which only GPUs need.
         from .triton_gemm import capability
 
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -158,6 +161,7 @@ class GpuBench:
 
     def candidates(self, shape: Shape, m: int) -> list[Tile]:
         """Tiles to try, that of the rules first."""
+        # Imports Triton, which only GPUs need.
         from .triton_gemm import gluon_obstacle
 
         obstacle = gluon_obstacle(shape.k, *shape.format, "tiled", self.device)
@@ -257,6 +261,7 @@ class GpuBench:
 
     def versions(self) -> dict[str, Any]:
         """Versions that a table names."""
+        # Only GPUs need Triton.
         import triton
 
         return {"torch": torch.__version__, "triton": triton.__version__}

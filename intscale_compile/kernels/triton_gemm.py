@@ -146,30 +146,17 @@ def _launch(
         return
     weight_bits, asymmetric = 8 if qdata.dtype is torch.int8 else 4, zero_point is not None
     if tile is None:
-        gluon = (
-            gluon_obstacle(k, group_size, scale_bits, weight_bits, packing, xq.device, asymmetric) is None
-            and scale.dtype is not torch.int16
-            and gluon_launch.addressable(xq)
-        )
+        how = (k, group_size, scale_bits, weight_bits, packing, xq.device, asymmetric)
+        gluon = scale.dtype is not torch.int16 and gluon_launch.addressable(xq) and gluon_obstacle(*how) is None
         bits = schedule_bits(scale_bits, asymmetric)
         tile = pick_tile(m, n, k, group_size, bits, weight_bits, xq.device, gluon)
     with torch.cuda.device(xq.device) if xq.is_cuda else contextlib.nullcontext():
         if tile.kernel != "triton":
             fused = None if tile.kernel == "decode" else residual
             gluon_launch.launch_gluon(
-                out,
-                xq,
-                token_scale,
-                qdata,
-                scale,
-                row_scale,
-                bias,
-                group_size,
-                scale_bits,
-                tile,
-                overlap,
+                out, xq, token_scale, qdata, scale, row_scale, bias, group_size, scale_bits, tile, overlap,
                 residual=fused,
-            )
+            )  # fmt: skip
             if residual is not None and fused is None:
                 out.add_(residual)
             return

@@ -70,6 +70,7 @@ def _gated_cpu(a: GatedArguments) -> Tensor:
 @on_gpu("intscale::w4a8_gated_linear")
 @takes(GatedArguments)
 def _gated_cuda(a: GatedArguments) -> Tensor:
+    # Imports Triton, which only GPUs need.
     from .triton_gated import gated_linear_cuda
 
     check_operands(a.xq, *stored(a))

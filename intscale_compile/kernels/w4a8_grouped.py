@@ -117,6 +117,7 @@ def _grouped_cpu(a: GroupedArguments) -> Tensor:
 @takes(GroupedArguments)
 def grouped_on_gpu(a: GroupedArguments) -> Tensor:
     """``intscale::w4a8_grouped_linear`` on a GPU, without the dispatcher."""
+    # Imports Triton, which only GPUs need.
     from .triton_grouped import GroupedForm, grouped_linear_cuda
 
     check_grouped_operands(a)

@@ -106,6 +106,7 @@ def _accumulate_cpu(a: AccumulateArguments) -> Tensor:
 @on_gpu("intscale::w4a8_accumulate")
 @takes(AccumulateArguments)
 def _accumulate_cuda(a: AccumulateArguments) -> Tensor:
+    # Imports Triton, which only GPUs need.
     from .triton_gemm import accumulate_cuda
 
     check_operands(a.xq, *stored(a))
@@ -131,6 +132,7 @@ def _linear_cpu(a: LinearArguments) -> Tensor:
 @takes(LinearArguments)
 def linear_on_gpu(a: LinearArguments) -> Tensor:
     """``intscale::w4a8_linear`` on a GPU, without the dispatcher."""
+    # Imports Triton, which only GPUs need.
     from .triton_gemm import linear_cuda
 
     check_operands(a.xq, *stored(a))

@@ -48,6 +48,7 @@ def _linear_add_cpu(a: LinearAddArguments) -> Tensor:
 @on_gpu("intscale::w4a8_linear_add")
 @takes(LinearAddArguments)
 def _linear_add_cuda(a: LinearAddArguments) -> Tensor:
+    # Imports Triton, which only GPUs need.
     from .triton_gemm import linear_cuda
 
     _check(a)

@@ -19,6 +19,7 @@ from .. import format as fmt
 from ..errors import ShardingError
 from ..tensors.activation_parts import PER_WEIGHT
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.operators import concatenate, stored_dim
 
 PER_GROUP = ("scale", "zero_point")
 
@@ -191,8 +192,6 @@ def shard(
     Raises:
         ShardingError: the dimension cannot be divided evenly, or a shard would cut a group of weights.
     """
-    from ..tensors.operators import stored_dim
-
     stored = stored_dim(weight, dim)
     if stored == weight.dim() - 1:
         part = shard_features(weight, *chunk(weight.in_features, index, count, name), name)
@@ -217,8 +216,6 @@ def unshard(shards: Sequence[IntScaleTensor], dim: int, *, packed: int = 1, name
     Raises:
         ShardingError: feature shards with different row scales: each was quantized by itself.
     """
-    from ..tensors.operators import concatenate, stored_dim
-
     first = shards[0]
     stored = stored_dim(first, dim)
     if stored == first.dim() - 1:

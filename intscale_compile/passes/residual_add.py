@@ -70,6 +70,7 @@ def _worthwhile(rewrite: GraphRewrite, linear: fx.Node) -> bool:
 
 def _calls_the_op(rewrite: GraphRewrite, linear: fx.Node, tokens: int) -> bool:
     """Whether Inductor will call the op and not its template."""
+    # Imports Triton, which only GPUs need.
     from ..kernels.template import op_is_faster
 
     packed = linear.meta["intscale_tensor"]

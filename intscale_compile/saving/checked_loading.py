@@ -256,7 +256,7 @@ def checking_result(load: Callable) -> Callable:
 
 def _tie(model: Any, ties: dict[str, str], rename: Callable[[str], str], report: Any) -> None:
     """Give the names that shared a stored weight one parameter again; what a model lacks was left out by its architecture."""
-    missing = getattr(report, "missing_keys", set())
+    missing: set[str] = getattr(report, "missing_keys", set())
     for name, stored in ties.items():
         name, stored = rename(name), rename(stored)
         (owner, _, leaf), (source, _, of_source) = name.rpartition("."), stored.rpartition(".")

@@ -86,6 +86,7 @@ def attach_quantizer(model: nn.Module, config: IntScaleConfig | None = None) -> 
     Raises:
         ConfigError: as for :func:`save_pretrained`.
     """
+    # Slow to import.
     from transformers import PreTrainedModel, TorchAoConfig
     from transformers.quantizers import AutoHfQuantizer
 
@@ -117,6 +118,7 @@ def save_safetensors(model: nn.Module, path: PathLike) -> None:
         CheckpointError: the file cannot be written: no such folder, no space.
         ShardingError: shards do not fit together (``tensor_parallel.gather_shards``).
     """
+    # Comes with transformers.
     from safetensors.torch import save_file
 
     if is_divided(model):
@@ -127,7 +129,8 @@ def save_safetensors(model: nn.Module, path: PathLike) -> None:
         whole = model.state_dict()
     state = {_stored_name(n): t if isinstance(t, IntScaleTensor) else t.detach() for n, t in whole.items()}
     parameters = {_stored_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    tensors, metadata = store_once(*torchao.FLATTEN.get()(state), shared_names(state, parameters))
+    flat, headers = torchao.FLATTEN.get()(state)
+    tensors, metadata = store_once(flat, headers, shared_names(state, parameters))
     separate, seen = {}, set()
     for name, tensor in tensors.items():
         memory = tensor.untyped_storage().data_ptr()

@@ -27,6 +27,7 @@ from ..parallel.sharding import shared_parts, unshard
 from ..tensors.activation_parts import PER_WEIGHT
 from ..tensors.fields import ATTRIBUTE_NAMES
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.operators import stored_dim
 
 RECORD = "_intscale_divided"  # attribute of a module that ``parallelize`` divided: a list of ``Divided``
 NOT_STORED = ("packing_format",)  # attributes in which a stored shard may differ from the model's
@@ -168,8 +169,6 @@ def _likeness(value: Tensor, cut: Cut) -> tuple:
     """What all shards of a tensor have in common; shards of input features have all row scales in common."""
     if not isinstance(value, IntScaleTensor):
         return tuple(value.shape), str(value.dtype)
-    from ..tensors.operators import stored_dim
-
     features = stored_dim(value, cut.dim) == value.dim() - 1
     names = shared_parts(value) if features else [name for name in value.data_names if name in PER_WEIGHT]
     data = [getattr(value, name).cpu().contiguous().numpy().tobytes() for name in names]
@@ -216,6 +215,7 @@ def save_shards(model: nn.Module, path: Any, **options: Any) -> None:
         path: folder.
         options: further arguments of ``torch.distributed.checkpoint.save``, such as ``process_group``.
     """
+    # Slow to import.
     import torch.distributed.checkpoint as dcp
 
     dcp.save(_entries(model), checkpoint_id=path, **options)
@@ -235,6 +235,7 @@ def load_shards(model: nn.Module, path: Any, **options: Any) -> nn.Module:
     Raises:
         CheckpointError: the folder is no checkpoint, or holds a model that was divided or quantized in another way.
     """
+    # Slow to import.
     import torch.distributed.checkpoint as dcp
 
     wanted = _entries(model)
@@ -302,6 +303,7 @@ def _layout(weight: IntScaleTensor) -> str:
 
 def _check_stored(wanted: dict[str, Any], path: Any) -> None:
     """Raise unless the checkpoint has exactly what a rank's part of the model is made of."""
+    # Slow to import.
     from torch.distributed.checkpoint import FileSystemReader
 
     try:

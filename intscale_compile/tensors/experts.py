@@ -26,6 +26,21 @@ from .linear import quantize_activation
 IMPLEMENTATION = "intscale"
 
 
+def _check_grouped(x: Tensor, weight: IntScaleTensor) -> None:
+    """Raise unless ``x`` ``[tokens, K]`` and a stack ``[E, N, K]`` go together."""
+    check_activation(x)
+    if weight.dim() != 3 or weight.transposed:
+        raise InputError(f"grouped_linear needs a stack [E, N, K], not a weight of shape {tuple(weight.shape)}.")
+    if x.dim() != 2 or x.shape[-1] != weight.in_features:
+        raise InputError(
+            f"the activation has shape {tuple(x.shape)}, expected [rows, {weight.in_features}] for {weight!r}."
+        )
+    if differentiates():
+        raise UnsupportedOpError(
+            "IntScaleTensor: torch.func's grad, vjp and jvp are not defined through experts; use torch.autograd.grad."
+        )
+
+
 def grouped_linear(
     x: Tensor,
     weight: IntScaleTensor,
@@ -53,17 +68,7 @@ def grouped_linear(
     Raises:
         InputError: wrong dtype, device or shape.
     """
-    check_activation(x)
-    if weight.dim() != 3 or weight.transposed:
-        raise InputError(f"grouped_linear needs a stack [E, N, K], not a weight of shape {tuple(weight.shape)}.")
-    if x.dim() != 2 or x.shape[-1] != weight.in_features:
-        raise InputError(
-            f"the activation has shape {tuple(x.shape)}, expected [rows, {weight.in_features}] for {weight!r}."
-        )
-    if differentiates():
-        raise UnsupportedOpError(
-            "IntScaleTensor: torch.func's grad, vjp and jvp are not defined through experts; use torch.autograd.grad."
-        )
+    _check_grouped(x, weight)
     static = weight.activation_scale
     if static is not None:
         x, row_index = (x, None) if row_index is None else (x[row_index], None)
@@ -154,6 +159,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = (_stack(getattr(module, name)) for name in (up_name, "down_proj"))
     if up is None or down is None or torch.compiler.is_compiling():
+        # Slow to import.
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Optional, Union
 
 import torch
@@ -16,11 +15,10 @@ from ..integrations.torchao import check_unpickled
 from ..kernels.arguments import DequantizeWeightArguments
 from ..kernels.dequantize import WEIGHT_OP
 from ..kernels.hadamard import hadamard_transform
-from . import activation_parts
+from . import activation_parts, construction
 from .eager import eager_linear
 from .fields import ABSENT, ALL_NAMES, ATTRIBUTE_NAMES, DATA_NAMES, TensorParts, drop_old_parts
-from .from_codes import check_from_codes, check_stack, integer_weight
-from .scale_search import quantize_weight
+from .from_codes import check_from_codes
 from .stored_files import reading
 from .validate import validate_tensor
 from .weight_checks import check_weight
@@ -141,26 +139,8 @@ class IntScaleTensor(TorchAOBaseTensor):
             WeightError: the weight is not floating point, not finite, on the meta device, empty, or has another rank.
             OverflowProofError: its accumulator cannot be proved free of overflow.
         """
-        config = IntScaleConfig() if config is None else config
         check_weight(weight, name)
-        if weight.dim() == 3:  # one by one: temporaries of a whole stack would not fit beside it
-            experts = (cls.from_hp(expert, config, name=f"{name}[{e}]") for e, expert in enumerate(weight))
-            return _stacked(experts, weight.shape[0])
-        quantized = quantize_weight(weight, config)
-        group_size, bits = config.effective_group_size, config.weight_bits
-        tensor = cls(
-            quantized.codes if bits == 8 else fmt.pack_int4(quantized.codes, group_size),
-            quantized.group_scale,
-            quantized.row_scale,
-            [1, group_size],
-            weight.shape[-1],
-            weight.shape[-2],
-            quantized.scale_bits,
-            "plain",
-            False,
-            weight.dtype,
-        )
-        return tensor.to_packing(resolve_packing(config.packing_format, weight.device))
+        return construction.quantized(cls, weight, IntScaleConfig() if config is None else config, name)
 
     @classmethod
     def from_codes(
@@ -208,29 +188,10 @@ class IntScaleTensor(TorchAOBaseTensor):
             OverflowProofError: the accumulator of a row cannot be proved free of overflow.
         """
         check_from_codes(group_size, scale_bits, amplifier, weight_bits, zero_point)
-        how = dict(group_size=group_size, scale_bits=scale_bits, amplifier=amplifier, weight_bits=weight_bits)
-        if codes.dim() == 3:
-            check_stack(codes, group_scale, zero_point, name)
-            zeros = [None] * len(codes) if zero_point is None else zero_point
-            rest: dict[str, Any] = dict(how, dtype=dtype, packing_format=packing_format)
-            parts = enumerate(zip(codes, group_scale, zeros))
-            experts = (cls.from_codes(c, s, zero_point=z, name=f"{name}[{e}]", **rest) for e, (c, s, z) in parts)  # type: ignore[arg-type]
-            return _stacked(experts, codes.shape[0])
-        made = integer_weight(codes, group_scale, zero_point, name=name, **how)  # type: ignore[arg-type]
-        tensor = cls(
-            made.codes if weight_bits == 8 else fmt.pack_int4(made.codes, group_size),
-            made.group_scale,
-            made.row_scale,
-            [1, group_size],
-            codes.shape[-1],
-            codes.shape[0],
-            made.scale_bits,
-            "plain",
-            False,
-            dtype,
-            made.zero_point,
+        how: dict[str, Any] = dict(
+            group_size=group_size, scale_bits=scale_bits, amplifier=amplifier, weight_bits=weight_bits
         )
-        return tensor.to_packing(resolve_packing(packing_format, codes.device))
+        return construction.coded(cls, codes, group_scale, zero_point, how, dtype, packing_format, name)
 
     def to_packing(self, packing_format: str) -> IntScaleTensor:
         """The same weight in ``"plain"`` or ``"tiled"`` packing; lossless, and a no-op where it is so packed already."""
@@ -407,20 +368,3 @@ def _parts_of(*args, **kwargs) -> TensorParts:
     if len(args) == 1 and not kwargs and isinstance(args[0], IntScaleTensor):
         return TensorParts(**{name: getattr(args[0], name) for name in ALL_NAMES})
     return TensorParts(*args, **kwargs)
-
-
-def _stacked(experts: Iterator[IntScaleTensor], count: int) -> IntScaleTensor:
-    """A stack of ``count`` matrices, each of them freed once it is copied."""
-    data: dict[str, Tensor] = {}
-    scale_bits = 1
-    for e, expert in enumerate(experts):
-        for name in expert.data_names:
-            part = getattr(expert, name)
-            data.setdefault(name, part.new_empty((count, *part.shape)))[e] = part
-        scale_bits = max(scale_bits, expert.scale_bits)
-    return expert.replaced(**data, block_size=[1, *expert.block_size], scale_bits=scale_bits)
-
-
-def resolve_packing(packing_format: str, device: torch.device) -> str:
-    """``"auto"`` becomes tiled on a GPU and plain elsewhere."""
-    return ("tiled" if device.type == "cuda" else "plain") if packing_format == "auto" else packing_format

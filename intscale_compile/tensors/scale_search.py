@@ -115,6 +115,7 @@ def search_integer_scales(groups: Tensor, scale_max: int, weights: Optional[Tens
         Row steps fp32 ``[R, 1]`` (row scales of the normalised rows) and integer scales fp32 ``[R, G]``.
     """
     if groups.is_cuda:
+        # Imports Triton, which only GPUs need.
         from ..kernels.triton_scale_search import search_integer_scales_gpu
 
         return search_integer_scales_gpu(groups, scale_max, ROW_FRACTIONS, PLAIN_STEP, weights)

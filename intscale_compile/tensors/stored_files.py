@@ -144,6 +144,7 @@ def open_safetensors(path: PathLike, device: str = "cpu") -> Any:
         FileNotFoundError: there is no such file.
         CheckpointError: it is not a safetensors file, or truncated.
     """
+    # Comes with transformers.
     from safetensors import safe_open
 
     regular_file(path)
@@ -215,6 +216,7 @@ def _move(part: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
+    # Comes with transformers.
     from safetensors import SafetensorError
 
     try:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 
 import pytest
@@ -18,16 +17,14 @@ from intscale_compile.commands import (
     evaluate,
     load_model,
     load_tokenizer,
-    plan,
     quantize_folder,
     source_folder,
     stdlib_texts,
     token_sequences,
 )
 from intscale_compile.commands.evaluation import evaluate_tasks, read_texts
-from intscale_compile.commands.inspection import packed_bytes
 from intscale_compile.errors import CheckpointError, ConfigError
-from tests.support.cli import CHECKOUT, in_process, save_small_llama
+from tests.support.cli import in_process, save_small_llama
 
 typer = pytest.importorskip("typer", reason="typer is not installed: pip install 'intscale-compile[cli]'")
 transformers = pytest.importorskip("transformers")
@@ -142,27 +139,6 @@ def test_plan_reads_no_weights(capsys, llama, quantized, tmp_path):
     assert [x["reason"] for x in planned["weights"] if not x["quantized"]] == ["OUTPUT_EMBEDDING"]
     code, _, stderr = in_process(capsys, "inspect", quantized, "--plan")
     assert code == 2 and "is quantized already (torchao)" in stderr
-
-
-@pytest.mark.parametrize(
-    "weight_bits, group_size, amplifier", [(4, 32, "row"), (4, 128, "layer"), (4, -1, "row"), (8, -1, "row")]
-)
-@pytest.mark.parametrize("shape", [(48, 200), (130, 384)])
-def test_planned_bytes(shape, weight_bits, group_size, amplifier):
-    config = IntScaleConfig(group_size, weight_bits, amplifier=amplifier, packing_format="plain")
-    assert packed_bytes(*shape, config) == IntScaleTensor.from_hp(torch.randn(shape), config).nbytes_packed()
-
-
-def test_planned_experts():
-    """Stacks count every expert, as a quantized model does."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=4, vocab_size=64)).eval()
-    planned = {layer.name: layer.bytes_after for layer in plan(model) if layer.quantized}
-    quantize_(model, IntScaleConfig(), filter_fn=linears_and_experts)
-    assert planned == {n: p.nbytes_packed() for n, p in model.named_parameters() if isinstance(p, IntScaleTensor)}
-    assert sum("experts" in name for name in planned) == 2
 
 
 def test_eval_against_the_original(capsys, llama, quantized, text):
@@ -406,22 +382,3 @@ def test_a_bug_is_one_line_too(capsys, llama, monkeypatch):
     monkeypatch.setenv("INTSCALE_DEBUG", "1")
     code, _, stderr = in_process(capsys, "inspect", llama)
     assert code == 1 and "Traceback" in stderr and stderr.splitlines()[-1].startswith("intscale: KeyError")
-
-
-def examples() -> list[str]:
-    """Every command that the documentation or a help text shows."""
-    from intscale_cli.app import app
-
-    shown = [line.strip() for command in app.registered_commands for line in (command.epilog or "").splitlines()]
-    shown += (CHECKOUT / "docs" / "cli.md").read_text().splitlines()
-    return list(dict.fromkeys(line for line in shown if line.startswith("intscale ")))
-
-
-@pytest.mark.parametrize("line", examples())
-def test_documented_commands_exist(line):
-    """Names and options are parsed; nothing is run."""
-    from intscale_cli.app import app
-
-    _, name, *rest = shlex.split(line)
-    command = typer.main.get_command(app).commands[name]
-    command.make_context(name, rest)

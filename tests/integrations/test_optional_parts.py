@@ -14,7 +14,8 @@ from torchao.quantization import quantize_
 from intscale_compile import IntScaleConfig, IntScaleTensor, load_safetensors, save_pretrained, save_safetensors
 from intscale_compile.errors import CheckpointError, UnsupportedOpError, WeightError
 from intscale_compile.saving.checkpoint import rebuild_tensor
-from tests.tensors.test_tensor import PACKINGS, PLAIN_2D, ROWS_2D, STACK, assert_same, make
+from tests.support.tensors import PACKINGS, assert_same, make
+from tests.tensors.test_tensor import PLAIN_2D, ROWS_2D, STACK
 
 QUICK = IntScaleConfig(scale_search="absmax")
 KINDS = ("zero", "static", "rotation", "all")

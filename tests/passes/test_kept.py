@@ -17,7 +17,7 @@ from intscale_compile.kernels import fingerprint
 from intscale_compile.kernels.fingerprint import PIECE_BYTES, SAMPLED_BYTES, pieces_of, sample_of, state_of
 from intscale_compile.passes import kept
 from intscale_compile.passes.gpu_samples import GpuSamples
-from tests.test_backend import rewritten
+from tests.support.compiled import rewritten
 
 CONFIG = IntScaleConfig(group_size=32, scale_search="absmax")
 

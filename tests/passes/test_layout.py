@@ -109,7 +109,7 @@ def test_dynamic_sizes_are_compared_without_guards():
 
 def test_strides_behind_a_graph_break_are_those_of_eager_mode():
     """``data_ptr`` and what follows run outside of the graph, on its results."""
-    from tests.test_backend import rewritten
+    from tests.support.compiled import rewritten
 
     seen = []
 

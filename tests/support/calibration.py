@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers as hf
 from torch import Tensor, nn
+
+from intscale_compile import IntScaleTensor, calibrate
 
 from .model_families import FAMILIES, GROUPED, TEXT, token_ids
 
@@ -62,3 +65,32 @@ def logits_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The first output: logits, or an encoder's hidden states."""
     with torch.no_grad():
         return model(**inputs)[0]
+
+
+SHORT = {"clipping": "none", "rounding": "nearest"}
+
+
+def tiny_llama(layers: int = 2) -> nn.Module:
+    config = hf.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():  # far from a linear function, as trained models are
+        parameter.mul_(1 + torch.rand_like(parameter)) if parameter.dim() == 1 else parameter.mul_(4)
+    return model
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    other = dict(b.named_parameters())
+    return all(
+        torch.equal(getattr(p, part), getattr(other[name], part))
+        for name, p in a.named_parameters()
+        for part in (p.data_names if isinstance(p, IntScaleTensor) else ["data"])
+    )
+
+
+def calibrated(model: nn.Module, data, chosen, **options) -> nn.Module:
+    result = copy.deepcopy(model)
+    calibrate(result, data, chosen, progress=False, **options)
+    return result

@@ -10,7 +10,7 @@ from torchao.quantization import FqnToConfig, quantize_
 import intscale_compile
 from intscale_compile import IntScaleConfig, IntScaleTensor
 from intscale_compile.errors import UnsupportedOpError
-from tests.tensors.test_tensor import PACKINGS, make
+from tests.support.tensors import PACKINGS, make
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

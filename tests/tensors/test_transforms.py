@@ -11,7 +11,7 @@ from torchao.quantization import quantize_
 from intscale_compile import IntScaleConfig, explain
 from intscale_compile.errors import UnsupportedOpError
 from intscale_compile.tensors.experts import grouped_linear
-from tests.tensors.test_tensor import make
+from tests.support.tensors import make
 
 ROWS = 6
 

@@ -182,6 +182,7 @@ def last_compilation() -> list[Compilation]:
 @contextlib.contextmanager
 def generated_files() -> Iterator[Callable[[], list[str]]]:
     """Gives a function that lists the files of the Python modules that Inductor loaded since."""
+    # Slow to import.
     from torch._inductor.codecache import PyCodeCache
 
     loaded = len(PyCodeCache.modules)

@@ -1,0 +1,53 @@
+"""Inductor's and Triton's caches on disk hit across processes, and never with other sources."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+SCRIPT = textwrap.dedent(
+    """
+    import torch, intscale_compile, sys
+    from torch._dynamo.utils import counters
+    torch.manual_seed(0)
+    m = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.SiLU(), torch.nn.Linear(48, 32)).requires_grad_(False)
+    y = torch.compile(m, backend="intscale")(torch.randn(4, 64))
+    hits = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+    print("RESULT", hits, y.double().sum().item().hex())
+    """
+)
+
+
+def _run(cache, source_change=None):
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    prefix = ""
+    if source_change is not None:  # as if a source file had other contents
+        prefix = (
+            "import importlib.util, sys, hashlib\n"
+            "real = hashlib.sha256\n"
+            f"hashlib.sha256 = lambda data=b'', **k: real(data + b'{source_change}', **k)\n"
+            "import intscale_compile\n"
+            "hashlib.sha256 = real\n"
+        )
+    out = subprocess.run([sys.executable, "-c", prefix + SCRIPT], env=env, capture_output=True, text=True, check=True)
+    _, hits, value = next(line for line in out.stdout.splitlines() if line.startswith("RESULT")).split()
+    return int(hits), value
+
+
+def test_caches_hit_across_processes_and_never_with_other_sources(tmp_path):
+    cold, warm, changed = _run(tmp_path), _run(tmp_path), _run(tmp_path, source_change=7)
+    assert cold[0] == 0 and warm[0] >= 1 and changed[0] == 0
+    assert cold[1] == warm[1] == changed[1]
+
+
+@pytest.mark.slow
+def test_tables_that_inductor_copied_before_us_do_not_matter(tmp_path):
+    """transformers may import torch.distributed.tensor.debug, which reads Inductor's decompositions at its import."""
+    before = "from torch._inductor.decomposition import select_decomp_table as t; t()\n"
+    after = "from intscale_compile.kernels.quantize_per_token import OP\nassert OP in t()"
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", before + SCRIPT + after], env=env, capture_output=True, text=True, check=True)
