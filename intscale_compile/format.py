@@ -3,6 +3,10 @@
     W[n, k] = row_scale[n] * group_scale[n, k // group_size] * (q[n, k] - zero_point[n, k // group_size])
 
 ``q`` lies in [-8, 7], ``group_scale`` is a positive integer, ``zero_point`` in [-8, 7] and 0 where it is not stored.
+Zero points that are stored as int16 are *offsets*, in units of the row scale instead of the codes, for groups whose minimum is no
+multiple of their scale (GGUF's Q4_1 and Q4_K):
+
+    W[n, k] = row_scale[n] * (group_scale[n, k // group_size] * q[n, k] - offset[n, k // group_size])
 
 Everything here is a pure function of tensors. ``N`` is the number of output features, ``K`` of input features,
 ``Kp`` is ``K`` rounded up to :func:`padded_in_features`, ``G`` the number of groups (``Kp / group_size``, or 1 per channel).
@@ -24,6 +28,8 @@ Every stored part is contiguous, with the strides of a new tensor (:func:`contig
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -32,6 +38,7 @@ TILE_N = 64
 INT32_MAX = 2**31 - 1
 ACTIVATION_MAX = 127
 CODE_MIN, CODE_MAX = -8, 7
+OFFSET_BITS = 4  # of the group scales beside offsets, at least
 ZERO_BYTE = 0x88  # two codes of 0 in offset binary
 
 
@@ -115,10 +122,30 @@ def centered_codes(codes: Tensor, zero_point: Tensor) -> Tensor:
     return codes - expand_group_scale(zero_point, codes.shape[-1])
 
 
+def is_offset(zero_point: Optional[Tensor]) -> bool:
+    """Whether zero points are offsets: int16, in units of the row scale."""
+    return zero_point is not None and zero_point.dtype == torch.int16
+
+
+def exact_weight(codes: Tensor, group_scale: Tensor, zero_point: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+    """The weight ``[..., N, Kp]`` in units of the row scale: integers below ``2**24``, which fp32 holds exactly.
+
+    Args:
+        codes: int8 ``[..., N, Kp]``, less their zero points where those are no offsets.
+        group_scale: integer ``[..., N, G]``.
+        zero_point: offsets are subtracted; others are not looked at.
+        dtype: of the result, fp32 or fp64.
+    """
+    width = codes.shape[-1]
+    exact = codes.to(dtype) * expand_group_scale(group_scale, width).to(dtype)
+    return exact - expand_group_scale(zero_point, width).to(dtype) if is_offset(zero_point) else exact
+
+
 def schedule_bits(scale_bits: int, asymmetric: bool) -> int:
     """The bits of group scales by which a kernel chooses its schedule: up to 4 they are multiplied into the int8 weight.
 
     With zero points a code is up to 15 away from 0. Times 7 that fits int8, times 15 it does not: 4-bit scales count as 5.
+    Weights with offsets have scales of at least 4 bits (:data:`OFFSET_BITS`), so that they never fold.
     """
     return 5 if asymmetric and scale_bits == 4 else scale_bits
 
@@ -151,7 +178,9 @@ def contiguous(part: Tensor) -> Tensor:
     return part if list(part.stride()) == wanted[::-1] else part.clone(memory_format=torch.contiguous_format)
 
 
-def accumulator_bound(codes: Tensor, group_scale: Tensor) -> Tensor:
+def accumulator_bound(
+    codes: Tensor, group_scale: Tensor, offset: Optional[Tensor] = None, in_features: Optional[int] = None
+) -> Tensor:
     """Largest magnitude that the integer accumulator of each row can reach, over all int8 activations.
 
     ``127 * sum_g group_scale[n, g] * sum_{k in g} |q[n, k]|`` bounds every partial sum too, in any order of summation.
@@ -159,9 +188,16 @@ def accumulator_bound(codes: Tensor, group_scale: Tensor) -> Tensor:
     Args:
         codes: int8 ``[..., N, Kp]``, less their zero points.
         group_scale: integer ``[..., N, G]``.
+        offset: int16 ``[..., N, G]`` in units of the row scale. Sums of the two parts may then wrap around on their way, as
+            int32 does on every device; what they come to is exact.
+        in_features: ``K``, beside offsets: those of the padding count for nothing.
 
     Returns:
         int64 ``[..., N]``. The row is safe when it is below ``2**31``.
     """
+    if offset is not None:
+        parts = [expand_group_scale(part, codes.shape[-1]).to(torch.int32) for part in (group_scale, offset)]
+        exact = (codes * parts[0] - parts[1])[..., :in_features]
+        return ACTIVATION_MAX * exact.abs().sum(-1, dtype=torch.int64)
     magnitude = codes.to(torch.int16).abs().unflatten(-1, (group_scale.shape[-1], -1)).sum(-1, dtype=torch.int64)
     return ACTIVATION_MAX * (magnitude * group_scale.to(torch.int64)).sum(-1)

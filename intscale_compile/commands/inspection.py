@@ -64,7 +64,12 @@ def verify_folder(name: PathLike) -> Verification:
         ConfigError: there is no such model.
         CheckpointError: something differs; the message names the first such parameters.
     """
-    return verify_checkpoint(source_folder(name))
+    folder = source_folder(name)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{name}: a GGUF file has no checksums: import it with intscale quantize, and verify that folder."
+        )
+    return verify_checkpoint(folder)
 
 
 def random_ids(model: Any, tokens: int) -> Tensor:

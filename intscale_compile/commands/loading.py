@@ -11,6 +11,7 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..importing import ImportReport
 from ..importing.checkpoint_files import FORMATS, quantization_config
+from ..importing.gguf import is_gguf
 from ..importing.model import architecture, from_quantized
 from ..importing.torchao_tensors import convert_from_torchao
 from ..tensors.intscale_tensor import IntScaleTensor
@@ -22,10 +23,10 @@ NOT_NEEDED = ["original/*", "consolidated*"]
 
 
 def source_folder(name: PathLike, *, weights: bool = True) -> Path:
-    """The folder of a model: itself, or the downloaded copy of a hub name.
+    """The folder of a model: itself, or the downloaded copy of a hub name; a GGUF file stands for itself.
 
     Args:
-        name: folder, or hub name such as ``Qwen/Qwen3-0.6B``.
+        name: folder, GGUF file, or hub name such as ``Qwen/Qwen3-0.6B``.
         weights: also download weights, of a hub name.
 
     Raises:
@@ -35,6 +36,8 @@ def source_folder(name: PathLike, *, weights: bool = True) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{name}: this folder has no config.json: give the folder of a transformers model.")
+        return folder
+    if folder.is_file() and is_gguf(folder):
         return folder
     if folder.exists():
         raise ConfigError(f"{name} is not a folder: give the folder of a transformers model, or its hub name.")
@@ -62,7 +65,9 @@ def _looks_local(name: str) -> bool:
 
 
 def stored_method(folder: Path) -> Optional[str]:
-    """How the checkpoint in a folder was quantized: ``"gptq"``, ``"torchao"`` (ours too), ...; None: it was not."""
+    """How a checkpoint was quantized: ``"gptq"``, ``"gguf"``, ``"torchao"`` (ours too), ...; None: it was not."""
+    if is_gguf(folder):
+        return "gguf"
     config = read_json(folder / "config.json")
     if not config.get("quantization_config") and not (folder / "quantize_config.json").is_file():
         return None
@@ -71,7 +76,9 @@ def stored_method(folder: Path) -> Optional[str]:
 
 def stored_by_us(folder: Path) -> bool:
     """Whether the quantized checkpoint in a folder holds weights of ours."""
-    return '"IntScaleConfig"' in json.dumps(read_json(folder / "config.json").get("quantization_config"))
+    return not is_gguf(folder) and '"IntScaleConfig"' in json.dumps(
+        read_json(folder / "config.json").get("quantization_config")
+    )
 
 
 def load_model(
@@ -84,7 +91,7 @@ def load_model(
     """A transformers model, in evaluation mode and without gradients, whatever it was quantized with.
 
     Args:
-        name: folder or hub name.
+        name: folder, GGUF file or hub name.
         dtype: of the activations and of weights that are not quantized; the default is the checkpoint's.
         device: where the model ends up.
         importing: ``scale_bits`` and ``amplifier`` for a checkpoint of another tool, as for ``from_quantized``.
@@ -98,7 +105,7 @@ def load_model(
     """
     folder = source_folder(name)
     method, report = stored_method(folder), None
-    if method in FORMATS:
+    if method in (*FORMATS, "gguf"):
         model, report = from_quantized(folder, dtype=dtype, device=device, **importing)
     else:
         model = _from_pretrained(folder, dtype).to(device)
@@ -159,14 +166,17 @@ def load_tokenizer(name: PathLike) -> Any:
     from transformers import AutoTokenizer
 
     folder = source_folder(name)
+    where = (folder.parent, {"gguf_file": folder.name}) if is_gguf(folder) else (folder, {})
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(where[0], **where[1])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{name}: it has no tokenizer that transformers can read: {first_line(error)}") from error
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the weight files of a transformers folder."""
+    """Bytes of the weight files of a transformers folder, or of a GGUF file."""
+    if folder.is_file():
+        return folder.stat().st_size
     found = list(folder.glob("model*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
     return sum(path.stat().st_size for path in found)
 

@@ -100,12 +100,12 @@ def quantize_folder(
     export: Optional[str] = None,
     progress: bool = True,
 ) -> QuantizeSummary:
-    """Quantize the model of a folder or hub name and save it, tokenizer included, as a folder.
+    """Quantize the model of a folder, GGUF file or hub name and save it, tokenizer included, as a folder.
 
     A plain model is quantized, or calibrated where a preset is given; a checkpoint of another tool is imported with its codes.
 
     Args:
-        source: folder or hub name.
+        source: folder, GGUF file or hub name.
         out: folder that does not exist yet, or is empty.
         fields: of ``IntScaleConfig``; with a preset also those of ``CalibrationConfig``;
             of an import ``scale_bits`` and ``amplifier``.

@@ -13,6 +13,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
+from .. import format as fmt
 from ..errors import ConfigError
 from ..tensors.from_codes import scale_rounding_snr
 from ..tensors.intscale_tensor import IntScaleTensor
@@ -119,6 +120,11 @@ def _exported(
 ) -> tuple[dict[str, Tensor], _Scheme, ConvertedLayer]:
     """Stored tensors of a layer by the last part of their names, its scheme, and its row of the report."""
     out_features, in_features = tensor.shape
+    if fmt.is_offset(tensor.zero_point):
+        raise ConfigError(
+            f"{name}: its groups have minima that are no multiples of their scales (from GGUF), for which compressed-tensors has "
+            "no place: save the model with save_pretrained."
+        )
     codes, group_size = tensor.codes, tensor.group_size
     groups = 1 if group_size == -1 else -(-in_features // group_size)
     scale = (tensor.group_scale[:, :groups].double() * tensor.row_scale.double()).to(dtype)

@@ -40,6 +40,7 @@ class QuantizedLayer:
         activation_scale: static scale of the activation; None: dynamic, per token.
         input_order: input feature of every column of ``codes``, integers ``[K]``; None: columns are in the features' order.
         note: what the user should know of how it was read; empty: nothing.
+        minimum: fp32 ``[N, G]``, added to ``scale * codes``, for groups of ours without zero points; None: 0.
     """
 
     format: str
@@ -51,6 +52,7 @@ class QuantizedLayer:
     activation_scale: Optional[float] = None
     input_order: Optional[Tensor] = None
     note: str = ""
+    minimum: Optional[Tensor] = None
 
 
 class LayerFormat(Protocol):
@@ -163,7 +165,7 @@ def to_intscale(
     stored = _with_our_groups(_with_needed_zero_points(layer))
     parts, signal, noise, bound = [], 0.0, 0.0, 0
     for rows in _row_blocks(stored, options):
-        scale = stored.scale[rows]
+        scale, low = stored.scale[rows], None if stored.minimum is None else stored.minimum[rows]
         part = IntScaleTensor.from_codes(
             stored.codes[rows],
             scale,
@@ -174,8 +176,9 @@ def to_intscale(
             weight_bits=stored.weight_bits,
             dtype=dtype,
             name=name,
+            minimum=low,
         )
-        powers = rounding_powers(part.to_packing("plain"), scale)
+        powers = rounding_powers(part.to_packing("plain"), scale, low)
         signal, noise = signal + powers[0], noise + powers[1]
         bound = max(bound, int(part.accumulator_bound().max()))
         parts.append(part)
@@ -189,7 +192,7 @@ def to_intscale(
         layer.format,
         (layer.codes.shape[0], layer.codes.shape[1]),
         layer.group_size,
-        stored.zero_point is None,
+        stored.zero_point is None and stored.minimum is None,
         decibels(signal, noise),
         headroom_bits(bound),
     )
@@ -218,7 +221,12 @@ def _with_needed_zero_points(layer: QuantizedLayer) -> QuantizedLayer:
     """No zero points where all are 0; but some where a group has a negative scale and a code without a mirror image."""
     if layer.zero_point is not None and not bool(layer.zero_point.any()):
         layer = replace(layer, zero_point=None)
-    stuck = layer.weight_bits == 4 and bool((layer.scale < 0).any()) and int(layer.codes.min()) == fmt.CODE_MIN
+    stuck = (
+        layer.weight_bits == 4
+        and layer.minimum is None
+        and bool((layer.scale < 0).any())
+        and int(layer.codes.min()) == fmt.CODE_MIN
+    )
     if stuck and layer.zero_point is None:
         layer = replace(layer, zero_point=torch.zeros_like(layer.scale, dtype=torch.int8))
     return layer

@@ -16,6 +16,7 @@ from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import mark_loaded
 from ..tensors.stored_files import first_line, reading, weight_files
 from .checkpoint_files import CheckpointFiles, StoredLayers, checkpoint_folder, layer_format, quantization_config
+from .gguf import from_gguf, is_gguf
 from .layers import ScaleOptions
 from .report import ImportReport
 from .torchao_tensors import convert_from_torchao
@@ -32,20 +33,20 @@ def from_quantized(
     device: Union[str, torch.device] = "cpu",
     revision: Optional[str] = None,
 ) -> tuple[nn.Module, ImportReport]:
-    """Take over a model that GPTQ, AWQ, compressed-tensors or torchao quantized to 4 bits, without requantizing it.
+    """Take over a model that GPTQ, AWQ, compressed-tensors, torchao or llama.cpp quantized, without requantizing it.
 
     The codes stay as they are; the float group scales become integers row by row (or as published in Integer Scale,
     arXiv 2405.14597, with ``amplifier``). Activations are quantized to int8 per token, whatever the checkpoint was made
     for, unless it holds static activation scales.
 
     Args:
-        model_or_path: folder or hub name of a transformers checkpoint in safetensors files, with a
-            ``quantization_config`` in its ``config.json``; or a loaded model with torchao int4 weights, which is
+        model_or_path: folder or hub name of a transformers checkpoint in safetensors files, with a ``quantization_config``;
+            a GGUF file, as :func:`~.gguf.from_gguf` reads it; or a loaded model with torchao int4 weights, which is
             converted in place as by :func:`convert_from_torchao`.
         scale_bits: bits of the integer group scales, 1 to 8.
         amplifier: ``"row"``, or the paper's: ``"layer"`` or an integer such as 1024.
-        dtype: of the model; by default the checkpoint's.
-        device: where weights are converted, one at a time, and where the model ends up.
+        dtype: of the model; by default the checkpoint's; bf16 for a GGUF file.
+        device: where weights are converted and where the model ends up.
         revision: branch, tag or commit of a hub name.
 
     Returns:
@@ -59,6 +60,9 @@ def from_quantized(
     """
     if isinstance(model_or_path, nn.Module):
         return model_or_path, convert_from_torchao(model_or_path, scale_bits=scale_bits, amplifier=amplifier)
+    scales = ScaleOptions(scale_bits, amplifier)
+    if is_gguf(model_or_path):
+        return from_gguf(model_or_path, scales, dtype, device)
     folder = checkpoint_folder(model_or_path, revision)
     stored = quantization_config(folder)
     config = plain_config(folder)
@@ -74,9 +78,7 @@ def from_quantized(
         raise ConfigError(
             f"{folder}: config.json has dtype={dtype!r}, which is none of PyTorch's: correct it, or pass dtype."
         )
-    layers = StoredLayers(
-        CheckpointFiles(folder), reader, ScaleOptions(scale_bits, amplifier), dtype, torch.device(device)
-    )
+    layers = StoredLayers(CheckpointFiles(folder), reader, scales, dtype, torch.device(device))
     model = _load(model_class, config, layers, dtype).to(device)
     _share_input_orders(model)
     _add_generation_config(model, folder)

@@ -8,14 +8,14 @@ write to single rows or elements that PyTorch does not count, call ``intscale_co
 from __future__ import annotations
 
 import functools
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import format as fmt
-from .dequantize import unpack_weight
+from .dequantize import unpack_offset, unpack_weight
 from .fingerprint import sample_of, state_of
 
 _unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -32,6 +32,14 @@ def forget(qdata: Tensor) -> None:
 def forget_all() -> None:
     """Drop everything that was unpacked."""
     _unpacked.clear()
+
+
+class Matrix(NamedTuple):
+    """An unpacked weight: int8 ``[N, Kp]``, group scales ``[N, G]``, offsets int16 ``[N, G]`` or None."""
+
+    codes: Tensor
+    scale: Tensor
+    offset: Optional[Tensor]
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,12 +66,12 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
 
 def _int8_weight(
     qdata: Tensor, scale: Tensor, zero_point: Optional[Tensor], out_features: int, group_size: int, packing: str, fold: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Codes less zero points (times scales where they fold) as int8 ``[N, Kp]``, and plain group scales."""
+) -> Matrix:  # fmt: skip
+    """Codes less zero points (times scales where they fold) as int8 ``[N, Kp]``, plain group scales and offsets."""
     codes, plain_scale = unpack_weight(qdata, scale, out_features, group_size, packing, zero_point)
     if fold:
         codes = codes * fmt.expand_group_scale(plain_scale, codes.shape[-1]).to(torch.int8)
-    return codes.contiguous(), plain_scale
+    return Matrix(codes.contiguous(), plain_scale, unpack_offset(zero_point, out_features, packing))
 
 
 class _Unpacked:
@@ -72,7 +80,7 @@ class _Unpacked:
     __slots__ = ("_others", "_states", "_samples", "_fold", "matrices")
 
     def __init__(self, qdata: Tensor, scale: Tensor, zero_point: Optional[Tensor], fold: bool):
-        self.matrices: dict[int, tuple[Tensor, Tensor]] = {}
+        self.matrices: dict[int, Matrix] = {}
         self._others, self._fold = (scale, zero_point), fold
         self._states = _states(qdata, scale, zero_point)
         parts = (qdata, scale) if zero_point is None else (qdata, scale, zero_point)
@@ -96,7 +104,7 @@ def _states(qdata: Tensor, scale: Tensor, zero_point: Optional[Tensor]) -> tuple
 def _kept_weight(
     qdata: Tensor, scale: Tensor, zero_point: Optional[Tensor], expert: int, out_features: int, group_size: int, packing: str,
     fold: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Matrix:  # fmt: skip
     """:func:`_int8_weight` of a matrix, or of one expert of a stack; unpacked at the first call, and when it changed."""
     matrix = (qdata, scale, zero_point)
     if qdata.dim() == 3:
@@ -129,13 +137,14 @@ def accumulate_expert_cpu(
 ) -> Tensor:  # fmt: skip
     """The accumulator of a matrix, or of one expert of a stack: int8 ``[M, K]`` to int32 ``[M, N]``, exact, M > 0."""
     fold = fmt.schedule_bits(scale_bits, zero_point is not None) <= 4 and qdata.dtype == torch.uint8
-    weight, plain_scale = _kept_weight(qdata, scale, zero_point, expert, out_features, group_size, packing, fold)
-    return _product(x, weight, plain_scale, group_size, fold)
+    return _product(
+        x, _kept_weight(qdata, scale, zero_point, expert, out_features, group_size, packing, fold), group_size, fold
+    )
 
 
-def _product(x: Tensor, weight: Tensor, plain_scale: Tensor, group_size: int, fold: bool) -> Tensor:
+def _product(x: Tensor, matrix: Matrix, group_size: int, fold: bool) -> Tensor:
     """Accumulator int32 ``[M, N]`` of int8 ``[M, K]`` and an unpacked weight ``[N, Kp]``."""
-    in_features = x.shape[1]
+    (weight, plain_scale, offset), in_features = matrix, x.shape[1]
     if fold:
         return _int8_product(x, weight[:, :in_features])
     if group_size == -1:
@@ -145,4 +154,11 @@ def _product(x: Tensor, weight: Tensor, plain_scale: Tensor, group_size: int, fo
         part = slice(g * group_size, min((g + 1) * group_size, in_features))
         if part.start < in_features:
             acc.addcmul_(_int8_product(x[:, part], weight[:, part]), plain_scale[:, g].to(torch.int32))
-    return acc
+    return acc if offset is None else acc - _offset_product(x, offset, group_size)
+
+
+def _offset_product(x: Tensor, offset: Tensor, group_size: int) -> Tensor:
+    """``sum_g offset[n, g] * sum_{k in g} x[m, k]``, int32 ``[M, N]``: float64 holds it exactly."""
+    padded = torch.nn.functional.pad(x, (0, offset.shape[1] * group_size - x.shape[1]))
+    sums = padded.unflatten(1, (-1, group_size)).sum(-1, dtype=torch.int32)
+    return (sums.double() @ offset.double().t()).to(torch.int64).to(torch.int32)

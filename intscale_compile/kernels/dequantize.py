@@ -29,15 +29,24 @@ def unpack_weight(
 ) -> tuple[Tensor, Tensor]:
     """Plain int8 codes ``[..., N, Kp]`` and group scales ``[..., N, G]`` of a stored weight in either packing.
 
-    Zero points are subtracted from the codes, which then lie in [-15, 15]; padding codes must meet no activation.
+    Zero points are subtracted from the codes, which then lie in [-15, 15]; padding codes must meet no activation. Offsets
+    (:func:`unpack_offset`) are not: they are in other units.
     """
+    centers = zero_point is not None and not fmt.is_offset(zero_point)
     if packing == "tiled":
         bits = 8 if qdata.dtype == torch.int8 else 4
         qdata = fmt.untile_rows(qdata, out_features, fmt.code_block_columns(group_size, bits))
         scale = fmt.untile_rows(scale, out_features, 1)
-        zero_point = None if zero_point is None else fmt.untile_rows(zero_point, out_features, 1)
+        zero_point = fmt.untile_rows(zero_point, out_features, 1) if centers else None
     codes = qdata if qdata.dtype == torch.int8 else fmt.unpack_int4(qdata, group_size)
-    return (codes if zero_point is None else fmt.centered_codes(codes, zero_point)), scale
+    return (fmt.centered_codes(codes, zero_point) if centers else codes), scale
+
+
+def unpack_offset(zero_point: Optional[Tensor], out_features: int, packing: str) -> Optional[Tensor]:
+    """Offsets int16 ``[..., N, G]`` in plain row order; None where zero points are none or in units of the codes."""
+    if zero_point is None or not fmt.is_offset(zero_point):
+        return None
+    return fmt.untile_rows(zero_point, out_features, 1) if packing == "tiled" else zero_point
 
 
 @torch.library.impl("intscale::dequantize_per_token", "CompositeExplicitAutograd")
@@ -54,8 +63,8 @@ def _dequantize_per_token_fake(xq: Tensor, token_scale: Tensor, dtype: torch.dty
 @takes(DequantizeWeightArguments)
 def _dequantize_weight(a: DequantizeWeightArguments) -> Tensor:
     codes, scale = unpack_weight(a.qdata, a.scale, a.out_features, a.group_size, a.packing, a.zero_point)
-    # The product of code and integer scale is exact; the row scale is the only rounding in fp32.
-    exact = codes.to(torch.float32) * fmt.expand_group_scale(scale, codes.shape[-1]).to(torch.float32)
+    # The integers are exact; the row scale is the only rounding in fp32.
+    exact = fmt.exact_weight(codes, scale, unpack_offset(a.zero_point, a.out_features, a.packing), torch.float32)
     return (exact[..., : a.in_features] * a.row_scale).to(a.dtype)
 
 

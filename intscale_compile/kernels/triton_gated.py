@@ -20,8 +20,9 @@ from . import gluon_launch
 from .gluon_tiles import DECODE_TOKENS, choose_gated_tile, gated_tile
 from .launching import launch
 from .tile import Tile, schedule_name
+from .triton_epilogue import add_bias, dequantize_tile
 from .triton_gemm import gluon_obstacle, pick_tile, rows_of, schedule_flags, use_ptx
-from .triton_tile import accumulate_tile, add_bias, dequantize_tile, tile_position
+from .triton_tile import accumulate_tile, tile_position
 
 
 @triton.jit

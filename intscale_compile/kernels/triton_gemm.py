@@ -19,7 +19,8 @@ from . import gluon_launch
 from .launching import launch
 from .tile import Tile
 from .tiles import choose
-from .triton_tile import accumulate_tile, add_bias, dequantize_tile, tile_position
+from .triton_epilogue import add_bias, dequantize_tile
+from .triton_tile import accumulate_tile, tile_position
 
 FOLD_SCALE_BITS = 4  # 8 * 15 = 120 is the largest product of code and scale that an int8 holds with room for the offset
 

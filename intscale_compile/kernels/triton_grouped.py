@@ -21,8 +21,9 @@ from ..format import schedule_bits
 from .grouped_tiles import choose_grouped_tile
 from .launching import launch
 from .tile import Tile
+from .triton_epilogue import add_bias, dequantize_tile
 from .triton_gemm import capability, schedule_flags, use_ptx
-from .triton_tile import accumulate_tile, add_bias, dequantize_tile, tile_position
+from .triton_tile import accumulate_tile, tile_position
 
 
 class GroupedForm(NamedTuple):

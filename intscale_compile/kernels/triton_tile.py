@@ -16,7 +16,8 @@ WEIGHT_BITS    4 (packed uint8) or 8 (int8 codes)
 FOLD           multiply the group scale into the int8 weight (needs scales of at most 15) instead of the accumulator
 TIMES16        leave codes in the high half of their byte, 16 times too large, and shift the sum right by 4
 TILED          rows of qdata and scale are reordered as ``format.tile_rows`` does
-ASYMMETRIC     groups have zero points; FOLD then needs scales of at most 7, and TIMES16 is False
+ASYMMETRIC     groups have zero points; FOLD then needs scales of at most 7, and TIMES16 is False. Zero points of int16 are
+               offsets in units of the row scale: they multiply the sum of a group's activations, and FOLD is False
 EVEN_K         K is a whole number of steps, so activation loads need no mask
 PTX            use NVIDIA inline assembly; the plain twin serves AMD and the interpreter
 =============  =====================================================================================================
@@ -28,6 +29,8 @@ import inspect
 
 import triton
 import triton.language as tl
+
+from .triton_epilogue import add_bias, dequantize_tile
 
 
 @triton.jit
@@ -201,6 +204,12 @@ def load_factors(scale_pointers, zero_pointers, FOLD: tl.constexpr, TWO_GROUPS: 
 
 
 @triton.jit
+def offset_product(pointers, x):
+    """Offsets ``[BLOCK_N]`` times the sums of int8 activations ``[DEPTH, BLOCK_M]`` over DEPTH."""
+    return tl.load(pointers).to(tl.int32)[:, None] * tl.sum(x.to(tl.int32), 0)[None, :]
+
+
+@triton.jit
 def load_scales(pointers, TWO_SCALES: tl.constexpr, STRIDE: tl.constexpr):
     """Scales of one step as int32 ``[BLOCK_N]``: one, or the two of a packing block of 64 as ``low | high << 16``."""
     scales = tl.load(pointers).to(tl.int32)
@@ -255,6 +264,11 @@ def accumulate_int4(
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
     if ASYMMETRIC:
         z_ptrs = zero_ptr + s_offsets
+        OFFSETS: tl.constexpr = zero_ptr.dtype.element_ty == tl.int16
+    else:
+        OFFSETS: tl.constexpr = False
+    CENTERED: tl.constexpr = ASYMMETRIC and not OFFSETS
+    if CENTERED:
         next_factors = load_factors(s_ptrs, z_ptrs, FOLD, GROUPS == 2, S_STEP)
     if not PER_CHANNEL:
         next_scales = load_scales(s_ptrs, GROUPS == 2, S_STEP)
@@ -264,7 +278,7 @@ def accumulate_int4(
             scales = next_scales
             next_step = tl.minimum(step + 1, steps - 1)
             next_scales = load_scales(s_ptrs + next_step * (GROUPS * S_STEP), GROUPS == 2, S_STEP)
-        if ASYMMETRIC:
+        if CENTERED:
             factors = next_factors
             if not PER_CHANNEL:
                 group = tl.minimum(step + 1, steps - 1) * (GROUPS * S_STEP)
@@ -277,7 +291,7 @@ def accumulate_int4(
             x_low = load_activations(x_ptrs + block * PACK, first_k, K, HALF, EVEN_K)
             x_high = load_activations(x_ptrs + (block * PACK + HALF), first_k + HALF, K, HALF, EVEN_K)
             if PER_CHANNEL or FOLD:
-                if ASYMMETRIC:
+                if CENTERED:
                     low, high = center_codes(packed, factors, PTX)
                 elif PER_CHANNEL:
                     low, high = unpack_codes(packed, TIMES16, PTX)
@@ -286,7 +300,7 @@ def accumulate_int4(
                 acc = tl.dot(low, x_low, acc, out_dtype=tl.int32)
                 acc = tl.dot(high, x_high, acc, out_dtype=tl.int32)
             else:
-                if ASYMMETRIC:
+                if CENTERED:
                     low, high = center_codes(packed, factors, PTX)
                 else:
                     low, high = unpack_codes(packed, TIMES16, PTX)
@@ -294,6 +308,10 @@ def accumulate_int4(
                 if GROUPS == 2:
                     acc += (partial >> 4 if TIMES16 else partial) * (scales & 65535)[:, None]
                     partial = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
+                if OFFSETS:
+                    group = step * (GROUPS * S_STEP)
+                    acc -= offset_product(z_ptrs + group, x_low)
+                    acc -= offset_product(z_ptrs + (group + S_STEP if GROUPS == 2 else group), x_high)
                 partial = tl.dot(high, x_high, partial, out_dtype=tl.int32)
         if not (PER_CHANNEL or FOLD):
             acc += (partial >> 4 if TIMES16 else partial) * (scales >> 16 if GROUPS == 2 else scales)[:, None]
@@ -334,7 +352,7 @@ def accumulate_tile(
         xq_ptr: int8 activations ``[M, K]`` with row stride ``xq_stride`` and contiguous rows.
         qdata_ptr: uint8 ``[N, Kp/2]`` or int8 ``[N, Kp]``, plain or tiled.
         scale_ptr: uint8 or int16 ``[N, G]``, plain or tiled like ``qdata``.
-        zero_ptr: int8 like the scales where ASYMMETRIC; not read otherwise.
+        zero_ptr: int8 or int16 like the scales where ASYMMETRIC; not read otherwise.
         rows_m, rows_n: rows of this tile, ``[BLOCK_M]`` and ``[BLOCK_N]``, clamped into range.
     """
     if WEIGHT_BITS == 8:
@@ -352,26 +370,13 @@ def accumulate_tile(
     return acc
 
 
-@triton.jit
-def dequantize_tile(acc, token_scale_ptr, token_scale_stride, row_scale_ptr, rows_m, rows_n):
-    """``acc * token_scale * row_scale`` in fp32, ``[BLOCK_N, BLOCK_M]``: the only float arithmetic before the bias."""
-    token_scale = tl.load(token_scale_ptr + rows_m.to(tl.int64) * token_scale_stride)
-    row_scale = tl.load(row_scale_ptr + rows_n)
-    return acc.to(tl.float32) * token_scale[None, :] * row_scale[:, None]
-
-
-@triton.jit
-def add_bias(y, bias_ptr, rows_n):
-    """``y + bias`` in fp32; bias is ``[N]`` in any float dtype."""
-    return y + tl.load(bias_ptr + rows_n).to(tl.float32)[:, None]
-
-
 DEVICE_FUNCTIONS = (
     tile_position,
     unpack_codes,
     fold_codes,
     center_codes,
     load_factors,
+    offset_product,
     load_scales,
     load_activations,
     weight_offsets,

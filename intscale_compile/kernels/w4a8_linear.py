@@ -5,7 +5,8 @@
 
 The accumulator is the same to the bit on every device, tile and batch. Weights are 2-D; ``qdata`` is uint8 (packed int4)
 or int8 (8-bit weights). See ``format`` for both packings. ``scale_bits`` bounds the group scales: up to 4 they are folded
-into the int8 weight. ``zero_point`` is None or int8 like ``scale``, for 4-bit weights; scales of 4 bits do not fold then.
+into the int8 weight. ``zero_point`` is None or int8 like ``scale``, for 4-bit weights; scales of 4 bits do not fold then. An
+int16 one is an offset in units of the row scale: ``acc = sum_g (scale * sum q * xq - zero_point * sum xq)``.
 ``abi`` is :data:`~intscale_compile.kernels.abi.KERNEL_ABI`; it only separates cache entries.
 ``ste_input`` is the activation before quantization: unused in the forward pass, it receives the straight-through gradient.
 ``overlap`` lets a GPU kernel begin to read the weight before the kernels launched before it have ended. The passes set it:
@@ -32,7 +33,7 @@ from .arguments import (
     takes,
 )
 from .cpu_gemm import accumulate_cpu
-from .dequantize import WEIGHT_OP, unpack_weight
+from .dequantize import WEIGHT_OP, unpack_offset, unpack_weight
 from .prepared import on_gpu
 
 torch.library.define("intscale::w4a8_accumulate", schema(AccumulateArguments))
@@ -64,11 +65,13 @@ def check_operands(
             f"of {groups} groups in {packing} packing."
         )
     if zero_point is not None and (
-        zero_point.dtype != torch.int8 or zero_point.shape != scale.shape or qdata.dtype != torch.uint8
+        zero_point.dtype not in (torch.int8, torch.int16)
+        or zero_point.shape != scale.shape
+        or qdata.dtype != torch.uint8
     ):
         raise InputError(
             f"w4a8: zero_point is {zero_point.dtype} {tuple(zero_point.shape)} for {qdata.dtype} codes, expected int8 "
-            f"{tuple(scale.shape)} and packed 4-bit codes."
+            f"or int16 {tuple(scale.shape)} and packed 4-bit codes."
         )
     if zero_point is not None and zero_point.device != xq.device:
         raise InputError(f"w4a8: activation on {xq.device}, zero_point on {zero_point.device}: move them together.")
@@ -84,7 +87,7 @@ def reference_accumulate(
 ) -> Tensor:  # fmt: skip
     """The accumulator in plain PyTorch, any device, exact: float64 holds every integer below 2**53. Slow; the oracle."""
     codes, scale = unpack_weight(qdata, scale, out_features, group_size, packing, zero_point)
-    weight = codes.double() * fmt.expand_group_scale(scale, codes.shape[-1]).double()
+    weight = fmt.exact_weight(codes, scale, unpack_offset(zero_point, out_features, packing), torch.float64)
     return (xq.double() @ weight[:, : xq.shape[-1]].t()).to(torch.int32)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -39,24 +39,31 @@ def quantized(cls: type[IntScaleTensor], weight: Tensor, config: IntScaleConfig,
     return tensor.to_packing(_packing(config.packing_format, weight.device))
 
 
+class CodeParts(NamedTuple):
+    """What ``IntScaleTensor.from_codes`` is given of one weight, or of a stack."""
+
+    codes: Tensor
+    group_scale: Tensor
+    zero_point: Optional[Tensor]
+    minimum: Optional[Tensor]
+
+
 def coded(
     cls: type[IntScaleTensor],
-    codes: Tensor,
-    group_scale: Tensor,
-    zero_point: Optional[Tensor],
+    parts: CodeParts,
     how: dict[str, Any],
     dtype: torch.dtype,
     packing_format: str,
     name: str,
 ) -> IntScaleTensor:
     """``IntScaleTensor.from_codes`` with checked options ``how``: group_size, scale_bits, amplifier, weight_bits."""
+    codes = parts.codes
     if codes.dim() == 3:
-        check_stack(codes, group_scale, zero_point, name)
-        zeros = [None] * len(codes) if zero_point is None else zero_point
-        parts = enumerate(zip(codes, group_scale, zeros))
-        experts = (coded(cls, c, s, z, how, dtype, packing_format, f"{name}[{e}]") for e, (c, s, z) in parts)
+        check_stack(parts._asdict(), name)
+        matrices = (CodeParts(*(None if part is None else part[e] for part in parts)) for e in range(len(codes)))  # type: ignore[arg-type]
+        experts = (coded(cls, one, how, dtype, packing_format, f"{name}[{e}]") for e, one in enumerate(matrices))
         return _stacked(experts, codes.shape[0])
-    made = integer_weight(codes, group_scale, zero_point, name=name, **how)
+    made = integer_weight(codes, parts.group_scale, parts.zero_point, name=name, minimum=parts.minimum, **how)
     tensor = cls(
         made.codes if how["weight_bits"] == 8 else fmt.pack_int4(made.codes, how["group_size"]),
         made.group_scale,

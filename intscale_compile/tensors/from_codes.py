@@ -25,16 +25,20 @@ if TYPE_CHECKING:
 
 # Integers tried for the largest group scale of a row, counted down from the largest that there is; the others follow.
 ROW_CANDIDATES = 32
+TOO_FAR = (
+    "a group's minimum is too large beside its scale for 16 bits and an int32 accumulator: quantize the weight anew."
+)
 AMPLIFIER_SCALE_MAX = torch.iinfo(torch.int16).max
 
 
 class _Codes(NamedTuple):
-    """Codes int8 ``[N, Kp]``, float64 group scales ``[N, G]``, zero points int8 ``[N, G]`` or None, ``K``."""
+    """Codes int8 ``[N, Kp]``, float64 group scales ``[N, G]``, zero points int8 or None, ``K``, minima float64 or None."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Optional[Tensor]
     in_features: int
+    minimum: Optional[Tensor] = None
 
     def centered(self) -> Tensor:
         """Codes less their zero points; 0 in the padding."""
@@ -43,6 +47,23 @@ class _Codes(NamedTuple):
         centered = fmt.centered_codes(self.codes, self.zero_point)
         centered[..., self.in_features :] = 0
         return centered
+
+    def rows(self, chosen: Tensor) -> _Codes:
+        """Some of the rows."""
+        parts = (None if part is None else part[chosen] for part in (self.zero_point, self.minimum))
+        zero_point, minimum = parts
+        return _Codes(self.codes[chosen], self.scale[chosen], zero_point, self.in_features, minimum)
+
+    def offset(self, row_scale: Tensor) -> Optional[Tensor]:
+        """Minima in units of the row scale, with their sign changed, float64 ``[N, G]``; None where there are none."""
+        return None if self.minimum is None else (self.minimum / -row_scale).round()
+
+    def bound(self, integers: Tensor, row_scale: Tensor) -> Tensor:
+        """Largest magnitude of each row's accumulator, int64 ``[N]``."""
+        offset = self.offset(row_scale)
+        if offset is None:
+            return fmt.accumulator_bound(self.centered(), integers)
+        return fmt.accumulator_bound(self.codes, integers, offset, self.in_features)
 
 
 class IntegerWeight(NamedTuple):
@@ -64,6 +85,7 @@ def integer_weight(
     amplifier: Union[str, int],
     weight_bits: int,
     name: str,
+    minimum: Optional[Tensor] = None,
 ) -> IntegerWeight:
     """The parts of one matrix, for arguments as of ``IntScaleTensor.from_codes`` that ``check_from_codes`` has seen.
 
@@ -71,6 +93,8 @@ def integer_weight(
         WeightError, OverflowProofError: as there.
     """
     weight = _checked(codes, group_scale, zero_point, group_size, weight_bits, name)
+    if minimum is not None:
+        weight = weight._replace(minimum=_checked_minimum(minimum, group_scale, weight.scale.shape[-1], name))
     weight = _positive(_without_zero_scales(weight), weight_bits, name)
     if amplifier == "row":
         integers, row_scale = _row_by_row(weight, (1 << scale_bits) - 1, name)
@@ -78,13 +102,24 @@ def integer_weight(
     else:
         integers, row_scale = _amplified(weight, amplifier, name)
         bits = max(1, int(integers.max()).bit_length())
+    row_scale = row_scale.clamp(min=SMALLEST_STEP).to(torch.float32)
+    zero_point = weight.zero_point if minimum is None else _stored_offset(weight, row_scale, name)
     return IntegerWeight(
         fmt.contiguous(weight.codes),
         fmt.contiguous(integers.to(torch.uint8 if bits <= 8 else torch.int16)),
-        fmt.contiguous(row_scale.clamp(min=SMALLEST_STEP).to(torch.float32)),
-        None if weight.zero_point is None else fmt.contiguous(weight.zero_point),
+        fmt.contiguous(row_scale),
+        None if zero_point is None else fmt.contiguous(zero_point),
         bits,
     )
+
+
+def _stored_offset(weight: _Codes, row_scale: Tensor, name: str) -> Tensor:
+    """Offsets int16 ``[N, G]`` of the minima."""
+    offset = weight.offset(row_scale.double())
+    assert offset is not None
+    if float(offset.abs().max()) > torch.iinfo(torch.int16).max:
+        raise WeightError(f"{name}: {TOO_FAR}")
+    return offset.to(torch.int16)
 
 
 def scale_rounding_snr(tensor: IntScaleTensor, group_scale: Tensor) -> float:
@@ -97,6 +132,7 @@ def scale_rounding_snr(tensor: IntScaleTensor, group_scale: Tensor) -> float:
     Returns:
         ``10 log10(sum W^2 / sum (W - dequantized)^2)``; infinite where nothing was lost.
     """
+    # Minima are looked at by the importer, which has them: ``_powers``.
     tensor = tensor.to_packing("plain")
     tensor = tensor.transpose(-2, -1) if tensor.transposed else tensor  # type: ignore[assignment]
     if tensor.dim() == 3:
@@ -107,7 +143,16 @@ def scale_rounding_snr(tensor: IntScaleTensor, group_scale: Tensor) -> float:
     return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
 
 
-def _powers(tensor: IntScaleTensor, group_scale: Tensor) -> tuple[float, float]:
+def _powers(tensor: IntScaleTensor, group_scale: Tensor, minimum: Optional[Tensor] = None) -> tuple[float, float]:
+    """Energy of a plain matrix with float scales (and minima), and of what making them integers changed."""
+    if minimum is not None:
+        codes, groups = tensor.codes.double(), group_scale.shape[-1]
+        scale, low = (
+            fmt.expand_group_scale(part.double(), groups * tensor.group_size)[:, : codes.shape[1]]
+            for part in (group_scale, minimum)
+        )
+        wanted = codes * scale + low
+        return float(wanted.square().sum()), float((tensor.dequantize(torch.float64) - wanted).square().sum())
     scale = _padded(group_scale.double().abs(), tensor.scale.shape[-1])
     stored = _Codes(
         fmt.pad_codes(tensor.codes, tensor.in_features, tensor.group_size), scale, tensor.zero_point, tensor.in_features
@@ -131,7 +176,12 @@ def _padded(part: Tensor, groups: int) -> Tensor:
 
 
 def check_from_codes(
-    group_size: int, scale_bits: int, amplifier, weight_bits: int, zero_point: Optional[Tensor]
+    group_size: int,
+    scale_bits: int,
+    amplifier: Union[str, int],
+    weight_bits: int,
+    zero_point: Optional[Tensor],
+    minimum: Optional[Tensor] = None,
 ) -> None:
     """Raise ``ConfigError`` unless the arguments that say how have supported values."""
     if group_size not in GROUP_SIZES:
@@ -142,6 +192,14 @@ def check_from_codes(
         raise ConfigError(f"from_codes: weight_bits={weight_bits!r} is not supported: use 4 or 8.")
     if weight_bits == 8 and (group_size != -1 or zero_point is not None):
         raise ConfigError("from_codes: 8-bit codes are per channel and symmetric: group_size=-1 and no zero_point.")
+    if minimum is not None and (weight_bits == 8 or group_size == -1 or zero_point is not None or amplifier != "row"):
+        raise ConfigError(
+            'from_codes: minimum goes with 4-bit codes in groups, amplifier="row" and no zero_point, not with '
+            f"weight_bits={weight_bits}, group_size={group_size}, amplifier={amplifier!r}"
+            f"{'' if zero_point is None else ' and a zero_point'}."
+        )
+    if minimum is not None and scale_bits < fmt.OFFSET_BITS:
+        raise ConfigError(f"from_codes: scale_bits={scale_bits} is too few beside minima: use 4 to 8, best 8.")
     whole = isinstance(amplifier, int) and not isinstance(amplifier, bool) and 1 <= amplifier <= 1 << 20
     if amplifier not in ("row", "layer") and not whole:
         raise ConfigError(
@@ -149,9 +207,10 @@ def check_from_codes(
         )
 
 
-def check_stack(codes: Tensor, group_scale: Tensor, zero_point: Optional[Tensor], name: str) -> None:
-    """Raise ``WeightError`` unless scales and zero points belong to the stack ``[E, N, K]`` of codes."""
-    parts = {"group_scale": group_scale, "zero_point": zero_point}
+def check_stack(parts: dict[str, Optional[Tensor]], name: str) -> None:
+    """Raise ``WeightError`` unless scales, zero points and minima belong to the stack ``[E, N, K]`` of codes."""
+    codes = parts["codes"]
+    assert codes is not None
     for part, value in parts.items():
         if value is not None and (value.dim() != 3 or value.shape[0] != codes.shape[0]):
             raise WeightError(f"{name}: {part} has shape {tuple(value.shape)} where codes have {tuple(codes.shape)}.")
@@ -189,6 +248,16 @@ def _checked(
     )
 
 
+def _checked_minimum(minimum: Tensor, group_scale: Tensor, groups: int, name: str) -> Tensor:
+    """Minima float64 ``[N, G]``, 0 in padding groups."""
+    if minimum.shape != group_scale.shape or not minimum.is_floating_point():
+        found, wanted = f"{minimum.dtype} {tuple(minimum.shape)}", tuple(group_scale.shape)
+        raise WeightError(f"{name}: minimum is {found}; floating point of shape {wanted} is needed.")
+    if not bool(torch.isfinite(minimum).all()):
+        raise WeightError(f"{name}: minimum has NaN or Inf entries: repair the checkpoint.")
+    return _padded(minimum.double(), groups)
+
+
 # --- scales -----------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +267,7 @@ def _without_zero_scales(weight: _Codes) -> _Codes:
     if not zero[..., : -(-weight.in_features // _group_width(weight))].any():
         return weight
     at_zero = torch.zeros_like(zero, dtype=torch.int8) if weight.zero_point is None else weight.zero_point
-    width = weight.codes.shape[-1]
+    width = weight.codes.shape[-1]  # beside minima a code of 0 stands for the minimum
     mask, values = (fmt.expand_group_scale(part, width) for part in (zero, at_zero))
     mask[..., weight.in_features :] = False
     return weight._replace(codes=torch.where(mask, values, weight.codes))
@@ -215,10 +284,17 @@ def _positive(weight: _Codes, weight_bits: int, name: str) -> _Codes:
         return weight
     mask = fmt.expand_group_scale(negative, weight.codes.shape[-1])
     mask[..., weight.in_features :] = False
-    if weight.zero_point is not None:
-        codes = torch.where(mask, -1 - weight.codes, weight.codes)
-        zero_point = torch.where(negative, -1 - weight.zero_point, weight.zero_point)
-        return weight._replace(codes=codes, scale=weight.scale.abs(), zero_point=zero_point)
+    if weight.zero_point is not None or weight.minimum is not None:
+        codes, zero_point, minimum = (
+            torch.where(mask, -1 - weight.codes, weight.codes),
+            weight.zero_point,
+            weight.minimum,
+        )
+        if zero_point is not None:
+            zero_point = torch.where(negative, -1 - zero_point, zero_point)
+        if minimum is not None:  # s q + m = -s (-1 - q) + m - s
+            minimum = torch.where(negative, minimum - weight.scale, minimum)
+        return weight._replace(codes=codes, scale=weight.scale.abs(), zero_point=zero_point, minimum=minimum)
     if weight_bits == 4:
         stuck = (mask & (weight.codes == fmt.CODE_MIN)).any(-1)
         if bool(stuck.any()):
@@ -235,15 +311,15 @@ def _row_by_row(weight: _Codes, scale_max: int, name: str) -> tuple[Tensor, Tens
     if weight.scale.shape[-1] == 1:
         scale_max = 1
     integers, row_scale = _fitted(weight, scale_max)
-    unsafe = fmt.accumulator_bound(weight.centered(), integers) > fmt.INT32_MAX
+    unsafe = weight.bound(integers, row_scale) > fmt.INT32_MAX
     if unsafe.any():
+        if weight.minimum is not None and scale_max < 1 << fmt.OFFSET_BITS:
+            raise WeightError(f"{name}: {TOO_FAR}")
         if scale_max == 1:
             raise OverflowProofError(
                 f"{name}: rows of {weight.in_features} weights are too long for an int32 accumulator: split the layer."
             )
-        zero_point = None if weight.zero_point is None else weight.zero_point[unsafe]
-        rows = _Codes(weight.codes[unsafe], weight.scale[unsafe], zero_point, weight.in_features)
-        integers[unsafe], row_scale[unsafe] = _row_by_row(rows, scale_max // 2, name)
+        integers[unsafe], row_scale[unsafe] = _row_by_row(weight.rows(unsafe), scale_max // 2, name)
     return integers, row_scale
 
 

@@ -39,7 +39,8 @@ class IntScaleTensor(TorchAOBaseTensor):
         qdata: uint8 ``[..., N, Kp / 2]``, two 4-bit codes a byte, or int8 ``[..., N, Kp]`` for 8-bit weights.
         scale: integer group scales, uint8 or int16 ``[..., N, G]``, at least 1.
         per_tensor_scale: row scales, fp32 ``[..., N, 1]``.
-        zero_point: int8 ``[..., N, G]`` in [-8, 7], for 4-bit weights; None: the weight is symmetric.
+        zero_point: int8 ``[..., N, G]`` in [-8, 7], for 4-bit weights; or int16, offsets in units of the row scale (see
+            ``format``); None: the weight is symmetric.
         act_pre_scale: the static scale of the activation, fp32 ``[..., 1, 1]``; None: dynamic, per token.
         input_order: int32 ``[1, K]``, a permutation: stored column ``j`` belongs to input feature ``input_order[0, j]``, so
             that groups whose features are scattered (GPTQ's activation order) are contiguous here. None: as they come.
@@ -95,7 +96,7 @@ class IntScaleTensor(TorchAOBaseTensor):
 
     @property
     def group_zero_point(self) -> Optional[Tensor]:
-        """Zero points int8 ``[..., N, G]``, plain row order; None where the weight is symmetric."""
+        """Zero points int8 (int16: offsets) ``[..., N, G]``, plain row order; None where the weight is symmetric."""
         if self.zero_point is None or self.packing_format == "plain":
             return self.zero_point
         return fmt.untile_rows(self.zero_point, self.out_features, 1)
@@ -150,6 +151,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         *,
         group_size: int,
         zero_point: Optional[Tensor] = None,
+        minimum: Optional[Tensor] = None,
         scale_bits: int = 8,
         amplifier: Union[str, int] = "row",
         weight_bits: int = 4,
@@ -174,6 +176,8 @@ class IntScaleTensor(TorchAOBaseTensor):
             group_scale: floating point ``[..., N, ceil(K / group_size)]``; ``[..., N, 1]`` per channel.
             group_size: weights that share one scale: 32, 64, 128, 256, or -1 per channel.
             zero_point: integers of the shape of ``group_scale`` in [-8, 7], on the scale of the codes; None: symmetric.
+            minimum: floating point of the shape of ``group_scale``, added to ``group_scale * codes``: for groups whose zero
+                point is no whole code. It becomes an integer in units of the row scale.
             scale_bits: bits of the integer group scales, 1 to 8. Used with ``amplifier="row"``.
             amplifier: ``"row"``, ``"layer"`` or an integer.
             weight_bits: 4, or 8: per channel and symmetric.
@@ -187,11 +191,12 @@ class IntScaleTensor(TorchAOBaseTensor):
                 meets a code of -8 without a zero point.
             OverflowProofError: the accumulator of a row cannot be proved free of overflow.
         """
-        check_from_codes(group_size, scale_bits, amplifier, weight_bits, zero_point)
+        check_from_codes(group_size, scale_bits, amplifier, weight_bits, zero_point, minimum)
         how: dict[str, Any] = dict(
             group_size=group_size, scale_bits=scale_bits, amplifier=amplifier, weight_bits=weight_bits
         )
-        return construction.coded(cls, codes, group_scale, zero_point, how, dtype, packing_format, name)
+        parts = construction.CodeParts(codes, group_scale, zero_point, minimum)
+        return construction.coded(cls, parts, how, dtype, packing_format, name)
 
     def to_packing(self, packing_format: str) -> IntScaleTensor:
         """The same weight in ``"plain"`` or ``"tiled"`` packing; lossless, and a no-op where it is so packed already."""
@@ -255,6 +260,8 @@ class IntScaleTensor(TorchAOBaseTensor):
             stored = self.transpose(-2, -1) if self.transposed else self
             return torch.stack([expert.accumulator_bound() for expert in stored.unbind(0)])  # type: ignore[attr-defined]
         codes, zero_point = fmt.pad_codes(self.codes, self.in_features, self.group_size), self.group_zero_point
+        if fmt.is_offset(zero_point):
+            return fmt.accumulator_bound(codes, self.group_scale, zero_point, self.in_features)
         if zero_point is not None:
             centered = fmt.centered_codes(codes, zero_point)[..., : self.in_features]
             codes = fmt.pad_codes(centered, self.in_features, self.group_size)

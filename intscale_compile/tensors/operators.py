@@ -308,10 +308,24 @@ def _joined_names(tensors) -> list[str]:
 
 def _widened(tensor: IntScaleTensor, name: str, among) -> torch.Tensor:
     part = getattr(tensor, name)
+    if name == "zero_point" and any(fmt.is_offset(t.zero_point) for t in among):
+        return _as_offset(tensor)
     if name == "zero_point" and part is None:
         return torch.zeros_like(tensor.scale, dtype=torch.int8)
     wide = name == "scale" and any(t.scale.dtype == torch.int16 for t in among)
     return part.to(torch.int16) if wide else part
+
+
+def _as_offset(tensor: IntScaleTensor) -> torch.Tensor:
+    """Zero points as offsets, in units of the row scale; 0 where there are none."""
+    part = tensor.zero_point
+    if part is None:
+        return torch.zeros_like(tensor.scale, dtype=torch.int16)
+    if fmt.is_offset(part):
+        return part
+    if tensor.scale_bits > 12:
+        raise refuse("cat of offsets and of zero points with scales of more than 12 bits", DENSE_MEND)
+    return (part.to(torch.int16) * tensor.scale.to(torch.int16)).to(torch.int16)
 
 
 def _concatenate_experts(tensors) -> IntScaleTensor:

@@ -61,7 +61,12 @@ def _check_attributes(tensor: IntScaleTensor, name: str) -> None:
     _require(tensor.scale.dtype in SCALE_DTYPES, name, f"group scales are {tensor.scale.dtype}")
     _require(tensor.per_tensor_scale.dtype == torch.float32, name, f"row scales are {tensor.per_tensor_scale.dtype}")
     if tensor.zero_point is not None:
-        _require(tensor.zero_point.dtype == torch.int8, name, f"zero points are {tensor.zero_point.dtype}")
+        _require(
+            tensor.zero_point.dtype in (torch.int8, torch.int16), name, f"zero points are {tensor.zero_point.dtype}"
+        )
+        offset, bits = fmt.is_offset(tensor.zero_point), tensor.scale_bits
+        _require(not offset or tensor.group_size != -1, name, "offsets of groups in a weight per channel")
+        _require(not offset or bits >= fmt.OFFSET_BITS, name, f"offsets beside group scales of {bits} bits")
         _require(tensor.weight_bits == 4, name, "8-bit codes with zero points")
     if tensor.act_pre_scale is not None:
         _require(tensor.act_pre_scale.dtype == torch.float32, name, f"activation scale is {tensor.act_pre_scale.dtype}")
@@ -109,7 +114,7 @@ def _check_values(tensor: IntScaleTensor, name: str) -> None:
     )
     rows = tensor.per_tensor_scale
     _require(bool(torch.isfinite(rows).all() and (rows > 0).all()), name, "a row scale is not a positive finite number")
-    if tensor.zero_point is not None:
+    if tensor.zero_point is not None and not fmt.is_offset(tensor.zero_point):
         low, high = int(tensor.zero_point.min()), int(tensor.zero_point.max())
         within = low >= fmt.CODE_MIN and high <= fmt.CODE_MAX
         _require(within, name, f"zero points from {low} to {high}, beyond [-8, 7]")

@@ -65,6 +65,14 @@ def test_zero_points_are_exact(group_size, scale_bits, packing):
             assert_exact(make_problem(m, n, k, *form, values=values, asymmetric=True).to("cuda"))
 
 
+@pytest.mark.parametrize("packing", ["plain", "tiled"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+def test_offsets_are_exact(group_size, packing):
+    for m, n, k in ((1, 256, 1024), (19, 77, 1000), (300, 4000, 1024)):
+        for values in ("random", "extreme"):
+            assert_exact(make_problem(m, n, k, group_size, 8, packing, values=values, offsets=True).to("cuda"))
+
+
 def test_every_tile_is_exact_with_zero_points():
     for tile, schedule in itertools.product(tiles(), [(128, 3), (128, 8), (32, 8), (-1, 1)]):
         assert_exact(make_problem(150, 333, 1111, *schedule, "tiled", asymmetric=True).to("cuda"), tile)

@@ -46,6 +46,10 @@ def cases():
             tile, shape = (TALL, (19, 77, 296)) if values == "random" else (SMALL, (3, 65, 512))
             arguments = dict(group_size=group_size, scale_bits=scale_bits, packing=packing, values=values)
             yield f"zero-g{group_size}-s{scale_bits}-{packing}-{values}", shape, arguments | {"asymmetric": True}, tile
+    for group_size, packing in ((32, "plain"), (32, "tiled"), (128, "tiled"), (256, "plain")):
+        arguments = dict(group_size=group_size, scale_bits=8, packing=packing, offsets=True)
+        for values, tile, shape in (("random", TALL, (19, 77, 296)), ("extreme", SMALL, (3, 65, 512))):
+            yield f"offset-g{group_size}-{packing}-{values}", shape, arguments | {"values": values}, tile
     for packing, values in itertools.product(("plain", "tiled"), ("random", "extreme")):
         arguments = dict(group_size=-1, scale_bits=1, packing=packing, values=values, weight_bits=8)
         yield f"w8a8-{packing}-{values}", (17, 70, 300), arguments, WIDE

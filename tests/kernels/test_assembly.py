@@ -36,7 +36,7 @@ def compile_kernel(schedule, tile: Tile, target: GPUTarget, packing: str = "tile
     signature = SIGNATURE | ({"qdata_ptr": "*i8"} if weight_bits == 8 else {})
     constants = dict(bias_ptr=None, DEQUANTIZE=True, HAS_BIAS=False, PTX=ptx, **flags)
     if asymmetric:
-        signature = signature | {"zero_ptr": "*i8"}
+        signature = signature | {"zero_ptr": "*i16" if asymmetric == ["offset"] else "*i8"}
     else:
         constants["zero_ptr"] = None
     aligned = [name for name in signature if name != "M"]
@@ -77,6 +77,7 @@ ASYMMETRIC += [
     (s, chosen_asymmetric_tiles(s)[-1])
     for s in ((128, 3, 4, "zero"), (32, 8, 4, "zero"), (64, 8, 4, "zero"), (256, 8, 4, "zero"), (-1, 1, 4, "zero"))
 ]
+ASYMMETRIC += [((g, 8, 4, "offset"), chosen_asymmetric_tiles((g, 8, 4, "zero"))[-1]) for g in (32, 128)]
 
 
 @pytest.mark.parametrize("schedule, tile", ASYMMETRIC, ids=lambda value: str(value).replace(" ", ""))

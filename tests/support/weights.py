@@ -40,10 +40,12 @@ class Problem:
 def make_problem(
     m: int, n: int, k: int, group_size: int, scale_bits: int = 4, packing: str = "plain", weight_bits: int = 4,
     values: str = "random", scale_dtype: torch.dtype = torch.uint8, seed: int = 0, asymmetric: bool = False,
+    offsets: bool = False,
 ) -> Problem:  # fmt: skip
     """Build a problem of ``"random"`` values, or ``"extreme"`` ones: codes -8 or 7, activations +-127, top scales.
 
-    With ``asymmetric`` the groups have zero points, those farthest from the codes where values are extreme.
+    With ``asymmetric`` the groups have zero points, those farthest from the codes where values are extreme; with ``offsets``
+    int16 ones, in units of the row scale.
 
     The extreme sum is as large as the format can make it, which is below 2**31 for the sizes tests use.
     """
@@ -69,6 +71,11 @@ def make_problem(
             zero_point = torch.where(codes[:, :1] < 0, 7, -8).to(torch.int8).expand(n, groups).contiguous()
     zeros = 0 if zero_point is None else fmt.expand_group_scale(zero_point, padded_k).long()
     weight = (codes.long() - zeros) * fmt.expand_group_scale(scale, padded_k)
+    if offsets:
+        zero_point = torch.randint(-3000, 3000, (n, groups), dtype=torch.int16, generator=generator)
+        if values == "extreme":
+            zero_point = torch.where(codes[:, :1] < 0, 8 * top, -8 * top).to(torch.int16).expand(n, groups).contiguous()
+        weight -= fmt.expand_group_scale(zero_point, padded_k)
     accumulator = xq.long() @ weight[:, :k].t()
     assert accumulator.abs().max() < 2**31, "the test asks for a sum that the format forbids"
     scale = scale.to(scale_dtype)

@@ -10,6 +10,8 @@ from torch import nn
 
 from intscale_compile import IntScaleConfig, IntScaleTensor
 from intscale_compile.errors import ConfigError, OverflowProofError, WeightError
+from intscale_compile.kernels.w4a8_linear import ACCUMULATE_OP
+from intscale_compile.ops import KERNEL_ABI
 from intscale_compile.tensors.from_codes import scale_rounding_snr
 
 GROUP_SIZES = (32, 64, 128, 256, -1)
@@ -216,3 +218,66 @@ def test_merged_weights_per_channel_with_zero_points():
     model, x = Both(), torch.randn(3, 128)
     with torch.no_grad():
         assert torch.equal(torch.compile(model, backend="intscale")(x), model(x))
+
+
+# --- minima ---------------------------------------------------------------------------------------------------------
+
+
+def with_minima(n=70, k=200, group_size=32):
+    codes, scale, _ = checkpoint(n, k, group_size)
+    minimum = torch.randn(scale.shape, generator=torch.Generator().manual_seed(1)) * 0.05
+    expand = lambda part: part.double().repeat_interleave(group_size, -1)[:, :k]  # noqa: E731
+    return codes, scale, minimum, lambda scale, minimum: codes.double() * expand(scale) + expand(minimum)
+
+
+@pytest.mark.parametrize("packing", ["plain", "tiled"])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_minima_become_integers(group_size, packing):
+    """Codes stay; products, reference and every structural operator agree with the dense weight."""
+    codes, scale, minimum, wanted = with_minima(group_size=group_size)
+    form = dict(group_size=group_size, packing_format=packing, dtype=torch.float32)
+    tensor = IntScaleTensor.from_codes(codes, scale, minimum=minimum, **form).validate()
+    assert torch.equal(tensor.codes, codes) and tensor.zero_point.dtype == torch.int16
+    assert snr(wanted(scale, minimum), tensor.dequantize(torch.float32)) > 55
+    exact = codes.double() * tensor.group_scale.repeat_interleave(group_size, -1)[:, :200]
+    exact -= tensor.group_zero_point.repeat_interleave(group_size, -1)[:, :200]
+    assert torch.equal(tensor.dequantize(), exact.float() * tensor.row_scale)
+    xq = torch.randint(-127, 128, (5, 200), dtype=torch.int8)
+    where = (70, group_size, tensor.scale_bits, packing, KERNEL_ABI)
+    found = ACCUMULATE_OP(xq, tensor.qdata, tensor.scale, *where, zero_point=tensor.zero_point)
+    assert torch.equal(found.double(), xq.double() @ exact.t())
+    assert tensor.accumulator_bound().equal((127 * exact.abs().sum(-1)).long())
+    assert torch.equal(tensor[:64].dequantize(), tensor.dequantize()[:64])
+    joined = torch.cat([tensor, IntScaleTensor.from_hp(torch.ones(3, 200), IntScaleConfig(group_size=group_size))])
+    assert torch.equal(joined.dequantize()[:70], tensor.dequantize()) and joined[70:].dequantize().unique().numel() == 1
+
+
+def test_zero_points_joined_with_offsets_keep_their_weights():
+    codes, scale, minimum, _ = with_minima()
+    zero = torch.randint(-8, 8, scale.shape, dtype=torch.int8)
+    form = dict(group_size=32, dtype=torch.float32)
+    parts = [
+        IntScaleTensor.from_codes(codes, scale, **form, **more) for more in ({"minimum": minimum}, {"zero_point": zero})
+    ]
+    assert torch.equal(torch.cat(parts).dequantize(), torch.cat([part.dequantize() for part in parts]))
+
+
+def test_negative_and_zero_scales_beside_minima():
+    codes, scale, minimum, wanted = with_minima()
+    scale[::2] *= -1
+    scale[1, 2] = 0.0
+    tensor = IntScaleTensor.from_codes(codes, scale, minimum=minimum, group_size=32, dtype=torch.float32).validate()
+    assert snr(wanted(scale, minimum), tensor.dequantize(torch.float32)) > 55
+
+
+def test_minima_are_refused_where_they_cannot_be_held():
+    codes, scale, minimum, _ = with_minima()
+    for options in ({"scale_bits": 3}, {"amplifier": 64}, {"zero_point": torch.zeros(scale.shape, dtype=torch.int8)}):
+        with pytest.raises(ConfigError, match="minim"):
+            IntScaleTensor.from_codes(codes, scale, minimum=minimum, group_size=32, **options)
+    with pytest.raises(WeightError, match="minimum has NaN"):
+        IntScaleTensor.from_codes(codes, scale, minimum=minimum * float("nan"), group_size=32)
+    with pytest.raises(WeightError, match="floating point of shape"):
+        IntScaleTensor.from_codes(codes, scale, minimum=minimum[:, :2], group_size=32)
+    with pytest.raises(WeightError, match="too large beside its scale"):
+        IntScaleTensor.from_codes(codes, scale, minimum=minimum * 1e6, group_size=32)
