@@ -138,7 +138,9 @@ def exact_weight(codes: Tensor, group_scale: Tensor, zero_point: Optional[Tensor
     """
     width = codes.shape[-1]
     exact = codes.to(dtype) * expand_group_scale(group_scale, width).to(dtype)
-    return exact - expand_group_scale(zero_point, width).to(dtype) if is_offset(zero_point) else exact
+    if zero_point is None or not is_offset(zero_point):
+        return exact
+    return exact - expand_group_scale(zero_point, width).to(dtype)
 
 
 def schedule_bits(scale_bits: int, asymmetric: bool) -> int:

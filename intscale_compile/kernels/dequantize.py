@@ -32,14 +32,14 @@ def unpack_weight(
     Zero points are subtracted from the codes, which then lie in [-15, 15]; padding codes must meet no activation. Offsets
     (:func:`unpack_offset`) are not: they are in other units.
     """
-    centers = zero_point is not None and not fmt.is_offset(zero_point)
+    zero_point = None if fmt.is_offset(zero_point) else zero_point
     if packing == "tiled":
         bits = 8 if qdata.dtype == torch.int8 else 4
         qdata = fmt.untile_rows(qdata, out_features, fmt.code_block_columns(group_size, bits))
         scale = fmt.untile_rows(scale, out_features, 1)
-        zero_point = fmt.untile_rows(zero_point, out_features, 1) if centers else None
+        zero_point = None if zero_point is None else fmt.untile_rows(zero_point, out_features, 1)
     codes = qdata if qdata.dtype == torch.int8 else fmt.unpack_int4(qdata, group_size)
-    return (fmt.centered_codes(codes, zero_point) if centers else codes), scale
+    return (codes if zero_point is None else fmt.centered_codes(codes, zero_point)), scale
 
 
 def unpack_offset(zero_point: Optional[Tensor], out_features: int, packing: str) -> Optional[Tensor]:

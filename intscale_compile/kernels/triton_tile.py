@@ -266,7 +266,7 @@ def accumulate_int4(
         z_ptrs = zero_ptr + s_offsets
         OFFSETS: tl.constexpr = zero_ptr.dtype.element_ty == tl.int16
     else:
-        OFFSETS: tl.constexpr = False
+        OFFSETS: tl.constexpr = False  # type: ignore[no-redef]
     CENTERED: tl.constexpr = ASYMMETRIC and not OFFSETS
     if CENTERED:
         next_factors = load_factors(s_ptrs, z_ptrs, FOLD, GROUPS == 2, S_STEP)
