@@ -1,0 +1,297 @@
+"""Offline engines against transformers: every linear layer has the same bits, tokens agree, each door and format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engines import (  # noqa: E402
+    engine,
+    equal_tokens,
+    generate,
+    is_quantized,
+    layer_output,
+    load_model,
+    log_likelihood,
+    prompts,
+    record,
+    reference,
+    reference_log_likelihood,
+)
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from intscale_compile import IntScaleConfig, IntScaleTensor, save_pretrained  # noqa: E402
+from intscale_compile.commands.quantizing import quantize_folder  # noqa: E402
+from intscale_compile.kernels.hadamard import hadamard_transform  # noqa: E402
+from tests.support.quantized_checkpoints import (  # noqa: E402
+    awq_parts,
+    compressed_parts,
+    compressed_scheme,
+    gptq_parts,
+    quantize_groups,
+    write_checkpoint,
+)
+
+LINEARS = 4 * 8  # merged ones of the small Llama
+
+
+@pytest.fixture(scope="module")
+def quantized(llama, folders):
+    """The small Llama as ``intscale quantize`` writes it."""
+    quantize_folder(llama, folders / "llama", progress=False)
+    return folders / "llama"
+
+
+def check_layers(llm, model, ids, linears=LINEARS):
+    """Every linear layer gives, for the activation that it had in vLLM, the bits that it gives in transformers."""
+    calls = record(llm)
+    generate(llm, ids, 3)
+    assert len(calls) == linears
+    for name, seen in calls.items():
+        assert len(seen) >= 3  # prompts and single tokens
+        for x, y in seen:
+            expected = layer_output(model, name, x)
+            if is_quantized(model, name):
+                assert torch.equal(y, expected), name
+            else:
+                torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    return calls
+
+
+def check_agreement(llm, model, ids, at_least=0.003):
+    """The likelihood of held-out text: rounding differs in attention and norms, and a code flips here and there."""
+    ours, theirs = log_likelihood(llm, ids), reference_log_likelihood(model, ids)
+    assert abs(ours - theirs) < at_least * abs(theirs), (ours, theirs)
+    return ours
+
+
+def report(capsys, name, equal):
+    with capsys.disabled():
+        print(f"\n{name}: tokens equal to transformers' before the first difference: {equal}")
+
+
+# --- folders of ours ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_ours(quantized, capsys):
+    ids, (model, _) = prompts(quantized), load_model(quantized, dtype=torch.float32)
+    with engine(quantized) as llm:
+        assert llm.llm_engine.model_config.quantization == "intscale"
+        tokens = generate(llm, ids)
+        check_agreement(llm, model, ids)
+        calls = check_layers(llm, model, ids)
+    report(capsys, "llama, folder of ours", equal_tokens(tokens, reference(model, ids)))
+    # What differs is not ours: the first layer has the same activation and output, attention's result is another.
+    seen = record_transformers(model, ids[0])
+    name = "model.layers.0.self_attn.qkv_proj"
+    x = seen["model.layers.0.self_attn.q_proj"]
+    assert torch.equal(layer_output(model, name, x), rows_of(calls[name][0][1], ids, 0))
+    assert not torch.equal(
+        seen["model.layers.0.self_attn.o_proj"], rows_of(calls["model.layers.0.self_attn.o_proj"][0][0], ids, 0)
+    )
+
+
+def record_transformers(model, prompt):
+    """The activation of every linear layer of transformers for a prompt."""
+    seen, handles = {}, []
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            handles.append(module.register_forward_hook(lambda m, a, o, name=name: seen.update({name: a[0][0]})))
+    with torch.no_grad():
+        model(torch.tensor([prompt]))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def rows_of(batch, ids, number):
+    """The rows of one prompt in what vLLM computed for several."""
+    start = sum(len(prompt) for prompt in ids[:number])
+    return batch[start : start + len(ids[number])]
+
+
+def test_outputs_do_not_depend_on_what_the_scheduler_mixes(quantized):
+    ids, (model, _) = prompts(quantized), load_model(quantized, dtype=torch.float32)
+    mixed = [prompt[: 5 + 3 * n] for n, prompt in enumerate(ids * 8)]
+    name = "model.layers.3.mlp.gate_up_proj"
+    with engine(quantized, max_num_batched_tokens=256, max_num_seqs=16, enable_chunked_prefill=True) as llm:
+        calls = record(llm, ("gate_up_proj",))
+        generate(llm, mixed, 8)
+    sizes = {x.shape[0] for x, _ in calls[name]}
+    assert len(sizes) > 3 and max(sizes) > 200
+    for x, y in calls[name]:
+        alone = torch.cat([layer_output(model, name, row) for row in x.split(1)])
+        assert torch.equal(y, alone)
+
+
+def test_compiled(quantized):
+    ids, (model, _) = prompts(quantized), load_model(quantized, dtype=torch.float32)
+    with engine(quantized, enforce_eager=False) as llm:
+        check_agreement(llm, model, ids)
+
+
+def test_experts(mixtral, folders, capsys):
+    quantize_folder(mixtral, folders / "mixtral", progress=False)
+    ids, (model, _) = prompts(folders / "mixtral"), load_model(folders / "mixtral", dtype=torch.float32)
+    with engine(folders / "mixtral") as llm:
+        tokens = generate(llm, ids)
+        check_agreement(llm, model, ids)
+        check_layers(llm, model, ids, linears=2 * 4)
+    equal = equal_tokens(tokens, reference(model, ids))
+    report(capsys, "mixtral, folder of ours", equal)
+    assert equal.count(128) >= 3
+    with engine(mixtral, quantization="intscale") as llm:
+        assert generate(llm, ids, 32) == [row[:32] for row in tokens]
+
+
+# --- formats -----------------------------------------------------------------------------------------------------------
+
+
+def every_format(llama, folder):
+    """The small Llama with a format of its own in each layer, also several in one merged layer."""
+    model, _ = load_model(llama, dtype=torch.float32)
+    layers = model.model.layers
+
+    def put(layer, config=None, change=lambda w: w, values=None):
+        weight = layer.weight.detach() if values is None else values
+        layer.weight = torch.nn.Parameter(change(IntScaleTensor.from_hp(weight, config)), requires_grad=False)
+
+    special = {
+        "0.self_attn.v_proj": {"config": IntScaleConfig(-1, 8)},
+        "1.mlp.gate_proj": {"change": lambda w: w.with_activation_scale(0.05)},
+        "1.mlp.up_proj": {"change": lambda w: w.with_activation_scale(0.05)},
+        "2.mlp.up_proj": {"change": lambda w: w.with_activation_scale(0.04)},
+        "3.self_attn.o_proj": {"config": IntScaleConfig(64)},
+        "4.mlp.down_proj": {"config": IntScaleConfig(-1)},
+        "5.mlp.down_proj": {"config": IntScaleConfig(256, scale_bits=8)},
+        "6.self_attn.q_proj": {"config": IntScaleConfig(32)},
+    }
+    for name, module in list(model.named_modules()):
+        if name.endswith("_proj") and name != "model.layers.7.self_attn.k_proj":
+            put(module, **special.get(name.removeprefix("model.layers."), {}))
+    down = load_model(llama, dtype=torch.float32)[0].model.layers[3].mlp.down_proj.weight
+    put(layers[3].mlp.down_proj, None, lambda w: w.with_rotation(256), hadamard_transform(down.detach(), 256))
+    save_pretrained(model, folder)
+    for path in llama.glob("tokenizer*"):
+        shutil.copy(path, folder)
+
+
+def test_every_format(llama, folders, capsys):
+    every_format(llama, folders / "formats")
+    ids, (model, _) = prompts(folders / "formats"), load_model(folders / "formats", dtype=torch.float32)
+    with engine(folders / "formats") as llm:
+        tokens = generate(llm, ids)
+        check_agreement(llm, model, ids)
+        check_layers(llm, model, ids)
+    report(capsys, "llama, every format", equal_tokens(tokens, reference(model, ids)))
+    with engine(folders / "formats", enforce_eager=False) as llm:
+        check_agreement(llm, model, ids)
+
+
+# --- plain checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_checkpoint_is_quantized_as_it_is_loaded(llama, quantized):
+    ids = prompts(llama)
+    with engine(quantized) as llm:
+        wanted = generate(llm, ids, 64)
+    with engine(llama, quantization="intscale") as llm:
+        assert generate(llm, ids, 64) == wanted
+
+
+def test_how_a_plain_checkpoint_is_quantized_can_be_said(llama):
+    ids, (model, _) = prompts(llama), load_model(llama, dtype=torch.float32)
+    said = {"group_size": 64, "ignore": ["down_proj", "layers.2"]}
+    for name, module in model.named_modules():
+        if name.endswith("_proj") and "down_proj" not in name and ".2." not in name:
+            weight = IntScaleTensor.from_hp(module.weight.detach(), IntScaleConfig(64))
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with engine(
+        llama, quantization="intscale", hf_overrides={"quantization_config_dict_json": json.dumps(said)}
+    ) as llm:
+        check_layers(llm, model, ids)
+
+
+# --- checkpoints of other tools ----------------------------------------------------------------------------------------
+
+
+def imported(llama, folder, kind):
+    """The small Llama as GPTQ, AWQ or compressed-tensors stores it."""
+    model, _ = load_model(llama, dtype=torch.float32)
+    order = torch.Generator().manual_seed(0)
+    scheme = compressed_scheme()
+
+    def parts(name, weight):
+        if kind == "gptq with activation order":
+            # Siblings read one activation and have one order.
+            order.manual_seed(len(name.rpartition(".")[0]) * 7 + weight.shape[1] + int(name.split(".")[2]))
+            layer = quantize_groups(weight, 128, False, order=torch.randperm(weight.shape[1], generator=order))
+            return layer, gptq_parts(layer)
+        layer = quantize_groups(weight, 128, kind not in ("gptq", "awq"))
+        made = {"gptq": gptq_parts, "awq": awq_parts}.get(kind)
+        return layer, (made(layer) if made else compressed_parts(layer, weight, scheme))
+
+    config = {
+        "awq": {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+        "compressed-tensors": {"config_groups": {"group_0": scheme}, "format": "pack-quantized", "ignore": ["lm_head"]},
+    }.get(kind, {"bits": 4, "group_size": 128, "sym": False, "desc_act": kind != "gptq"})
+    write_checkpoint(model, folder, kind.partition(" ")[0], parts, config, shards=2)
+    for path in llama.glob("tokenizer*"):
+        shutil.copy(path, folder)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "gptq with activation order", "awq", "compressed-tensors"])
+def test_checkpoints_of_other_tools_keep_their_codes(kind, llama, folders, capsys):
+    folder = folders / kind.replace(" ", "-")
+    imported(llama, folder, kind)
+    ids, (model, _) = prompts(folder), load_model(folder, dtype=torch.float32)
+    with engine(folder, quantization="intscale") as llm:
+        tokens = generate(llm, ids)
+        check_agreement(llm, model, ids)
+        check_layers(llm, model, ids)
+    report(capsys, kind, equal_tokens(tokens, reference(model, ids)))
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def refused(folder, said, **changes):
+    with pytest.raises(Exception, match=said) as caught, engine(folder, **changes):
+        pass
+    return str(caught.value)
+
+
+def test_what_cannot_be_served_is_refused_with_the_mend(quantized, folders):
+    broken = folders / "broken"
+    shutil.copytree(quantized, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fbgemm_fp8"}}))
+    refused(broken, "cannot take over a checkpoint with quant_method='fbgemm_fp8'", quantization="intscale")
+    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}))
+    refused(broken, "gate_up_proj: .*another model's")
+    (broken / "config.json").write_text(json.dumps(config))
+    path = broken / "model.safetensors"
+    metadata = _metadata(path)
+    tensors = load_file(path)
+    del tensors["model.layers.1.self_attn.k_proj._weight_scale"]
+    save_file(tensors, path, metadata=metadata)
+    refused(broken, "model.layers.1.self_attn.k_proj.weight: ")
+    for part in ("qdata", "per_tensor_scale"):
+        del tensors[f"model.layers.1.self_attn.k_proj._weight_{part}"]
+    save_file(tensors, path, metadata=metadata)
+    refused(broken, r"model.layers.1.self_attn.k")
+    refused(quantized, "--load-format", load_format="dummy")
+
+
+def _metadata(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()
