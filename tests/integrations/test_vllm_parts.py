@@ -136,8 +136,10 @@ def test_a_group_is_never_cut():
         ShardingError, match=r"model.down: tensor parallelism over 4 ranks cuts its 256 .* --tensor-parallel-size"
     ):
         cut(weight(64, 256), 1, 64, 64, "model.down", 4)
-    with pytest.raises(ShardingError, match="an input order"):
+    with pytest.raises(ShardingError, match="scattered .an input order."):
         cut(FORMS["ordered"](), 1, 0, 128, "model.down", 2)
+    with pytest.raises(ShardingError, match="through blocks of its rotation=256: use a smaller"):
+        cut(weight(64, 256).with_rotation(256), 1, 0, 128, "model.down", 2)
     with pytest.raises(CheckpointError, match="has 64 output rows where vLLM reads 64 to 128"):
         cut(weight(), 0, 64, 64, "model.up", 2)
 

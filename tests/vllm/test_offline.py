@@ -138,7 +138,7 @@ def test_compiled(quantized):
 
 
 def test_experts(mixtral, folders, capsys):
-    quantize_folder(mixtral, folders / "mixtral", progress=False)
+    quantize_folder(mixtral, folders / "mixtral", dtype=torch.float32, progress=False)
     ids, (model, _) = prompts(folders / "mixtral"), load_model(folders / "mixtral", dtype=torch.float32)
     with engine(folders / "mixtral") as llm:
         tokens = generate(llm, ids)

@@ -46,7 +46,9 @@ def requests(quantized):
 def client(quantized, requests, tmp_path_factory):
     """A client of a server that runs while the tests of this file do."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [Path(sys.executable).parent / "vllm", "serve", quantized, "--port", str(port), "--host", "127.0.0.1"]
+    # What `vllm serve` runs; that command itself asks for a package named vllm, which the CPU build is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", quantized, "--port", str(port)]
+    command += ["--host", "127.0.0.1"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--served-model-name", "small"]
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"})
@@ -96,30 +98,39 @@ def test_streaming_and_log_probabilities(client, requests):
     assert len(pieces) > 10 and "".join(pieces) == whole.text
 
 
-def test_tensor_parallel_over_two_processes(quantized):
+def test_tensor_parallel_over_two_processes(llama, folders, quantized):
+    by_128, quantized = quantized, folders / "groups-of-64"  # 384 features over two ranks are no whole groups of 128
+    quantize_folder(llama, quantized, {"group_size": 64}, progress=False)
     code = f"""
 import json, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from engines import engine, log_likelihood, prompts
 if __name__ == "__main__":
-    with engine({str(quantized)!r}, tensor_parallel_size=int(sys.argv[1])) as llm:
-        print("likelihood", log_likelihood(llm, prompts({str(quantized)!r})), flush=True)
+    with engine(sys.argv[1], tensor_parallel_size=int(sys.argv[2])) as llm:
+        print("likelihood", log_likelihood(llm, prompts(sys.argv[1])), flush=True)
 """
     script = quantized.parent / "ranks.py"
     script.write_text(code)
 
-    def run(ranks):
+    def run(folder, ranks):
         threads = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks])}
-        done = subprocess.run(
-            [sys.executable, script, str(ranks)],
+        return subprocess.run(
+            [sys.executable, script, folder, str(ranks)],
             env=os.environ | threads,
             capture_output=True,
             text=True,
             timeout=SECONDS,
         )
+
+    def likelihood(ranks):
+        done = run(quantized, ranks)
         found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("likelihood")]
         assert found, done.stdout[-1000:] + done.stderr[-3000:]
         return float(found[0])
 
-    one, two = run(1), run(2)  # each rank quantizes its own features, more finely than all together
+    one, two = likelihood(1), likelihood(2)  # each rank quantizes its own features, more finely than all together
     assert one == pytest.approx(two, rel=0.01) and one != two
+    refused = run(by_128, 2)
+    said = refused.stdout + refused.stderr
+    assert "o_proj: tensor parallelism over 2 ranks cuts its 384 input features into 192" in said
+    assert "--tensor-parallel-size" in said and "group_size" in said

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from ...errors import ConfigError
+from ...errors import CheckpointError, ConfigError
 from ...tensors.intscale_tensor import IntScaleTensor
 from .weights import Rows, cut, hold, joined, product
 
@@ -40,33 +40,40 @@ class LoadedWeight(ModelWeightParameter):
 
     def keep(self, start: int, weight: Tensor) -> None:
         """Rows from ``start`` on, of all input features of this rank."""
-        features = self.shape[1]
-        self.rows.append(Rows(start, cut(weight, 1, 0, features, self.layer_name, self.tp_size)))
-        if weight.shape[1] != features:
-            raise ConfigError(
-                f"{self.layer_name}: the checkpoint has {weight.shape[1]} input features where vLLM has {features}: its "
-                "config.json is another model's."
-            )
+        self._check(weight, 1, self.shape[1])
+        self.rows.append(Rows(start, weight))
 
-    def _part(self, weight: Tensor, dim: int, rank: int, size: int) -> Tensor:
+    def _part(self, weight: Tensor, dim: int, rank: int, size: int, parts: int) -> Tensor:
+        """The part of number ``rank`` of a weight that is whole, which has ``parts`` of them."""
+        self._check(weight, dim, size * parts)
         return cut(weight, dim, rank * size, size, self.layer_name, self.tp_size)
+
+    def _check(self, weight: Tensor, dim: int, size: int) -> None:
+        """vLLM's loaders would take the first rows of a weight that is too large."""
+        if weight.dim() != 2 or weight.shape[dim] != size:
+            what = "input features" if dim else "output rows"
+            raise CheckpointError(
+                f"{self.layer_name}: the checkpoint has a weight {tuple(weight.shape)} where vLLM has {size} {what}: its "
+                "config.json is another model's, or it is damaged."
+            )
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
         """This rank's rows of a whole weight."""
-        self.keep(0, self._part(loaded_weight, 0, self.tp_rank, self.shape[0]))
+        self.keep(0, self._part(loaded_weight, 0, self.tp_rank, self.shape[0], self.tp_size))
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
         """This rank's input features of a whole weight."""
-        self.keep(0, self._part(loaded_weight, 1, self.tp_rank, self.shape[1]))
+        self.keep(0, self._part(loaded_weight, 1, self.tp_rank, self.shape[1], self.tp_size))
 
     def load_merged_column_weight(self, loaded_weight: Tensor, **where: Any) -> None:
         """This rank's rows of one of several merged weights."""
-        self.keep(where["shard_offset"], self._part(loaded_weight, 0, self.tp_rank, where["shard_size"]))
+        self.keep(where["shard_offset"], self._part(loaded_weight, 0, self.tp_rank, where["shard_size"], self.tp_size))
 
     def load_qkv_weight(self, loaded_weight: Tensor, **where: Any) -> None:
         """This rank's heads of a query, key or value weight; keys and values may be replicated."""
-        rank = self.tp_rank if where["shard_id"] == "q" else self.tp_rank // where["num_heads"]
-        self.keep(where["shard_offset"], self._part(loaded_weight, 0, rank, where["shard_size"]))
+        copies = 1 if where["shard_id"] == "q" else where["num_heads"]
+        part = self._part(loaded_weight, 0, self.tp_rank // copies, where["shard_size"], self.tp_size // copies)
+        self.keep(where["shard_offset"], part)
 
 
 class IntScaleLinearMethod(LinearMethodBase):
@@ -90,18 +97,23 @@ class IntScaleLinearMethod(LinearMethodBase):
         weight = LoadedWeight(
             layer_name=self.prefix,
             data=torch.empty(shape, dtype=params_dtype, device="meta"),
-            weight_loader=self._loader(extra["weight_loader"]),
+            weight_loader=self._loader(layer, extra["weight_loader"]),
         )
         layer.register_parameter("weight", weight)
         # FusedMoE and others read these of a layer that has not been loaded.
         layer.intscale_dtype = params_dtype
 
-    def _loader(self, loader: Callable) -> Callable:
+    def _loader(self, layer: Any, loader: Callable) -> Callable:
         """vLLM's own loader of the layer, handed weights that are quantized, whole, before it cuts them."""
         cuts = getattr(loader, "__name__", "") == "weight_loader_v2"
 
         def load(param: LoadedWeight, loaded_weight: Tensor, *shard: Any, **named: Any) -> None:
             weight = self.config.quantize(loaded_weight, self.prefix)
+            if cuts and not shard and not named and weight.shape[0] > layer.output_size:
+                raise CheckpointError(
+                    f"{self.prefix}: the checkpoint has {weight.shape[0]} output rows where vLLM has {layer.output_size}: its "
+                    "config.json is another model's."
+                )
             if cuts:
                 loader(param, weight, *shard, **named)
             elif shard or named or weight.shape != param.shape:

@@ -79,12 +79,24 @@ def cut(weight: Tensor, dim: int, start: int, size: int, name: str, ranks: int) 
     try:
         return weight.narrow(dim, start, size)
     except UnsupportedOpError as error:
-        group = weight.group_size  # type: ignore[attr-defined]
-        raise ShardingError(
-            f"{name}: tensor parallelism over {ranks} ranks cuts its {weight.shape[dim]} input features into {size}, no multiple "
-            f"of {k_alignment(group)}, through groups of {group}, a rotation or an input order ({error}): use a smaller "
-            "--tensor-parallel-size, or quantize with a smaller group_size."
-        ) from error
+        raise _cut_through(weight, size, name, ranks) from error
+
+
+def _cut_through(weight: Tensor, size: int, name: str, ranks: int) -> ShardingError:
+    """What to say of a weight whose input features cannot be cut so."""
+    group, rotation = weight.group_size, weight.rotation  # type: ignore[attr-defined]
+    asked = f"{name}: tensor parallelism over {ranks} ranks cuts its {weight.shape[1]} input features into {size}"
+    fewer = "use a smaller --tensor-parallel-size"
+    if weight.input_order is not None:  # type: ignore[attr-defined]
+        return ShardingError(
+            f"{asked}, and its groups are scattered (an input order): {fewer}, or a checkpoint without desc_act."
+        )
+    if size % k_alignment(group):
+        return ShardingError(
+            f"{asked}, no multiple of {k_alignment(group)}, as groups of {group} need: {fewer}, or quantize "
+            "with a smaller group_size."
+        )
+    return ShardingError(f"{asked}, through blocks of its rotation={rotation}: {fewer}, or quantize without rotation.")
 
 
 def joined(rows: Sequence[Rows], out_features: int, name: str) -> list[Tensor]:
