@@ -70,7 +70,7 @@ def _register_refusal(message: str) -> None:
         if user_quant == NAME or is_ours(hf_quant_cfg):
             raise VersionError(message)
 
-    required = getattr(QuantizationConfig, "__abstractmethods__", frozenset())
+    required: frozenset[str] = getattr(QuantizationConfig, "__abstractmethods__", frozenset())
     body = {**dict.fromkeys(required, refuse), "__init__": refuse, "from_config": refuse}
     body["override_quantization_method"] = classmethod(override)  # type: ignore[assignment]
     register_quantization_config(NAME)(type("RefusedConfig", (QuantizationConfig,), body))

@@ -178,7 +178,8 @@ def header_of_each(keys: list[str], headers: list[str], path: object) -> Iterato
             yield key, None, []
         else:
             groups.setdefault(f"{module}.{found['leaf']}", []).append(key)
-    known, by_place = set(headers), {}
+    known = set(headers)
+    by_place: dict[tuple, list[str]] = {}
     for header in headers:
         by_place.setdefault(_place(header), []).append(header)
     for name, parts in groups.items():

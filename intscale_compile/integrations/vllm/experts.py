@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -17,7 +18,7 @@ from .weights import cut, grouped_product, hold
 if TYPE_CHECKING:  # it imports this module
     from .config import IntScaleVllmConfig
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
@@ -79,7 +80,7 @@ class IntScaleExpertsMethod(FusedMoEMethodBase):
             expert_id: int,
             return_success: bool = False,
         ) -> Optional[bool]:
-            local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+            local = layer.expert_map_manager.map_global_to_local(expert_id)
             if local != -1:
                 name = f"{self.prefix}.{expert_id}.{shard_id}"
                 weight = self.config.quantize(loaded_weight, name)

@@ -17,7 +17,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from ...errors import CheckpointError, ConfigError
 from ...tensors.intscale_tensor import IntScaleTensor
-from .weights import Rows, cut, hold, joined, product
+from .weights import Rows, WeightForm, cut, hold, joined, product
 
 if TYPE_CHECKING:  # it imports this module
     from .config import IntScaleVllmConfig
@@ -86,7 +86,8 @@ class IntScaleLinearMethod(LinearMethodBase):
 
     def __init__(self, config: IntScaleVllmConfig, prefix: str):
         self.config, self.prefix = config, prefix
-        self.forms: tuple = ()
+        self.forms: tuple[WeightForm, ...] = ()
+        self.dtype = torch.float32
 
     def create_weights(
         self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
@@ -100,8 +101,7 @@ class IntScaleLinearMethod(LinearMethodBase):
             weight_loader=self._loader(layer, extra["weight_loader"]),
         )
         layer.register_parameter("weight", weight)
-        # FusedMoE and others read these of a layer that has not been loaded.
-        layer.intscale_dtype = params_dtype
+        self.dtype = params_dtype
 
     def _loader(self, layer: Any, loader: Callable) -> Callable:
         """vLLM's own loader of the layer, handed weights that are quantized, whole, before it cuts them."""
@@ -126,20 +126,20 @@ class IntScaleLinearMethod(LinearMethodBase):
 
         return load
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Join what was loaded and pack it for the device."""
         loaded = layer.weight
         if not isinstance(loaded, LoadedWeight):
             return  # processed before
         weights = joined(loaded.rows, loaded.shape[0], self.prefix)
-        device, dtype = _device(), layer.intscale_dtype
+        device, dtype = _device(), self.dtype
         del layer.weight
         if not any(isinstance(weight, IntScaleTensor) for weight in weights):
             layer.weight = nn.Parameter(torch.cat(weights).to(device, dtype), requires_grad=False)
             layer.quant_method = UnquantizedLinearMethod()
             layer.quant_method.process_weights_after_loading(layer)
             return
-        plain = [w if isinstance(w, IntScaleTensor) else w.to(dtype) for w in weights]  # type: ignore[call-overload]
+        plain = [w if isinstance(w, IntScaleTensor) else w.to(dtype) for w in weights]
         self.forms = hold(layer, plain, device)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Optional[Tensor] = None) -> Tensor:

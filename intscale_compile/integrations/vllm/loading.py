@@ -55,6 +55,7 @@ def stored_config(hf_config: Any) -> Optional[dict[str, Any]]:
 
 def expert_names(model: nn.Module) -> Optional[ExpertNames]:
     """How a model of vLLM calls the projections of its experts in checkpoints; None: it has none."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "ckpt_gate_proj_name"):
             return ExpertNames(module.ckpt_gate_proj_name, module.ckpt_up_proj_name, module.ckpt_down_proj_name)
