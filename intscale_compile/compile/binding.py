@@ -28,6 +28,7 @@ from ..passes.base import Observer
 from ..passes.gpu_samples import GpuSamples
 from ..passes.kept import forgotten, gpu_samples, parts_of, samples_of, state_of_weight
 from ..passes.local_shards import takes_shards
+from ..passes.positional import place_arguments
 from ..passes.settings import Settings
 from ..reasons import log_once
 from ..tensors.intscale_tensor import IntScaleTensor
@@ -47,6 +48,7 @@ def rewrite_graph(
 ) -> GraphRewrite:
     """Run all passes over ``gm`` and say once what was left alone; ``observer`` as for ``apply_passes``."""
     rewrite = GraphRewrite(copied(gm), example_inputs, settings, cuda_graphs)
+    place_arguments(rewrite.graph)
     apply_passes(rewrite, PASSES, observer)
     refused = [c for c in rewrite.candidates if c.reason is not None]
     quantized = len(rewrite.candidates) - len(refused)

@@ -151,3 +151,26 @@ def test_bias_that_is_a_view_is_fused():
     model = Layer(lambda m, x: F.linear(x, m.w, m.b[1]), w=weight(32, 64), b=weight(2, 32))
     rewrite, found = candidates(model, torch.randn(4, 64))
     assert found == {"w": None} and count(rewrite, LINEAR_OP) == 1
+
+
+BY_NAME = {
+    "linear": lambda m, x: F.linear(input=x, weight=m.w, bias=m.b),
+    "weight": lambda m, x: F.linear(x, weight=m.w, bias=m.b),
+    "computed": lambda m, x: F.linear(x, bias=m.b, weight=m.w) + F.linear(x, weight=m.w * 2),
+    "transposed": lambda m, x: torch.matmul(input=x, other=torch.transpose(input=m.w, dim0=0, dim1=1)) + m.b,
+    "embedded": lambda m, x: F.linear(x, weight=m.w) + F.embedding(torch.arange(4), weight=m.e),
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_arguments_by_name(name):
+    """I-BERT calls F.linear with weight= and bias=; the passes read arguments by place."""
+    layer = Layer(BY_NAME[name], w=weight(64, 64), b=weight(64), e=weight(4, 64))
+    x = torch.randn(4, 64)
+    report = intscale_compile.explain(layer, x)
+    assert [row.quantized for row in report.layers if row.name == "w"] == [True], report
+    wanted = layer(x)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(layer, backend="intscale", options={"cpp.simdlen": 1})(x)
+    assert 0 < float((found - wanted).norm() / wanted.norm()) < 0.2
