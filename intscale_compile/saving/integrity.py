@@ -56,6 +56,11 @@ def tensor_digest(tensor: Tensor) -> str:
     return _digest(f"{tensor.dtype} {list(tensor.shape)} ".encode(), data)
 
 
+def text_digest(text: str) -> str:
+    """16 hexadecimal digits that follow from a text."""
+    return _digest(text.encode())
+
+
 def _digest(*data: Any) -> str:
     total = hashlib.sha256()
     for part in data:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import format as fmt
 from ..errors import CheckpointError, ShardingError
 from ..integrations.torch import is_dtensor, local_tensor
 from ..parallel.sharding import shared_parts, unshard
@@ -28,6 +30,9 @@ from ..tensors.activation_parts import PER_WEIGHT
 from ..tensors.fields import ATTRIBUTE_NAMES
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.operators import stored_dim
+from ..tensors.stored_files import parse_json
+from ..versions import __version__
+from .integrity import ENTRY, MEND, check_version, tensor_digest, text_digest
 
 RECORD = "_intscale_divided"  # attribute of a module that ``parallelize`` divided: a list of ``Divided``
 NOT_STORED = ("packing_format",)  # attributes in which a stored shard may differ from the model's
@@ -218,29 +223,35 @@ def save_shards(model: nn.Module, path: Any, **options: Any) -> None:
     # Slow to import.
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(_entries(model), checkpoint_id=path, **options)
+    entries = _entries(model)
+    dcp.save({**entries, _record_key(): json.dumps(_digests(entries))}, checkpoint_id=path, **options)
 
 
-def load_shards(model: nn.Module, path: Any, **options: Any) -> nn.Module:
+def load_shards(model: nn.Module, path: Any, *, verify: bool = False, **options: Any) -> nn.Module:
     """Fill a model from a folder of :func:`save_shards`, in place.
 
     Args:
         model: quantized and divided in the same way, by as many ranks, as the one that was saved.
         path: folder.
+        verify: also compare all that this rank reads with the checksums that it stored; folders of version 0.1.0 have none.
         options: further arguments of ``torch.distributed.checkpoint.load``.
 
     Returns:
         The same model.
 
     Raises:
-        CheckpointError: the folder is no checkpoint, or holds a model that was divided or quantized in another way.
+        CheckpointError: the folder is no checkpoint, holds a model that was divided or quantized in another way, is of a newer
+            release, or its data differ from their checksums.
     """
     # Slow to import.
     import torch.distributed.checkpoint as dcp
 
     wanted = _entries(model)
-    _check_stored(wanted, path)
+    records = _check_stored(wanted, path)
+    record = next((key for key in records if key.endswith(f"/{_place()}")), None)
     found = {key: torch.empty_like(value) if isinstance(value, Tensor) else value for key, value in wanted.items()}
+    if record is not None:
+        found[record] = ""
     try:
         dcp.load(found, checkpoint_id=path, **options)
     except (RuntimeError, ValueError, dcp.api.CheckpointException) as error:
@@ -250,12 +261,46 @@ def load_shards(model: nn.Module, path: Any, **options: Any) -> nn.Module:
             raise CheckpointError(
                 f"{path}: {key}: stored as {found[key]}, but the model has {value}: quantize it alike."
             )
+    if verify:
+        _verify(found, None if record is None else found[record], path)
     cuts = cuts_of(model)
-    parameters = model.state_dict(keep_vars=True)  # themselves: parts of them may be exchanged
+    parameters = _once(model.state_dict(keep_vars=True))  # themselves: parts of them may be exchanged
     with torch.no_grad():
         for name, value in parameters.items():
             _fill(local_tensor(value), _key(name, cuts), found)
     return model
+
+
+def _once(variables: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with what several names share under the first of them."""
+    first: dict[int, str] = {}
+    return {name: value for name, value in variables.items() if first.setdefault(id(value), name) == name}
+
+
+def _place() -> str:
+    return f"{dist.get_rank()}of{dist.get_world_size()}" if dist.is_available() and dist.is_initialized() else "0of1"
+
+
+def _record_key() -> str:
+    """Where a rank's checksums lie. Version and release are in the name: it is read before anything is loaded."""
+    return f"{ENTRY}/format_version={fmt.VERSION}/written_by={__version__}/{_place()}"
+
+
+def _digests(entries: dict[str, Any]) -> dict[str, str]:
+    return {
+        key: tensor_digest(value) if isinstance(value, Tensor) else text_digest(value) for key, value in entries.items()
+    }
+
+
+def _verify(found: dict[str, Any], record: Optional[str], path: Any) -> None:
+    """Raise ``CheckpointError`` unless what was read has the checksums that were stored."""
+    if record is None:
+        raise CheckpointError(f"{path}: this rank stored no checksums, as in version 0.1.0: save it again.")
+    wanted = parse_json(record, f"{path}: the checksums of rank {_place()}")
+    entries = {key: value for key, value in found.items() if not key.startswith(f"{ENTRY}/")}
+    known = wanted if isinstance(wanted, dict) else {}
+    if damaged := sorted(key for key, digest in _digests(entries).items() if known.get(key) != digest):
+        raise CheckpointError(f"{path}: {', '.join(damaged[:3])}: the data differ from their checksum; {MEND}.")
 
 
 def _fill(target: Tensor, key: str, found: dict[str, Any]) -> None:
@@ -275,7 +320,7 @@ def _entries(model: nn.Module) -> dict[str, Any]:
     """What is stored: plain tensors on the CPU, and the layout of each quantized one as text."""
     cuts, entries = cuts_of(model), {}
     alone = {name for module in _first_only(model) for name in module}
-    for name, value in model.state_dict().items():
+    for name, value in _once(model.state_dict(keep_vars=True)).items():
         key, local = _key(name, cuts), local_tensor(value.detach())
         if name in alone:
             raise ShardingError(
@@ -301,8 +346,8 @@ def _layout(weight: IntScaleTensor) -> str:
     return json.dumps({name: str(getattr(weight, name)) for name in ATTRIBUTE_NAMES if name not in NOT_STORED})
 
 
-def _check_stored(wanted: dict[str, Any], path: Any) -> None:
-    """Raise unless the checkpoint has exactly what a rank's part of the model is made of."""
+def _check_stored(wanted: dict[str, Any], path: Any) -> list[str]:
+    """Raise unless the checkpoint has exactly what a rank's part of the model is made of; returns the keys of checksums."""
     # Slow to import.
     from torch.distributed.checkpoint import FileSystemReader
 
@@ -310,6 +355,10 @@ def _check_stored(wanted: dict[str, Any], path: Any) -> None:
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
     except (OSError, EOFError, RuntimeError) as error:
         raise CheckpointError(f"{path}: no checkpoint of save_shards can be read there ({error}).") from error
+    records = [key for key in stored if key.startswith(f"{ENTRY}/")]
+    for key in records:
+        known = re.fullmatch(rf"{ENTRY}/format_version=(\d+)/written_by=(.+)/\d+of\d+", key)
+        check_version(int(known[1]) if known else None, known[2] if known else None, path)
     mend = "Divide and quantize the model as the saved one was, by as many ranks; or save with gather_shards, which fits any."
     for key, value in wanted.items():
         if key not in stored:
@@ -321,3 +370,4 @@ def _check_stored(wanted: dict[str, Any], path: Any) -> None:
     owned = {key.removesuffix("/layout") for key in wanted if key.endswith("/layout")}
     if unused := sorted(key for key in stored if key not in wanted and key.rpartition("/")[0] in owned):
         raise CheckpointError(f"{path}: the model lacks {unused[:3]}. {mend}")
+    return records

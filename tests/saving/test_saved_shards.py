@@ -1,0 +1,51 @@
+"""Folders of ``save_shards``: format version, checksums, shared parameters; by one process, whose shards are the whole model."""
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+import intscale_compile
+from intscale_compile import IntScaleConfig, tensor_parallel
+from intscale_compile.errors import CheckpointError
+from intscale_compile.saving import shard_writing
+
+
+def tied(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, bias=False)).requires_grad_(False)
+    model[1].weight = model[0].weight
+    return intscale_compile.quantize(model, IntScaleConfig(group_size=32))
+
+
+def test_shared_once_with_version_and_checksums(tmp_path):
+    model, other, x = tied(0), tied(1), torch.randn(3, 64)
+    tensor_parallel.save_shards(model, tmp_path)
+    stored = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
+    assert {key for key in stored if key.startswith(("0.", "1."))} == {
+        "0.bias", *(f"0.weight/{part}" for part in ("qdata", "scale", "per_tensor_scale", "layout"))
+    }  # fmt: skip
+    version = intscale_compile.versions.__version__
+    assert [key for key in stored if "format" in key] == [f"intscale/format_version=1/written_by={version}/0of1"]
+    tensor_parallel.load_shards(other, tmp_path, verify=True)
+    assert torch.equal(other(x), model(x)) and other[0].weight is other[1].weight
+
+
+def test_newer_formats_damage_and_folders_without_checksums(tmp_path, monkeypatch):
+    model, other, x = tied(0), tied(1), torch.randn(3, 64)
+    before = other(x)
+    entries = shard_writing._entries(model)
+    dcp.save({**entries, "intscale/format_version=2/written_by=9.0/0of1": "{}"}, checkpoint_id=tmp_path / "newer")
+    with pytest.raises(CheckpointError, match="format version 2, written by intscale_compile 9.0"):
+        tensor_parallel.load_shards(other, tmp_path / "newer")
+    dcp.save(entries, checkpoint_id=tmp_path / "old")
+    with pytest.raises(CheckpointError, match="no checksums"):
+        tensor_parallel.load_shards(other, tmp_path / "old", verify=True)
+    monkeypatch.setattr(shard_writing, "tensor_digest", lambda tensor: "another")
+    tensor_parallel.save_shards(model, tmp_path / "damaged")
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="0.bias, 0.weight/per_tensor_scale.*differ from their checksum"):
+        tensor_parallel.load_shards(other, tmp_path / "damaged", verify=True)
+    assert torch.equal(other(x), before)
+    tensor_parallel.load_shards(other, tmp_path / "old")
+    assert torch.equal(other(x), model(x))
