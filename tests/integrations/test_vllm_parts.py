@@ -209,6 +209,15 @@ def test_a_folder_of_ours_is_read_as_it_was_written(tmp_path):
         dict(stored_weights(folder, OURS, torch.bfloat16, None))
 
 
+def test_a_shared_weight_is_there_under_all_its_names(tmp_path):
+    model = nn.Sequential(nn.Linear(256, 64), nn.Linear(256, 64))
+    model[0].weight = model[1].weight = nn.Parameter(weight(), requires_grad=False)
+    save_safetensors(model, tmp_path / "model.safetensors")
+    found = dict(stored_weights(tmp_path, OURS, torch.float32))
+    assert sorted(found) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    assert torch.equal(found["0.weight"].qdata, found["1.weight"].qdata)
+
+
 def test_what_no_layer_takes_is_refused_by_name(tmp_path):
     folder = saved(tmp_path / "m", lm_head__weight=weight())
     with pytest.raises(ConfigError, match="lm_head is quantized, which vLLM's output embeddings cannot load"):

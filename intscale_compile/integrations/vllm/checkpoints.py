@@ -21,6 +21,7 @@ from ...importing.layers import ScaleOptions
 from ...reasons import OUTPUT_NAMES
 from ...saving.checkpoint import stored_tensor, tensor_names
 from ...saving.integrity import check_metadata, read_entry
+from ...saving.ties import read_ties
 from ...tensors.fields import DATA_NAMES
 from ...tensors.intscale_tensor import IntScaleTensor
 from ...tensors.stored_files import open_safetensors, reading, weight_files
@@ -145,20 +146,27 @@ def _ours(folder: Path) -> Iterator[tuple[str, Tensor]]:
             read_entry(metadata, path)  # a newer format before anything else
             check_metadata(metadata, path)
             keys = list(file.keys())
+        names = tensor_names(metadata, path)
+        aliases: dict[str, list[str]] = {}
+        for alias, stored in read_ties(metadata, names, path).items():
+            aliases.setdefault(stored, []).append(alias)
         with open_safetensors(path) as file:
-            for name, header, parts in header_of_each(keys, tensor_names(metadata, path), path):
-                if header is None:
-                    yield name, file.get_tensor(name)
-                    continue
-                # torchao looks for the parts under the name in the header.
-                module = header.rpartition(".")[0]
-                tensors = {f"{module}.{key.rpartition('.')[2]}": file.get_tensor(key) for key in parts}
-                weight, used = stored_tensor(header, tensors, metadata, path)
-                if used != set(tensors):
-                    raise CheckpointError(
-                        f"{path}: {name}: data without a place in its header: {sorted(set(tensors) - used)}."
-                    )
-                yield name, weight
+            for name, header, parts in header_of_each(keys, names, path):
+                weight = (
+                    file.get_tensor(name) if header is None else _assembled(file, name, header, parts, metadata, path)
+                )
+                for known in (name, *aliases.get(header or name, ())):
+                    yield known.removeprefix("."), weight
+
+
+def _assembled(file: Any, name: str, header: str, parts: list[str], metadata: dict[str, str], path: Path) -> Tensor:
+    """The quantized weight of these keys."""
+    module = header.rpartition(".")[0]  # torchao looks for the parts under the name in the header
+    tensors = {f"{module}.{key.rpartition('.')[2]}": file.get_tensor(key) for key in parts}
+    weight, used = stored_tensor(header, tensors, metadata, path)
+    if used != set(tensors):
+        raise CheckpointError(f"{path}: {name}: data without a place in its header: {sorted(set(tensors) - used)}.")
+    return weight
 
 
 def header_of_each(keys: list[str], headers: list[str], path: object) -> Iterator[tuple[str, Optional[str], list[str]]]:

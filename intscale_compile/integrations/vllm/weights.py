@@ -19,8 +19,9 @@ from ...kernels.arguments import GroupedArguments, LinearArguments
 from ...kernels.w4a8_grouped import GROUPED_OP
 from ...kernels.w4a8_linear import LINEAR_OP
 from ...ops import KERNEL_ABI
+from ...tensors.construction import resolve_packing
 from ...tensors.experts import scale_of_positions
-from ...tensors.intscale_tensor import IntScaleTensor, resolve_packing
+from ...tensors.intscale_tensor import IntScaleTensor
 from ...tensors.linear import quantize_activation
 
 
