@@ -19,7 +19,6 @@ from ...kernels.arguments import GroupedArguments, LinearArguments
 from ...kernels.w4a8_grouped import GROUPED_OP
 from ...kernels.w4a8_linear import LINEAR_OP
 from ...ops import KERNEL_ABI
-from ...tensors.construction import resolve_packing
 from ...tensors.experts import scale_of_positions
 from ...tensors.intscale_tensor import IntScaleTensor
 from ...tensors.linear import quantize_activation
@@ -150,7 +149,7 @@ def hold(
             _register(layer, f"{start}weight", weight, device)
             forms.append(WeightForm(start, (), weight.shape[0]))
             continue
-        packed = weight.to(device).to_packing(resolve_packing("auto", device))  # type: ignore[attr-defined]
+        packed = weight.to(device).to_packing("tiled" if device.type == "cuda" else "plain")  # type: ignore[attr-defined]
         for part in packed.data_names:
             _register(layer, f"{start}{part}", getattr(packed, part), device)
         forms.append(
