@@ -103,9 +103,11 @@ def evaluated(result: Any, model: str, against: Optional[str]) -> None:
         ratio = result.perplexity / result.original_perplexity
         rows[0] = ("perplexity", f"{result.perplexity:.4f}", f"{result.original_perplexity:.4f}")
         snr = "equal" if result.snr_db is None else f"{result.snr_db:.2f} dB"
+        floor = "none" if result.noise_floor_db is None else f"{result.noise_floor_db:.2f} dB"
         rows += [
             ("ratio", f"{ratio:.4f}", ""),
             ("signal to noise of the logits", snr, ""),
+            ("the model's own noise floor", floor, ""),
             ("divergence of the next token", f"{result.kl:.2e} nats", ""),
             ("same most likely token", f"{result.same_token:.2%}", ""),
         ]

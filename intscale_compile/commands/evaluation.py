@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..debug.noise import jittered
+from ..debug.sqnr import sqnr
 from ..errors import ConfigError
 from ..tensors.stored_files import first_line
 from .loading import is_quantized
@@ -34,6 +36,8 @@ class Evaluation:
             logits are equal.
         kl: mean divergence of the next token's distribution from the original's, in nats.
         same_token: fraction of positions at which both find the same token most likely.
+        noise_floor_db: signal to noise between two runs of the model on the first sequence, whose embeddings differ in their
+            last bits (:mod:`~.debug.noise`); None without an original, or where the logits are equal.
         seconds: of all forward passes.
     """
 
@@ -44,6 +48,7 @@ class Evaluation:
     snr_db: Optional[float] = None
     kl: Optional[float] = None
     same_token: Optional[float] = None
+    noise_floor_db: Optional[float] = None
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,7 +134,18 @@ def evaluate(model: Any, sequences: Tensor, original: Optional[Any] = None, *, p
         logits = model(ids.to(model.device), use_cache=False).logits[0].float()
         against = None if original is None else original(ids.to(original.device), use_cache=False).logits[0].float()
         totals.add(row, logits, against)
-    return totals.evaluation(sequences.shape[0], sequences.shape[1], time.perf_counter() - start, original is not None)
+    seconds = time.perf_counter() - start
+    result = totals.evaluation(sequences.shape[0], sequences.shape[1], seconds, original is not None)
+    if original is not None:
+        result.noise_floor_db = _noise_floor(model, sequences[:1].to(model.device))
+    return result
+
+
+def _noise_floor(model: Any, ids: Tensor) -> Optional[float]:
+    logits = model(ids, use_cache=False).logits
+    with jittered(model):
+        floor = sqnr(logits, model(ids, use_cache=False).logits)
+    return None if math.isinf(floor) else floor
 
 
 def _check_causal(model: Any, sequences: Tensor) -> None:

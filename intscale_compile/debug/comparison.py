@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from ..errors import InputError
 from .captured import split_inputs
 from .judge import Call, Judge, LayerComparison, decibels_text
+from .noise import jittered
 from .sqnr import float_tensors, sqnr
 
 
@@ -26,11 +27,13 @@ class Comparison:
     Attributes:
         layers: in the order in which they finished.
         output_sqnr: dB of what the models return.
+        noise_floor: dB between two outputs of ``model_b`` whose inputs differ in their last bits (:mod:`~.noise`).
         unmatched: modules that only one of the models has, or called.
     """
 
     layers: tuple[LayerComparison, ...]
     output_sqnr: float
+    noise_floor: float
     unmatched: tuple[str, ...]
 
     @property
@@ -45,6 +48,7 @@ class Comparison:
         return {
             "first": first.name if first else None,
             "output_sqnr": _plain(self.output_sqnr),
+            "noise_floor": _plain(self.noise_floor),
             "layers": layers,
             "unmatched": list(self.unmatched),
         }
@@ -64,7 +68,8 @@ class Comparison:
             lines.append(f"not in both models: {', '.join(self.unmatched)}")
         first = self.first
         found = "no layer deviates" if first is None else f"first layer that deviates: {first.name} ({first.note})"
-        return "\n".join([*lines, "", f"output: {decibels_text(self.output_sqnr)} dB; {found}"])
+        floor = "" if math.isinf(self.noise_floor) else f" (noise floor {decibels_text(self.noise_floor)} dB)"
+        return "\n".join([*lines, "", f"output: {decibels_text(self.output_sqnr)} dB{floor}; {found}"])
 
     __repr__ = __str__
 
@@ -117,6 +122,8 @@ def compare(model_a: nn.Module, model_b: nn.Module, inputs: Any, *, bound: Optio
         output_a = _run(model_a, inputs, keep)
         made.clear()
         output_b = _run(model_b, inputs, see)
+        with jittered(model_b):
+            again = _run(model_b, inputs, lambda *_: None)
     output_sqnr = sqnr(output_a, output_b) if judge.layers else 0.0
     layers = judge.verdicts(output_sqnr)
     if not layers:
@@ -124,7 +131,7 @@ def compare(model_a: nn.Module, model_b: nn.Module, inputs: Any, *, bound: Optio
     names = {layer.name for layer in layers}
     only_b = {n for n, _ in model_b.named_modules() if n and n not in judge.modules}
     unmatched = tuple(sorted({n for n in reference if n not in names} | only_b))
-    return Comparison(layers, output_sqnr, unmatched)
+    return Comparison(layers, output_sqnr, sqnr(output_b, again), unmatched)
 
 
 def _copy(value: Any) -> Any:

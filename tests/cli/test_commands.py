@@ -158,13 +158,14 @@ def test_eval_against_the_original(capsys, llama, quantized, text):
     ours, theirs = (x.log_softmax(-1) for x in logits)
     kl = (theirs.exp() * (theirs - ours)).sum(-1).mean()
     assert result["kl"] == pytest.approx(kl.item(), rel=1e-3) and result["kl"] > 0
+    assert result["noise_floor_db"] > 15
     assert result["same_token"] == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).double().mean().item())
 
 
 def test_eval_of_equal_models(llama):
     model, _ = load_model(llama)
     result = evaluate(model, torch.randint(320, (2, 16)), model)
-    assert result.snr_db is None and result.kl == 0 and result.same_token == 1
+    assert result.snr_db is None and result.kl == 0 and result.same_token == 1 and result.noise_floor_db > 100
     assert result.perplexity == result.original_perplexity
 
 

@@ -199,3 +199,13 @@ def test_sqnr_and_prediction():
     y = x @ weight.T
     assert predicted(weight, packed, x, y) == pytest.approx(sqnr(y, nn.functional.linear(x, packed)), abs=0.7)
     assert rescaled(x, x * 3) is not None and rescaled(x, x + 0.01 * torch.randn_like(x)) is None
+
+
+def test_noise_floor():
+    """In fp32 the last bits stay the last bits; with int8 activations they do not. Nothing stays on the model."""
+    model, x = Net(), torch.randn(2048, 256)  # so many values that some are next to a rounding boundary
+    served = quantized(model)
+    floors = [compare(model, other, x).noise_floor for other in (copy.deepcopy(model), served)]
+    assert floors[0] > 120 and 20 < floors[1] < floors[0] - 10
+    assert f"(noise floor {floors[1]:.1f} dB)" in str(compare(model, served, x))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in served.modules())
