@@ -262,7 +262,7 @@ def load_shards(model: nn.Module, path: Any, *, verify: bool = False, **options:
                 f"{path}: {key}: stored as {found[key]}, but the model has {value}: quantize it alike."
             )
     if verify:
-        _verify(found, None if record is None else found[record], path)
+        _verify(found, None if record is None else str(found[record]), path)
     cuts = cuts_of(model)
     parameters = _once(model.state_dict(keep_vars=True))  # themselves: parts of them may be exchanged
     with torch.no_grad():

@@ -319,13 +319,11 @@ def _widened(tensor: IntScaleTensor, name: str, among) -> torch.Tensor:
 def _as_offset(tensor: IntScaleTensor) -> torch.Tensor:
     """Zero points as offsets, in units of the row scale; 0 where there are none."""
     part = tensor.zero_point
-    if part is None:
-        return torch.zeros_like(tensor.scale, dtype=torch.int16)
-    if fmt.is_offset(part):
-        return part
+    if part is None or fmt.is_offset(part):
+        return torch.zeros_like(tensor.scale, dtype=torch.int16) if part is None else part
     if tensor.scale_bits > 12:
         raise refuse("cat of offsets and of zero points with scales of more than 12 bits", DENSE_MEND)
-    return (part.to(torch.int16) * tensor.scale.to(torch.int16)).to(torch.int16)
+    return part.to(torch.int16) * tensor.scale.to(torch.int16)
 
 
 def _concatenate_experts(tensors) -> IntScaleTensor:
