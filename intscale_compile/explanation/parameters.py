@@ -111,6 +111,9 @@ def other_parameters(model: nn.Module, seen: set[int], used: dict[int, Reason]) 
             yield plain_layer(leaf, weight, reason, stacks.get(own, is_conv1d(module))), weight
 
 
+COMPUTED = (Reason.NOT_CONSTANT.name, Reason.UNKNOWN_VIEW.name)
+
+
 class Rows:
     """The rows of an explanation: one for each parameter, and one for each product without a parameter."""
 
@@ -123,10 +126,14 @@ class Rows:
     def add(self, layer: LayerReport, weight: Optional[Tensor]) -> None:
         """Add a row, unless its weight has one; a quantized use counts more than one that is not, which becomes a note."""
         if weight is None:
-            self.layers.append(layer)
+            if self._computed(layer.name) is None or layer.reason not in COMPUTED:
+                self.layers.append(layer)
             return
-        before = self.of_weight.get(id(weight))
-        if before is None:
+        before, place = self.of_weight.get(id(weight)), self._computed(layer.name)
+        if before is None and place is not None:
+            self._places[id(weight)] = place
+            self.layers[place] = self.layers[place] if not layer.quantized else layer
+        elif before is None:
             self._places[id(weight)] = len(self.layers)
             self.layers.append(layer)
         elif before.quantized or not layer.quantized:
@@ -136,6 +143,11 @@ class Rows:
             self._note(layer, before)
             self.layers[self._places[id(weight)]] = layer
         self.of_weight[id(weight)] = layer
+
+    def _computed(self, name: str) -> Optional[int]:
+        """Where the row of products lies whose weight is computed from the parameter ``name``: one for all of them."""
+        rows = enumerate(self.layers)
+        return next((i for i, row in rows if "." in name and row.name == name and row.reason in COMPUTED), None)
 
     def _note(self, shown: LayerReport, other: LayerReport) -> None:
         if shown.quantized and not other.quantized:

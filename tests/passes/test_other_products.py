@@ -174,3 +174,14 @@ def test_arguments_by_name(name):
     with torch.no_grad():
         found = torch.compile(layer, backend="intscale", options={"cpp.simdlen": 1})(x)
     assert 0 < float((found - wanted).norm() / wanted.norm()) < 0.2
+
+
+def test_several_products_computed_from_one_parameter_are_one_row():
+    """SEW-D's relative embeddings are normed once and multiplied in each layer."""
+
+    def forward(m, x):
+        normed = F.layer_norm(m.w, (64,))
+        return x @ normed.t() + F.linear(x, normed) + x @ (normed * 2)
+
+    report = intscale_compile.explain(nn.Sequential(Layer(forward, w=weight(64, 64))), torch.randn(4, 64))
+    assert [(row.name, row.reason) for row in report.layers] == [("0.w", Reason.NOT_CONSTANT.name)]
