@@ -56,8 +56,8 @@ LOCAL_SHARDS = Pass("local_shards", local_shards)
 
 
 def _does(node: Any, what: str) -> bool:
-    """Whether a node converts between a DTensor and a local one; torch 2.11 gives these functions a prefix."""
-    return isinstance(node, fx.Node) and function_name(node).removeprefix("prim ") == what
+    """Whether a node converts between a DTensor and a local one; torch 2.11 gives these functions one of two prefixes."""
+    return isinstance(node, fx.Node) and function_name(node).removeprefix("prim ").removeprefix("prim_") == what
 
 
 def local_input(rewrite: GraphRewrite, node: fx.Node) -> fx.Node:
