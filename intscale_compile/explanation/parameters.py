@@ -126,7 +126,10 @@ class Rows:
     def add(self, layer: LayerReport, weight: Optional[Tensor]) -> None:
         """Add a row, unless its weight has one; a quantized use counts more than one that is not, which becomes a note."""
         if weight is None:
-            if self._computed(layer.name) is None or layer.reason not in COMPUTED:
+            again = self._computed(layer.name) is not None or any(
+                row.quantized and row.name == layer.name for row in self.layers
+            )  # a product of activations, one of which a quantized layer made
+            if layer.reason not in COMPUTED or not again:
                 self.layers.append(layer)
             return
         before, place = self.of_weight.get(id(weight)), self._computed(layer.name)

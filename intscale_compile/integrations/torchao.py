@@ -58,6 +58,11 @@ TABLE = PrivateName(
     "refusing operators that have no meaning on packed data",
     probe=lambda: _Plain in getattr(_Plain, "_ATEN_OP_TABLE", {}),
 )
+FUNCTION_TABLE = PrivateName(
+    "torchao.utils:TorchAOBaseTensor._TORCH_FN_TABLE",
+    "looking up what torch's functions do with quantized weights while a model is compiled",
+    probe=lambda: _Plain in getattr(_Plain, "_TORCH_FN_TABLE", {}),
+)
 SETSTATE = PrivateName(
     "torchao.utils:TorchAOBaseTensor.__setstate__ of each subclass",
     "checking what is unpickled",

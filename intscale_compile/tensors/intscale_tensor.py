@@ -283,7 +283,13 @@ class IntScaleTensor(TorchAOBaseTensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """``F.linear`` of an eager call on a GPU goes the short way; everything else is looked up."""
-        if func is LINEAR and not kwargs and type(args[1]) is cls and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # Dynamo of torch 2.11 cannot tell whether a property is in torchao's table
+            for known, handler in cls._TORCH_FN_TABLE[cls].items():
+                if func is known:
+                    return handler(func, types, args, kwargs or {})
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func is LINEAR and not kwargs and type(args[1]) is cls:
             y = eager_linear(*args)
             if y is not None:
                 return y

@@ -67,7 +67,7 @@ def test_hopper(schedule, tile, tmp_path):
 @pytest.mark.parametrize("rows", [2, *(pytest.param(r, marks=pytest.mark.slow) for r in (256, 512)), 8192])
 def test_ampere(schedule, rows, tmp_path):
     tile = choose_grouped_tile(rows, EXPERTS, 28672, K, *schedule, 80)
-    check_loop(sass_of(schedule, tile, 80, tmp_path), ("IMMA",))
+    check_loop(sass_of(schedule, tile, 80, tmp_path), ("IMMA",), outside=8)  # under Triton 3.6, not in the loop
 
 
 def test_weights_arrive_in_wide_asynchronous_copies(tmp_path):

@@ -8,7 +8,10 @@ from torch.nn import functional as F
 from torchao.quantization import quantize_
 
 import intscale_compile
-from intscale_compile import IntScaleConfig
+from intscale_compile import IntScaleConfig, IntScaleTensor
+from intscale_compile.explanation.layers import eager_layer
+from intscale_compile.explanation.parameters import Rows
+from intscale_compile.explanation.records import LayerReport
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP
 from intscale_compile.passes import PASSES, apply_passes
 from intscale_compile.reasons import Reason
@@ -185,3 +188,13 @@ def test_several_products_computed_from_one_parameter_are_one_row():
 
     report = intscale_compile.explain(nn.Sequential(Layer(forward, w=weight(64, 64))), torch.randn(4, 64))
     assert [(row.name, row.reason) for row in report.layers] == [("0.w", Reason.NOT_CONSTANT.name)]
+
+
+def test_a_product_with_what_a_quantized_layer_made_is_no_second_row():
+    """Wav2Vec2-Conformer's positions go through a linear layer, and then into a product with the queries."""
+    rows, packed = Rows(), IntScaleTensor.from_hp(weight(64, 64).detach())
+    rows.add(eager_layer("0.w", packed), packed)
+    computed = Reason.NOT_CONSTANT
+    rows.add(LayerReport("0.w", None, "?", False, computed.name, computed.value), None)
+    rows.add(LayerReport("0.other", None, "?", False, computed.name, computed.value), None)
+    assert [(row.name, row.quantized) for row in rows.layers] == [("0.w", True), ("0.other", False)]
