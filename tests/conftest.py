@@ -22,13 +22,16 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 def _fresh():
     """Every test starts from the same state, whatever ran before it, so a failure repeats when the test is run alone.
 
-    The random state, the graphs that Dynamo has of a function (with too many it gives up), and what was logged once.
+    The random state, the graphs that Dynamo has of a function (with too many it gives up), what was logged once, and which
+    private names of other packages were missing.
     """
+    from intscale_compile.integrations import registry
     from intscale_compile.reasons import log_once  # not for a test run that only collects
 
     torch.manual_seed(0)
     torch._dynamo.reset()
     log_once.cache_clear()
+    registry._said.clear()
 
 
 @pytest.fixture(scope="session")
