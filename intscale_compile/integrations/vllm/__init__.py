@@ -35,6 +35,7 @@ def register() -> None:
 
     version = getattr(vllm, "__version__", "0")
     if fits_checked("vllm", version):
+        # They import vLLM.
         from . import config, loading
 
         config.register()
@@ -53,10 +54,12 @@ def version_message(version: str) -> str:
 
 def _register_refusal(message: str) -> None:
     """Let whatever asks for ``intscale`` end in ``message``, and leave all other models alone."""
+    # With vLLM only: its plugins are imported in every process.
     from ...errors import VersionError
     from .checkpoints import is_ours
 
     try:
+        # Optional.
         from vllm.model_executor.layers.quantization import register_quantization_config
         from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     except ImportError:
