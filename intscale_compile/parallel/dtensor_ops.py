@@ -57,8 +57,13 @@ def _no_gathering(what: Any) -> UnsupportedOpError:
 
 @implements(torch.ops._c10d_functional.all_gather_into_tensor.default)
 def _(func, types, args, kwargs):
-    """What ``DTensor.full_tensor`` asks first: it would lose parts of a weight."""
-    raise _no_gathering(func)
+    """What ``DTensor.full_tensor`` asks first: it would lose parts of a weight.
+
+    So does a product in inference mode from torch 2.15 on, where DTensor chooses to divide the weight in another way first.
+    """
+    raise UnsupportedOpError(
+        f"{_no_gathering(func)} To call such a model, use torch.no_grad() instead of torch.inference_mode()."
+    )
 
 
 def _refuse_checkpoints(create: Callable) -> Callable:

@@ -38,7 +38,7 @@ def test_version_bounds(version, wanted, answer):
 
 
 def test_packages():
-    assert package("torch", ">=2.11,<2.14", None).status == OK
+    assert package("torch", ">=2.11", None).status == OK
     old = package("torch", ">=99", None)
     assert old.status == BROKEN and old.mend == "pip install 'torch>=99'"
     assert old.found == f"{importlib.metadata.version('torch')}, needed >=99"

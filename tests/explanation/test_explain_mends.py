@@ -16,6 +16,7 @@ from torchao.quantization.granularity import PerGroup
 
 from intscale_compile import IntScaleConfig, IntScaleTensor, convert_from_torchao, explain
 from intscale_compile.reasons import Reason
+from intscale_compile.versions import version_of
 from tests.support.reasons import MODELS, Experts, Head, Holder, WithGradients, linear
 
 X = torch.randn(4, 64)
@@ -199,6 +200,11 @@ class Beside(nn.Module):
 def test_a_function_skipped_for_a_recurrent_layer(monkeypatch):
     model, x = Beside().eval().requires_grad_(False), torch.randn(2, 3, 64)
     report = explain(model, x)
+    if {row.name: row.reason for row in report.layers}[
+        "first.weight"
+    ] is None:  # torch 2.15 breaks the graph there instead
+        assert version_of("torch") >= (2, 15) and report.graphs == 2
+        return
     assert {row.name: row.reason for row in report.layers} == {
         "first.weight": "NOT_REACHED",
         "recurrent.weight_ih_l0": "RECURRENT",
