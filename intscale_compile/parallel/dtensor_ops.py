@@ -59,7 +59,7 @@ def _no_gathering(what: Any) -> UnsupportedOpError:
 def _(func, types, args, kwargs):
     """What ``DTensor.full_tensor`` asks first: it would lose parts of a weight.
 
-    So does a product in inference mode from torch 2.15 on, where DTensor chooses to divide the weight in another way first.
+    So does a product in inference mode from torch 2.14 on, where DTensor chooses to divide the weight in another way first.
     """
     raise UnsupportedOpError(
         f"{_no_gathering(func)} To call such a model, use torch.no_grad() instead of torch.inference_mode()."

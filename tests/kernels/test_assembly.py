@@ -94,7 +94,8 @@ def test_hopper_with_zero_points(schedule, tile, tmp_path):
 def test_other_nvidia(arch, schedule, m, tmp_path):
     tile = choose_tile(m, 28672, K, *schedule, arch)
     # Triton 3.9 uses the tensor memory of sm_100, earlier releases mma.sync.
-    check_loop(sass_of(schedule, tile, arch, tmp_path), ("UTCIMMA", "IMMA") if arch == 100 else ("IMMA",))
+    outside = 16 if arch == 100 else 0  # Triton 3.8
+    check_loop(sass_of(schedule, tile, arch, tmp_path), ("UTCIMMA", "IMMA") if arch == 100 else ("IMMA",), outside)
 
 
 @pytest.mark.parametrize("packing", ["plain", "tiled"])
