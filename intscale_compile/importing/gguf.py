@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..config import IntScaleConfig
 from ..errors import CheckpointError, ConfigError
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.selection import mark_loaded
 from ..tensors.stored_files import first_line, reading
 from .layers import QuantizedLayer, ScaleOptions, decibels, headroom_bits, to_intscale
 from .report import ConvertedLayer, ImportReport
@@ -168,6 +169,7 @@ def from_gguf(
         module.weight = nn.Parameter(converted, requires_grad=False)
         report.layers.append(row)
     report.unquantized += [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m in heads]
+    mark_loaded(model)  # what stays in floating point was chosen: the compiler leaves it alone too
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False), report
 
 

@@ -131,8 +131,12 @@ def scale_rounding_snr(tensor: IntScaleTensor, group_scale: Tensor) -> float:
 
     Returns:
         ``10 log10(sum W^2 / sum (W - dequantized)^2)``; infinite where nothing was lost.
+
+    Raises:
+        ConfigError: the tensor has minima, of which the scales say nothing.
     """
-    # Minima are looked at by the importer, which has them: ``_powers``.
+    if fmt.is_offset(tensor.zero_point):
+        raise ConfigError("scale_rounding_snr: the weight was made with minima: compare it with what it was made from.")
     tensor = tensor.to_packing("plain")
     tensor = tensor.transpose(-2, -1) if tensor.transposed else tensor  # type: ignore[assignment]
     if tensor.dim() == 3:

@@ -238,6 +238,8 @@ def test_minima_become_integers(group_size, packing):
     form = dict(group_size=group_size, packing_format=packing, dtype=torch.float32)
     tensor = IntScaleTensor.from_codes(codes, scale, minimum=minimum, **form).validate()
     assert torch.equal(tensor.codes, codes) and tensor.zero_point.dtype == torch.int16
+    with pytest.raises(ConfigError, match="made with minima"):
+        scale_rounding_snr(tensor, scale)
     assert snr(wanted(scale, minimum), tensor.dequantize(torch.float32)) > 55
     exact = codes.double() * tensor.group_scale.repeat_interleave(group_size, -1)[:, :200]
     exact -= tensor.group_zero_point.repeat_interleave(group_size, -1)[:, :200]
