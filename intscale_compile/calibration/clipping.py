@@ -20,6 +20,7 @@ from ..tensors.scale_search import (
     PLAIN_STEP,
     ROW_FRACTIONS,
     SMALLEST_STEP,
+    chunk_elements,
     search_float_steps,
     search_integer_scales,
 )
@@ -28,7 +29,6 @@ LEARNED_STEPS = 100
 LEARNING_RATE = 0.05
 ODYSSEY_STEP = 7.0  # 2**(4 - 1) - 1
 LARGEST_SIGMOID = 0.99
-CHUNK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 
 def code_range(config: IntScaleConfig) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def choose_steps(weight: Tensor, config: IntScaleConfig, importance: Optional[Te
     Returns:
         fp32 ``[N, G]``.
     """
-    rows = max(1, CHUNK_ELEMENTS.get(weight.device.type, 1 << 20) // weight.shape[-1])
+    rows = max(1, chunk_elements(weight, config) // weight.shape[-1])
     return torch.cat([_steps_of_rows(chunk, config, importance, integer) for chunk in weight.split(rows)])
 
 

@@ -1,0 +1,94 @@
+"""The exhaustive search of integer group scales on a CPU, compiled by the C++ compiler of the machine on first use.
+
+``scale_search.cpp`` is several times faster than the same search as operators of PyTorch. It marks the rows where another
+order of float sums might decide otherwise; the caller searches these with operators, so that the result is theirs in every
+row. A machine without a compiler has the operators for all rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ..integrations.c_library import built_library, failure_of
+from ..reasons import log_once
+
+SOURCE = Path(__file__).with_name("scale_search.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+SUMS = ("-fassociative-math", "-fno-signed-zeros", "-ffinite-math-only", "-mprefer-vector-width=512")
+MAX_GROUPS = 4096
+FEW_ELEMENTS = 1 << 14  # below, one thread; and a call is not worth a compilation
+
+
+@functools.cache
+def library() -> Optional[Any]:
+    """The compiled function, or None, with the reason logged once, where it cannot be compiled."""
+    compiler = os.environ.get("CXX", "g++")
+    try:
+        try:
+            path = built_library(SOURCE, compiler, (*FLAGS, *SUMS))
+        except subprocess.SubprocessError:  # no x86, or a compiler that does not know the last flag
+            path = built_library(SOURCE, compiler, (*FLAGS, *SUMS[:-1]))
+        function = ctypes.CDLL(str(path)).intscale_scale_search
+    except (OSError, subprocess.SubprocessError) as error:
+        log_once(
+            logging.INFO,
+            "group scales are searched by PyTorch operators, several times slower with the same result: no C++ compiler "
+            f"worked (set CXX to one): {failure_of(error)}",
+        )
+        return None
+    function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_int] * 3 + [ctypes.c_void_p, ctypes.c_int]
+    function.argtypes += [ctypes.c_void_p] * 3
+    function.restype = None
+    return function
+
+
+def search_integer_scales_cpu(
+    groups: Tensor, scale_max: int, row_steps: Sequence[float], weights: Optional[Tensor]
+) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+    """The best row step and integer scales of each row, where the order of sums does not matter.
+
+    Args:
+        groups: fp32 ``[R, G, g]`` on a CPU, rows normalised to a largest magnitude of 1.
+        scale_max: largest integer scale, at most 255.
+        row_steps: candidates.
+        weights: fp32 ``[G, g]`` or None.
+
+    Returns:
+        Index of the row step int64 ``[R, 1]``, scales fp32 ``[R, G]``, and bool ``[R]``: rows that must be searched otherwise.
+        None: this machine has no compiler, or the rows are too long.
+    """
+    rows, count, size = groups.shape
+    if count > MAX_GROUPS or not rows or (function := library()) is None:
+        return None
+    groups = groups.contiguous()
+    counts = None if weights is None else weights.contiguous()
+    steps = torch.tensor(row_steps, dtype=torch.float64)
+    chosen = torch.empty(rows, dtype=torch.int32)
+    scales = torch.empty((rows, count), dtype=torch.uint8)
+    unsure = torch.empty(rows, dtype=torch.uint8)
+
+    def part(start: int, stop: int) -> None:
+        function(
+            groups[start].data_ptr(), None if counts is None else counts.data_ptr(), stop - start, count, size, scale_max,
+            steps.data_ptr(), len(steps), chosen[start:].data_ptr(), scales[start].data_ptr(), unsure[start:].data_ptr(),
+        )  # fmt: skip
+
+    threads = min(torch.get_num_threads(), rows) if groups.numel() > FEW_ELEMENTS else 1
+    if threads == 1:
+        part(0, rows)
+    else:
+        edges = [rows * i // threads for i in range(threads + 1)]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(part, edges[:-1], edges[1:]))
+    return chosen.long().unsqueeze(1), scales.float(), unsure.bool()
