@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..format import pack_block
 from ..reasons import log_once
-from .gluon_tiles import fits_resident
+from .gluon_tiles import fits_resident, for_output
 from .launching import collecting, described, launch
 from .split_k import take_counters
 from .tile import Tile, schedule_name
@@ -231,6 +231,8 @@ def launch_gluon(
         xq=xq, qdata=qdata, scale=scale, blocks=k // pack_block(group_size), group_size=group_size,
         epilogue=(out, scale, row_scale, token_scale, bias), residual=residual,
     )  # fmt: skip
+    schedule = "int8" if weight_bits == 8 else str(flags["SCALES"])
+    tile = for_output(tile, schedule, out.element_size())
     grid_limit = sm_count(xq.device) * tile.programs_per_sm
     if decode:
         _decode(grid_limit, m, n, tile, operands, overlap, flags)

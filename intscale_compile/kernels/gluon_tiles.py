@@ -35,18 +35,32 @@ def stage_bytes(tile: Tile, schedule: str) -> int:
     return tile.block_m * 128 + codes + max(tile.block_n, 128) * SCALE_BYTES[schedule]
 
 
-def scratch_bytes(tile: Tile) -> int:
-    """Shared memory beside the ring: the reduction over warps, the epilogue, barriers. ``pipelined`` reuses its ring."""
+def scratch_bytes(tile: Tile, out_bytes: int = 2) -> int:
+    """Shared memory beside the ring: the reduction over warps, the epilogue, barriers. ``pipelined`` reuses its ring.
+
+    ``out_bytes`` is the width of an element of the output: 32-bit values (fp32, or the int32 accumulator) change their
+    layout through 4 KiB of each warp.
+    """
     area = tile.block_m * tile.block_n
-    return (
-        RESERVED_BYTES
-        + {"decode": 16 * area, "specialized": 2 * area, "pipelined": 0, "cooperative": 8192}[tile.kernel]
-    )
+    wide = min(4 * area, 4096 * tile.num_warps) if out_bytes > 2 else 0
+    narrow = {"decode": 16 * area, "specialized": 2 * area, "pipelined": 0, "cooperative": 8192}[tile.kernel]
+    return RESERVED_BYTES + (narrow if tile.kernel in ("decode", "pipelined") else max(narrow, wide))
 
 
-def shared_bytes(tile: Tile, schedule: str) -> int:
+def shared_bytes(tile: Tile, schedule: str, out_bytes: int = 2) -> int:
     """Shared memory of one program."""
-    return tile.num_stages * stage_bytes(tile, schedule) + scratch_bytes(tile)
+    return tile.num_stages * stage_bytes(tile, schedule) + scratch_bytes(tile, out_bytes)
+
+
+def for_output(tile: Tile, schedule: str, out_bytes: int) -> Tile:
+    """``tile`` with as many stages as the epilogue of an output of ``out_bytes`` an element leaves room for.
+
+    Tiles are chosen and tuned for 16-bit outputs. The result does not depend on the number of stages.
+    """
+    if shared_bytes(tile, schedule, out_bytes) <= shared_limit(tile):
+        return tile
+    room = shared_limit(tile) - scratch_bytes(tile, out_bytes)
+    return dataclasses.replace(tile, num_stages=room // stage_bytes(tile, schedule))
 
 
 def shared_limit(tile: Tile) -> int:

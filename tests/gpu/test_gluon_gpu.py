@@ -202,3 +202,21 @@ def test_compiled_with_cuda_graphs_calls_the_op(m):
         for _ in range(3):
             y = graphed(x).clone()
     torch.testing.assert_close(y, plain, rtol=2.0**-6, atol=2.0**-6)
+
+
+@pytest.mark.parametrize("m", [100, 300, 1000])
+@pytest.mark.parametrize("packed", [dict(group_size=128), dict(group_size=128, scale_bits=8), dict(group_size=-1)], ids=str)
+def test_an_fp32_model_has_its_outputs(m, packed):
+    """32-bit outputs take more shared memory in the epilogue; 28672 rows select the largest tiles."""
+    from torchao.quantization import quantize_
+
+    from intscale_compile import IntScaleConfig
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(1024, 28672, bias=False).cuda()
+    quantize_(linear, IntScaleConfig(scale_search="absmax", **packed))
+    x = torch.randn(m, 1024, device="cuda")
+    with torch.no_grad():
+        y, weight = linear(x), linear.weight.dequantize()
+        reference = torch.nn.functional.linear(x.double(), weight.double()).float()
+    assert (reference - y).norm() < 0.02 * reference.norm()  # the rounding of activations to 8 bits alone

@@ -24,8 +24,11 @@ from intscale_compile.kernels.gluon_tiles import (  # noqa: E402
     costed_tile,
     deepest,
     fits_resident,
+    for_output,
     gated_tile,
     illegal,
+    shared_bytes,
+    shared_limit,
 )
 from intscale_compile.kernels.tile import Tile  # noqa: E402
 from intscale_compile.kernels.tile_costs import COSTS  # noqa: E402
@@ -40,7 +43,7 @@ SPILLS_BEHIND_LOOP = 768
 # Triton 3.7 and later assemble with --regAllocOptLevel=2 against a bug of ptxas. With ptxas 13.4, which Triton 3.9 takes for
 # Hopper, that leaves one word of some cooperative tiles in local memory: one load in a loop's body.
 RELOADS_IN_LOOP = 1 if RELEASE >= (3, 9) else 0
-POINTERS = {"out_ptr": "*bf16", "row_scale_ptr": "*fp32", "token_scale_ptr": "*fp32"}
+POINTERS = {"row_scale_ptr": "*fp32", "token_scale_ptr": "*fp32"}
 
 
 def distinct_tiles() -> list[tuple[str, Tile, int]]:
@@ -82,8 +85,8 @@ def descriptor(shape: list[int], dtype: str, swizzled: bool = True) -> str:
     return f"tensordesc<{dtype}{shape},{layout!r}>"
 
 
-def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residual: bool = False):
-    """Compile one kernel for sm_90 and return Triton's compiled object."""
+def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residual: bool = False, out: str = "bf16"):
+    """Compile one kernel for sm_90 and return Triton's compiled object; ``out="i32"`` is the accumulator itself."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -92,10 +95,10 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
     blocks, scale, int8 = k // 128, "fp32" if schedule == "float" else "u8", schedule == "int8"
     schedule = "none" if int8 else schedule
     constants = dict(
-        BLOCKS=blocks, SCALES=schedule, DEQUANTIZE=True, HAS_BIAS=False, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCKS=blocks, SCALES=schedule, DEQUANTIZE=out != "i32", HAS_BIAS=False, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STAGES=tile.num_stages, OVERLAP=True, bias_ptr=None,
     )  # fmt: skip
-    signature = {**POINTERS, "scale_ptr": f"*{scale}", "M": "i32", "N": "i32"}
+    signature = {**POINTERS, "out_ptr": f"*{out}", "scale_ptr": f"*{scale}", "M": "i32", "N": "i32"}
     options: dict = dict(num_warps=4 if tile.kernel == "cooperative" else tile.num_warps)
     if tile.kernel == "decode":
         fn, depth = gluon_decode.gemm_decode, 4 * tile.steps
@@ -117,7 +120,7 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
             HAS_RESIDUAL=residual,
         )
         if residual:
-            signature["residual_ptr"] = "*bf16"
+            signature["residual_ptr"] = f"*{out}"
         else:
             constants["residual_ptr"] = None
         if tile.split_k > 1:
@@ -248,7 +251,7 @@ def check(code, tile: Tile, spill_bytes: int = SPILLS_BEHIND_LOOP, float_sums: b
     """Tensor cores at work without waits between them, no local memory in a loop over K, no conversions to float there."""
     loops, reloads = code.k_loops(), RELOADS_IN_LOOP if tile.kernel == "cooperative" else 0
     assert loops and all(code.count("STL", loop) == 0 and code.count("LDL", loop) <= reloads for loop in loops)
-    assert code.spill_bytes <= spill_bytes
+    assert code.spill_bytes <= spill_bytes and code.shared <= shared_limit(tile)
     dot = "IMMA" if tile.kernel == "decode" else "IGMMA"
     assert code.count(dot) > 0
     if tile.kernel != "decode":
@@ -278,3 +281,27 @@ def test_residuals_assemble_without_spills(schedule, tile, k, tmp_path):
     code = disassemble(compile_tile(schedule, tile, k, residual=True), tmp_path)
     check(code, tile)
     assert any(i.base == "LDG" and ".128" in i.opcode for i in code.instructions)
+
+
+def wide_outputs() -> list[tuple[str, Tile, int, str]]:
+    """Every kind of tile with the fp32 output of an fp32 model, and with the accumulator itself."""
+    kinds = {(s, t.kernel, t.block_m, t.block_n, t.programs_per_sm): t for s, t in costed_tiles() if t.split_k == 1}
+    by_size = sorted(kinds.items(), key=lambda case: -case[1].block_m * case[1].block_n)
+    return [(key[0], tile, 4096, out) for key, tile in by_size for out in ("fp32", "i32")]
+
+
+@pytest.mark.parametrize(
+    "schedule,tile,k,out",
+    quick_first(
+        wide_outputs(),
+        lambda schedule, tile, k, out: (tile.kernel, out),
+        lambda schedule, tile, k, out: (tile.kernel, out) in (("cooperative", "fp32"), ("specialized", "i32")),
+    ),
+    ids=str,
+)
+def test_wide_outputs_fit_in_shared_memory(schedule, tile, k, out, tmp_path):
+    """Their epilogue takes up to 32 KiB beside the ring, which tiles for 16-bit outputs do not leave."""
+    tile = for_output(tile, schedule, 4)
+    code = disassemble(compile_tile(schedule, tile, k, out=out), tmp_path)
+    check(code, tile, float_sums=True)
+    assert code.shared <= shared_bytes(tile, schedule, 4)

@@ -15,6 +15,7 @@ from intscale_compile.kernels.gluon_tiles import (
     choose_gated_tile,
     choose_gluon_tile,
     deepest,
+    for_output,
     gated_tile,
     gluon_candidates,
     illegal,
@@ -128,6 +129,9 @@ def test_shared_memory_is_that_of_the_kernels():
     assert shared_bytes(wide, "fold") == 232448 == shared_limit(wide)
     assert "shared memory" in str(illegal(dataclasses.replace(wide, num_stages=9), "fold", 4096))
     assert deepest(Tile(128, 128, kernel="pipelined"), "int8", most=4).num_stages == 3
+    both = Tile(256, 128, 8, 5, kernel="cooperative")  # 5 stages and 32 KiB are more than there is
+    assert [for_output(both, "fold", size).num_stages for size in (2, 4)] == [5, 4]
+    assert for_output(wide, "fold", 4) == wide
 
 
 @pytest.mark.parametrize(
