@@ -205,7 +205,9 @@ def test_compiled_with_cuda_graphs_calls_the_op(m):
 
 
 @pytest.mark.parametrize("m", [100, 300, 1000])
-@pytest.mark.parametrize("packed", [dict(group_size=128), dict(group_size=128, scale_bits=8), dict(group_size=-1)], ids=str)
+@pytest.mark.parametrize(
+    "packed", [dict(group_size=128), dict(group_size=128, scale_bits=8), dict(group_size=-1)], ids=str
+)
 def test_an_fp32_model_has_its_outputs(m, packed):
     """32-bit outputs take more shared memory in the epilogue; 28672 rows select the largest tiles."""
     from torchao.quantization import quantize_
