@@ -151,7 +151,7 @@ def private_names(every: bool) -> Iterator[Check]:
     # Slow to import: commands that need it not begin at once.
     from intscale_compile.integrations import registry
 
-    for library in ("torch", "transformers", "torchao", "lm_eval"):
+    for library in ("torch", "transformers", "torchao", "peft", "lm_eval"):
         if registry.installed(library) is None:
             continue
         importlib.import_module(f"intscale_compile.integrations.{library}")

@@ -14,6 +14,7 @@ CHECKED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "torchao": ((0, 18), (0, 19)),
     "transformers": ((5, 17), (5, 25)),
     "triton": ((3, 6), (3, 10)),
+    "peft": ((0, 21), (0, 22)),
     "lm_eval": ((0, 4), (0, 5)),
     "vllm": ((0, 32), (0, 33)),
 }

@@ -152,7 +152,7 @@ def test_failed_call_leaves_every_parameter_and_names_the_bad_one(name):
 def test_failed_call_with_overflow_names_the_layer():
     """The codes of the last layer's rows are too large for its length: only seen after the others were quantized."""
     model = nn.ModuleDict({"first": nn.Linear(64, 64), "last": nn.Linear(32768, 16, bias=False)})
-    nn.init.constant_(model["last"].weight, 2.0)
+    nn.init.uniform_(model["last"].weight, 1.999, 2.0)
     config = IntScaleConfig(amplifier=1024, scale_search="absmax")
     assert_unchanged_after(model, OverflowProofError, "int32 accumulator", lambda m: quantize_(m, config))
 
@@ -160,7 +160,7 @@ def test_failed_call_with_overflow_names_the_layer():
 def test_failed_call_with_a_row_too_long_for_eight_bits():
     """Also with searched scales a row can be too long; then the layers before it must come back as well."""
     model = nn.ModuleDict({"first": nn.Linear(64, 64), "last": nn.Linear(140_000, 16, bias=False)})
-    nn.init.constant_(model["last"].weight, 2.0)
+    nn.init.uniform_(model["last"].weight, 1.999, 2.0)
     config = IntScaleConfig(weight_bits=8, scale_search="absmax")
     assert_unchanged_after(model, OverflowProofError, "split the layer", lambda m: quantize_(m, config))
 

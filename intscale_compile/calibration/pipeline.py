@@ -113,15 +113,62 @@ def _calibrate_blocks(
     with torch.no_grad(), _bar(sum(map(len, order)), progress) as bar, eager_experts(model):
         sizes = _rotated(model, chosen)
         for stack in order:
-            inputs = capture(model, stack, batches)
-            streams = _Streams(inputs, list(inputs.hidden), list(inputs.hidden))
-            for place, (name, block) in enumerate(stack):
-                bar.set_postfix_str(name)
-                _Block(name, block, place, streams, chosen, report, store, sizes, left).process()
-                bar.set_postfix_str(f"{name}: {report.losses[name]:.2e}")
-                bar.update(1)
+            _calibrate_stack(model, stack, batches, chosen, report, store, sizes, left, bar)
         if chosen.scales == "integer":
             make_integer(model)
+
+
+def _calibrate_stack(
+    model: nn.Module,
+    stack: list[tuple[str, nn.Module]],
+    batches: list,
+    chosen: CalibrationConfig,
+    report: CalibrationReport,
+    store: Optional[Checkpoint],
+    sizes: dict[str, int],
+    left: set[tuple[int, str]],
+    bar: Any,
+) -> None:
+    """The blocks of one stack: what each reads is what the one before it makes of the data."""
+    inputs = capture(model, stack, batches)
+    streams = _Streams(inputs, list(inputs.hidden), list(inputs.hidden))
+    for place, (name, block) in enumerate(stack):
+        bar.set_postfix_str(name)
+        _Block(name, block, place, streams, chosen, report, store, sizes, left).process()
+        bar.set_postfix_str(f"{name}: {report.losses[name]:.2e}")
+        bar.update(1)
+
+
+def quantize_blocks(
+    model: nn.Module,
+    batches: list,
+    chosen: CalibrationConfig,
+    report: CalibrationReport,
+    weights: set[tuple[int, str]],
+    rotations: dict[str, int],
+    progress: bool,
+) -> None:
+    """Quantize some weights of a model, whose others may be quantized already, as ``calibrate`` does; in place.
+
+    Args:
+        model: as for ``calibrate``, but for quantized weights.
+        batches: of ``batches_of``.
+        chosen: without smoothing, rotation and tuning, which would change the other weights.
+        report: the losses and names of what is quantized are added.
+        weights: which ones, by the id of their module and the name of the parameter.
+        rotations: sizes of the online transform of those that have one, by layer.
+        progress: show a bar.
+
+    Raises:
+        CalibrationError, WeightError: as for ``calibrate``. The model is then half done.
+    """
+    order = stacks(model)
+    inside = [module for stack in order for _, block in stack for module in block.modules()]
+    others = {(id(module), leaf) for module in inside for leaf, _ in module.named_parameters(recurse=False)}
+    with torch.no_grad(), _bar(sum(map(len, order)), progress) as bar, eager_experts(model):
+        for stack in order:
+            _calibrate_stack(model, stack, batches, chosen, report, None, rotations, others - weights, bar)
+        make_integer(model)
 
 
 def _left_alone(model: nn.Module, layers: list[nn.Module]) -> set[tuple[int, str]]:

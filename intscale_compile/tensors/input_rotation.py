@@ -31,6 +31,12 @@ def start_rotating(module: nn.Module, size: int) -> None:
 def hand_over_rotation(module: nn.Module) -> None:
     """Take hook and mark off a layer whose quantized weight now rotates the input; other layers stay as they are."""
     if getattr(module, ROTATION, 0) and getattr(module.weight, "rotation", 0):
+        stop_rotating(module)
+
+
+def stop_rotating(module: nn.Module) -> None:
+    """Take hook and mark off a layer that has them."""
+    if getattr(module, ROTATION, 0):
         delattr(module, ROTATION)
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is rotate_input]:
             del module._forward_pre_hooks[key]

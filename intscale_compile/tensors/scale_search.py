@@ -16,6 +16,7 @@ from .. import format as fmt
 from ..config import IntScaleConfig
 from ..errors import OverflowProofError
 from ..kernels.cpu_scale_search import search_integer_scales_cpu
+from .exact_grid import SMALLEST_STEP, find_grid
 
 # Candidate row scales, as fractions of the largest plain step of the row (absmax / 7.5) that the largest integer stands
 # for. Trained weights: these 24 are within 0.01 dB of 200 candidates from 0.6 to 1.6.
@@ -27,7 +28,6 @@ CHUNK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}  # CPU: the working set stays
 COMPILED_CHUNK = 1 << 22  # of the compiled search on a CPU, which keeps one group in the cache
 PLAIN_STEP = 7.5  # absmax / 7.5 uses the 16 codes of [-8, 7] evenly
 INT8_STEP = 127.0
-SMALLEST_STEP = 2.0**-126
 
 
 class QuantizedWeight(NamedTuple):
@@ -50,7 +50,7 @@ def quantize_weight(weight: Tensor, config: IntScaleConfig) -> QuantizedWeight:
     rows = weight.detach().reshape(-1, in_features)
     step = max(1, chunk_elements(weight, config) // max(1, in_features))
     amplifier = _amplifier(rows, config, step) if config.amplifier != "row" else None
-    parts = [_quantize_rows(chunk, config, amplifier) for chunk in rows.split(step)]
+    parts = [_found_or_searched(chunk, config, amplifier) for chunk in rows.split(step)]
     codes, group_scale, row_scale = (torch.cat(column) for column in zip(*parts))
     lead = weight.shape[:-1]
     if amplifier is not None:
@@ -67,6 +67,28 @@ def chunk_elements(weight: Tensor, config: IntScaleConfig) -> int:
     if weight.is_cpu and exhaustive and config.scale_bits <= MAX_EXHAUSTIVE_BITS:
         return COMPILED_CHUNK
     return CHUNK_ELEMENTS.get(weight.device.type, 1 << 20)
+
+
+def _found_or_searched(chunk: Tensor, config: IntScaleConfig, amplifier: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`_quantize_rows` returns; rows that were quantized in this format before get what reproduces them."""
+    size, bits = config.effective_group_size, config.weight_bits
+    scale_max = 1 if size == -1 else (1 << config.scale_bits) - 1
+    if amplifier is not None:
+        found = find_grid(chunk, size, bits, torch.iinfo(torch.int16).max, 1.0 / amplifier)
+    else:
+        found = find_grid(chunk, size, bits, scale_max)
+    if found is None:
+        return _quantize_rows(chunk, config, amplifier)
+    codes = found.codes.new_zeros((len(chunk), found.codes.shape[-1]))
+    group_scale = found.group_scale.new_ones((len(chunk), found.group_scale.shape[-1]))
+    group_scale = group_scale.to(torch.uint8 if amplifier is None else torch.int16)
+    row_scale = chunk.new_ones((len(chunk), 1), dtype=torch.float32)
+    codes[found.rows], row_scale[found.rows] = found.codes, found.row_scale
+    group_scale[found.rows] = found.group_scale.to(group_scale.dtype)
+    if not bool(found.rows.all()):
+        rest = ~found.rows
+        codes[rest], group_scale[rest], row_scale[rest] = _quantize_rows(chunk[rest], config, amplifier)
+    return codes, group_scale, row_scale
 
 
 def _quantize_rows(chunk: Tensor, config: IntScaleConfig, amplifier: int | None) -> tuple[Tensor, Tensor, Tensor]:

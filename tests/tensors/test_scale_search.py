@@ -165,6 +165,7 @@ def test_long_rows_get_a_smaller_range_until_they_are_proved(search):
     """
     signs = torch.randint(0, 2, (2, 32768)).float() * 2 - 1
     signs[1, 256:] = 0
+    signs *= 1 - 1e-3 * torch.rand_like(signs)  # rows of equal numbers are exact with small scales
     quantized = quantize_weight(signs, IntScaleConfig(scale_bits=8, scale_search=search))
     bound = fmt.accumulator_bound(quantized.codes, quantized.group_scale)
     assert (bound <= fmt.INT32_MAX).all()
@@ -185,7 +186,7 @@ def test_fixed_codes_that_fail_name_the_mend():
 
 
 def test_eight_bit_row_too_long_is_refused():
-    weight = torch.ones(1, 2**31 // (127 * 127) + 64)
+    weight = 1 - 1e-3 * torch.rand(1, 2**31 // (127 * 127) + 64)
     with pytest.raises(OverflowProofError, match="split the layer"):
         quantize_weight(weight, IntScaleConfig(weight_bits=8, scale_search="absmax"))
 
