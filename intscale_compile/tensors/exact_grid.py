@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import format as fmt
 
 SIGNIFICANT_BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
-LOOKED_AT = 128  # columns of a row that tell whether it is worth while
+LOOKED_AT = 32  # columns of a row that tell whether it is worth while
 SMALLEST_STEP = 2.0**-126
 LARGEST_DISTANCE = 0.2  # from an integer, of what counts as one
 
