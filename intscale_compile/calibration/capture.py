@@ -10,10 +10,11 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import CalibrationError
 from .layers import Inputs, LinearWeight, observe_inputs, run_block, without_cache
+from .replay import Replay, replayed
 
 BATCH_TOKENS = 2048  # tokens that go through a block at once
 FEW_TOKENS = 1.0  # an expert's own Hessian counts fully from this many tokens for each input channel on
@@ -95,55 +96,136 @@ def capture(model: nn.Module, stack: list[tuple[str, nn.Module]], batches: Seque
     """Run the model on every batch and keep what the blocks of a stack are called with.
 
     Tensors that repeat (masks, position embeddings) are kept once. Only the hidden states of the first block are kept.
+    The first batch goes through the whole model. The others stop behind the last block of the stack, and where what blocks
+    are called with does not depend on hidden states (tried out on the first batch), the blocks are not computed for them.
 
     Raises:
         CalibrationError: hidden states are not finite, a block is not called exactly once, or the output of a block is
             not the input of the next.
     """
-    kept = StackInputs()
-    pool: dict = {}
-    first = stack[0][1]
-    device = next(first.parameters()).device
+    recorder = _Recorder(stack)
+    device = next(stack[0][1].parameters()).device
+    moved = ({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches)
+    with torch.no_grad(), without_cache(model), recorder.hooks():
+        first = next(moved)
+        recorder.run(model, first)
+        if len(batches) > 1:
+            recorder.whole = False
+            recorder.passing = recorder.keeps_shape and recorder.same_without_blocks(model, first)
+        for batch in moved:
+            recorder.run(model, batch)
+    return recorder.kept
 
-    def hook_of(place: int):
+
+class _Recorder:
+    """Records what the blocks of a stack are called with.
+
+    Attributes:
+        kept: what was recorded.
+        whole: run the model to its end, so that a block that runs twice is seen.
+        passing: blocks return the hidden states that they read.
+        keeps_shape: every block that ran returned one tensor like its input.
+    """
+
+    def __init__(self, stack: list[tuple[str, nn.Module]]):
+        self.stack = stack
+        self.kept = StackInputs()
+        self.whole, self.passing, self.keeps_shape = True, False, True
+        self._pool: dict = {}
+        self._left: Tensor
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Hooks on the blocks for a while."""
+        handles = [
+            block.register_forward_pre_hook(self._entered(place), with_kwargs=True)
+            for place, (_, block) in enumerate(self.stack)
+        ]
+        handles += [
+            block.register_forward_hook(self._behind(place), with_kwargs=True)
+            for place, (_, block) in enumerate(self.stack)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Record one batch."""
+        self.kept.calls.append([])
+        with _passing([block for _, block in self.stack] if self.passing else []), contextlib.suppress(_Enough):
+            model(**batch)
+        if len(self.kept.calls[-1]) != len(self.stack):
+            raise CalibrationError(f"only {len(self.kept.calls[-1])} of {len(self.stack)} blocks ran on the data.")
+
+    def same_without_blocks(self, model: nn.Module, batch: Mapping[str, Any]) -> bool:
+        """Whether blocks that return what they read are called with the same: ``batch`` was recorded just before."""
+        self.passing = True
+        try:
+            self.run(model, batch)
+        finally:
+            self.passing = False
+        found, wanted = self.kept.calls.pop(), self.kept.calls[-1]
+        self.kept.hidden.pop()
+        a, b = tree_flatten(found), tree_flatten(wanted)
+        return a[1] == b[1] and all(x is y or _same_value(x, y) for x, y in zip(a[0], b[0]))
+
+    def _entered(self, place: int) -> Callable:
         def remember(module, args, kwargs):
+            kept = self.kept
             kept.by_keyword = "hidden_states" in kwargs
             hidden = kwargs["hidden_states"] if kept.by_keyword else args[0]
             rest = (args if kept.by_keyword else args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
-            calls = kept.calls[-1]
+            calls, name = kept.calls[-1], self.stack[place][0]
             if len(calls) != place:
-                raise CalibrationError(
-                    f"{stack[place][0]} does not run after the block before it, once for each input."
-                )
+                raise CalibrationError(f"{name} does not run after the block before it, once for each input.")
             if place:
-                _check_chain(entered[-1], hidden, stack[place][0])
+                _check_chain(self._left, hidden, name)
             else:
                 if not bool(torch.isfinite(hidden).all()):
                     raise CalibrationError(
                         "hidden states before the first block are not finite: look for NaN in the data."
                     )
                 kept.hidden.append(hidden.detach().cpu())
-            calls.append(tree_map(lambda v: _interned(v, pool), rest))
+            calls.append(tree_map(lambda v: _interned(v, self._pool), rest))
 
         return remember
 
-    def left(module, args, result):
-        entered[:] = [result if isinstance(result, Tensor) else result[0]]
+    def _behind(self, place: int) -> Callable:
+        def left(module, args, kwargs, result):
+            hidden = kwargs["hidden_states"] if self.kept.by_keyword else args[0]
+            self._left = result if isinstance(result, Tensor) else result[0]
+            like = isinstance(result, Tensor) and result.shape == hidden.shape and result.dtype == hidden.dtype
+            self.keeps_shape &= like
+            if place == len(self.stack) - 1 and not self.whole:
+                raise _Enough
 
-    entered: list[Tensor] = []
-    handles = [b.register_forward_pre_hook(hook_of(i), with_kwargs=True) for i, (_, b) in enumerate(stack)]
-    handles += [b.register_forward_hook(left) for _, b in stack]
+        return left
+
+
+@contextlib.contextmanager
+def _passing(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """``blocks`` return the hidden states that they read, for a while."""
+
+    def forward(*args, **kwargs):
+        return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+    kept = [block.__dict__.get("forward") for block in blocks]
     try:
-        with torch.no_grad(), without_cache(model):
-            for batch in batches:
-                kept.calls.append([])
-                model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-                if len(kept.calls[-1]) != len(stack):
-                    raise CalibrationError(f"only {len(kept.calls[-1])} of {len(stack)} blocks ran on the data.")
+        for block in blocks:
+            block.forward = forward
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-    return kept
+        for block, own in zip(blocks, kept):
+            del block.forward
+            if own is not None:
+                block.forward = own
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    """Whether two arguments that are no tensors (those are interned) are equal."""
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and type(a) is type(b) and bool(a == b)
 
 
 def _check_chain(left: Tensor, entered: Tensor, name: str) -> None:
@@ -167,7 +249,7 @@ def _interned(value: Any, pool: dict) -> Any:
 
 
 class _Enough(Exception):
-    """The observed weight has its input; the rest of the block need not run."""
+    """What was looked for has been seen; the rest of the block or of the model need not run."""
 
 
 @dataclass
@@ -192,6 +274,7 @@ def statistics(
     weight: LinearWeight,
     runs: Sequence[Callable[[], Inputs]],
     original: Optional[tuple[nn.Module, LinearWeight, Sequence[Callable[[], Inputs]]]] = None,
+    replays: tuple[Optional[Replay], Optional[Replay]] = (None, None),
 ) -> Statistics:
     """Run a block on every input and sum up what one of its weights sees.
 
@@ -200,6 +283,7 @@ def statistics(
         weight: ``[N, K]`` or ``[E, N, K]``; with experts there is one Hessian for each, from its own tokens.
         runs: callables that give the inputs of the block, batch by batch.
         original: the block, weight (``[N, K]``) and inputs of the original model, for ``lost``.
+        replays: what parts of ``block``, and of the original one, returned in earlier runs.
 
     Raises:
         CalibrationError: the input is not finite, or the weight is never reached.
@@ -210,8 +294,13 @@ def statistics(
     tokens, largest = torch.zeros(max(1, experts), dtype=torch.int64), total.new_zeros(())
     with torch.no_grad():
         for batch, inputs in enumerate(runs):
-            before = torch.empty(0) if original is None else next(_seen(*original[:2], original[2][batch]))[1]
-            for expert, rows in _seen(block, weight, inputs):
+            before = torch.empty(0)
+            if original is not None:
+                with replayed(replays[1], batch):
+                    before = next(_seen(*original[:2], original[2][batch]))[1]
+            with replayed(replays[0], batch):
+                seen = list(_seen(block, weight, inputs))
+            for expert, rows in seen:
                 largest = torch.maximum(largest, rows.abs().amax().float())
                 tokens[expert] += len(rows)
                 total[expert] += second_moments(rows)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..kernels.cpu_gptq_block import round_block_cpu
 
 BLOCK = 128  # columns that are rounded one by one before their errors reach the rest in one product
 MAX_DAMPING = 1.0
@@ -164,6 +165,15 @@ def round_block(
         from ..kernels.gptq_block import round_block_gpu
 
         return round_block_gpu(target, reference, steps, rows, code_range)
+    if target.is_cpu and (found := round_block_cpu(target, reference, steps, rows, code_range)) is not None:
+        return found
+    return _round_by_operators(target, reference, steps, rows, code_range)
+
+
+def _round_by_operators(
+    target: Tensor, reference: Tensor, steps: Tensor, rows: Tensor, code_range: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """``round_block`` as operators of PyTorch."""
     rest = target.mT.clone(memory_format=torch.contiguous_format)  # one column is one contiguous piece
     reference, steps = reference.mT.contiguous(), steps.mT.contiguous()
     codes, errors = torch.empty_like(rest), torch.empty_like(rest)

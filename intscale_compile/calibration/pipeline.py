@@ -23,6 +23,7 @@ from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_
 from .clipping import on_integer_grid
 from .config import CalibrationConfig, as_calibration_config
 from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stages, weights_of
+from .replay import Replay, replayed
 from .restoring import restored_on_failure
 from .resume import Checkpoint
 from .rotation import NotRotatableError, rotate
@@ -238,6 +239,8 @@ class _Block:
     rotations: dict[str, int]
     left_alone: set[tuple[int, str]]
     original: Optional[nn.Module] = None
+    replay: Optional[Replay] = None
+    original_replay: Optional[Replay] = None
     policies: dict[str, ActivationPolicy] = field(default_factory=dict)
 
     def process(self) -> None:
@@ -251,11 +254,12 @@ class _Block:
         else:
             names = self._quantize()
             if self.options.tuning_steps:
+                self.replay = None  # what it knows changes
                 self._tune(target)
             if self.store is not None:
                 self.store.save(self.name, self.block)
         self.report.weights += [f"{self.name}.{n}" for n in names]
-        output = self._outputs(self.streams.quantized)
+        output = self._outputs(self.streams.quantized, self.replay)
         self.report.losses[self.name] = _relative_error(output, target, self.name)
         self.streams.original, self.streams.quantized = target, output
 
@@ -269,14 +273,21 @@ class _Block:
         elif self.options.smoothing == "awq":
             smooth_awq(self.block, batches, self.options.base_config)
 
-    def _outputs(self, hidden: list[Tensor]) -> list[Tensor]:
-        return [run_block(self.block, inputs()).cpu() for inputs in self._runs(hidden)]
+    def _outputs(self, hidden: list[Tensor], replay: Optional[Replay] = None) -> list[Tensor]:
+        outputs = []
+        for batch, inputs in enumerate(self._runs(hidden)):
+            with replayed(replay, batch):
+                outputs.append(run_block(self.block, inputs()).cpu())
+        return outputs
 
     def _quantize(self) -> list[str]:
         self._smooth()
         names = []
         first = self._runs(self.streams.quantized)[0]()
-        self.original = copy.deepcopy(self.block) if self.options.match_original else None
+        self.replay = Replay(self.block)
+        if self.options.match_original:
+            self.original = copy.deepcopy(self.block)
+            self.original_replay = Replay(self.original)
         for stage in stages(self.block, first):
             known: dict[int, Statistics] = {}  # weights with the same number of dimensions share what they read
             for weight in stage:
@@ -293,7 +304,7 @@ class _Block:
         runs, original = self._runs(self.streams.quantized), None
         if self.original is not None and weight.weight.dim() == 2:
             original = self.original, weights_of(self.original)[weight.name], self._runs(self.streams.original)
-        return statistics(self.block, weight, runs, original)
+        return statistics(self.block, weight, runs, original, (self.replay, self.original_replay))
 
     def _quantize_weight(self, weight: LinearWeight, seen: Optional[Statistics]) -> None:
         name = f"{self.name}.{weight.qualified}"

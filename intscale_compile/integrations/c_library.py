@@ -6,13 +6,18 @@ beside Inductor's.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import logging
 import os
 import platform
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Optional
+
+from ..reasons import log_once
 
 _COMPILER_SECONDS = 300
 
@@ -47,6 +52,39 @@ def built_library(source: Path, compiler: str, flags: Sequence[str], libraries: 
         finally:
             Path(scratch).unlink(missing_ok=True)
     return path
+
+
+def compiled_function(
+    source: Path, name: str, flags: Sequence[str], types: Sequence[Any], consequence: str, optional: Sequence[str] = ()
+) -> Optional[Any]:
+    """A function of a compiled C++ source that returns nothing, or None, where it cannot be compiled; that is logged once.
+
+    Args:
+        source: one file.
+        name: of the function.
+        flags: of the compiler.
+        types: of the arguments, of ctypes.
+        consequence: what happens without it, for the log.
+        optional: flags that are left out where the compiler does not know them.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    try:
+        try:
+            path = built_library(source, compiler, ("-std=c++17", *flags, *optional))
+        except subprocess.SubprocessError:
+            if not optional:
+                raise
+            path = built_library(source, compiler, ("-std=c++17", *flags))
+        function = getattr(ctypes.CDLL(str(path)), name)
+    except (OSError, subprocess.SubprocessError) as error:
+        log_once(
+            logging.INFO,
+            f"{consequence}, several times slower with the same result: no C++ compiler worked (set CXX to one): "
+            f"{failure_of(error)}",
+        )
+        return None
+    function.argtypes, function.restype = list(types), None
+    return function
 
 
 def failure_of(error: Exception) -> str:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import os
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,37 +17,23 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..integrations.c_library import built_library, failure_of
-from ..reasons import log_once
+from ..integrations.c_library import compiled_function
 
 SOURCE = Path(__file__).with_name("scale_search.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
-SUMS = ("-fassociative-math", "-fno-signed-zeros", "-ffinite-math-only", "-mprefer-vector-width=512")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
+FLAGS += ("-ffinite-math-only",)
+WIDE = ("-mprefer-vector-width=512",)  # of x86
 MAX_GROUPS = 4096
-FEW_ELEMENTS = 1 << 14  # below, one thread; and a call is not worth a compilation
+FEW_ELEMENTS = 1 << 14  # below, one thread
 
 
 @functools.cache
 def library() -> Optional[Any]:
     """The compiled function, or None, with the reason logged once, where it cannot be compiled."""
-    compiler = os.environ.get("CXX", "g++")
-    try:
-        try:
-            path = built_library(SOURCE, compiler, (*FLAGS, *SUMS))
-        except subprocess.SubprocessError:  # no x86, or a compiler that does not know the last flag
-            path = built_library(SOURCE, compiler, (*FLAGS, *SUMS[:-1]))
-        function = ctypes.CDLL(str(path)).intscale_scale_search
-    except (OSError, subprocess.SubprocessError) as error:
-        log_once(
-            logging.INFO,
-            "group scales are searched by PyTorch operators, several times slower with the same result: no C++ compiler "
-            f"worked (set CXX to one): {failure_of(error)}",
-        )
-        return None
-    function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_int] * 3 + [ctypes.c_void_p, ctypes.c_int]
-    function.argtypes += [ctypes.c_void_p] * 3
-    function.restype = None
-    return function
+    number, pointer = ctypes.c_int, ctypes.c_void_p
+    types = [pointer, pointer, ctypes.c_int64, number, number, number, pointer, number, pointer, pointer, pointer]
+    consequence = "group scales are searched by PyTorch operators"
+    return compiled_function(SOURCE, "intscale_scale_search", FLAGS, types, consequence, WIDE)
 
 
 def search_integer_scales_cpu(

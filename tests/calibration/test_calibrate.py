@@ -200,8 +200,8 @@ def test_later_weights_see_what_quantized_ones_make(model, data, monkeypatch):
     """The statistics of ``down_proj`` of the second block are those of a model whose weights before it are quantized."""
     seen = {}
 
-    def spy(block, weight, runs, original=None):
-        result = statistics(block, weight, runs, original)
+    def spy(block, weight, *rest):
+        result = statistics(block, weight, *rest)
         seen.setdefault(weight.name, []).append(result.hessian)
         return result
 
