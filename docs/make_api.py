@@ -17,6 +17,7 @@ MODULES = (  # each lists its public names in __all__
     "intscale_compile.errors",
     "intscale_compile.explanation",
     "intscale_compile.importing",
+    "intscale_compile.learning",
     "intscale_compile.lora",
     "intscale_compile.passes",
     "intscale_compile.reasons",

@@ -34,6 +34,7 @@ from .importing.export import save_compressed_tensors
 from .importing.model import from_quantized
 from .importing.torchao_tensors import convert_from_torchao
 from .integrations.transformers import register_experts_implementation
+from .learning import learn_codes
 from .parallel import dtensor_ops  # noqa: F401  (registration)
 from .passes.kept import refresh
 from .quantization import quantize
@@ -57,6 +58,7 @@ __all__ = [
     "explain",
     "export_program",
     "from_quantized",
+    "learn_codes",
     "linears_and_experts",
     "load_safetensors",
     "prepare_for_generation",

@@ -72,3 +72,11 @@ def _bar(total: int, done: int) -> Optional[Any]:
 
 def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**8 else f"{nbytes / 1e6:.1f} MB"
+
+
+def block_bar(title: str, blocks: int, shown: bool) -> Any:
+    """A bar over the blocks of a model, for a ``with`` statement."""
+    # Comes with transformers.
+    from tqdm.auto import tqdm
+
+    return tqdm(total=blocks, desc=title, unit="block", disable=None if shown else True, leave=False)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..progress import block_bar
 from ..reasons import log_once
 from ..tensors.expert_layers import expert_stacks
 from ..tensors.intscale_tensor import IntScaleTensor
@@ -111,7 +112,7 @@ def _calibrate_blocks(
     """Every block of every stack, one after the other; in place."""
     order = stacks(model)
     left = _left_alone(model, [block for stack in order for _, block in stack])
-    with torch.no_grad(), _bar(sum(map(len, order)), progress) as bar, eager_experts(model):
+    with torch.no_grad(), block_bar("calibrate", sum(map(len, order)), progress) as bar, eager_experts(model):
         sizes = _rotated(model, chosen)
         for stack in order:
             _calibrate_stack(model, stack, batches, chosen, report, store, sizes, left, bar)
@@ -166,7 +167,7 @@ def quantize_blocks(
     order = stacks(model)
     inside = [module for stack in order for _, block in stack for module in block.modules()]
     others = {(id(module), leaf) for module in inside for leaf, _ in module.named_parameters(recurse=False)}
-    with torch.no_grad(), _bar(sum(map(len, order)), progress) as bar, eager_experts(model):
+    with torch.no_grad(), block_bar("calibrate", sum(map(len, order)), progress) as bar, eager_experts(model):
         for stack in order:
             _calibrate_stack(model, stack, batches, chosen, report, None, rotations, others - weights, bar)
         make_integer(model)
@@ -387,10 +388,3 @@ def _finish(model: nn.Module, chosen: CalibrationConfig) -> None:
     if config is not None:
         setattr(config, CONFIG_ATTRIBUTE, chosen.to_dict())
     mark_decided(model)
-
-
-def _bar(total: int, shown: bool):
-    # Comes with transformers.
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc="calibrate", unit="block", disable=None if shown else True, leave=False)

@@ -15,7 +15,6 @@ from ..config import IntScaleConfig
 from ..errors import CalibrationError, CheckpointError
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.stored_files import first_line, read_json, regular_file, whole_file
-from .config import CalibrationConfig
 from .solve import Codes, FloatScaleWeight, frozen, set_integer
 
 STATE = "calibration.json"
@@ -53,8 +52,14 @@ class Checkpoint:
         self.folder = folder
 
     @classmethod
-    def open(cls, folder: Union[str, Path], config: CalibrationConfig, data: str, model: nn.Module) -> Checkpoint:
+    def open(cls, folder: Union[str, Path], config: Any, data: str, model: Any) -> Checkpoint:
         """Open or create ``folder``.
+
+        Args:
+            folder: where to.
+            config: what the blocks are made with; its ``to_dict`` says it in plain values.
+            data: a fingerprint of the data.
+            model: a model, or something else with ``named_parameters``.
 
         Raises:
             CalibrationError: it holds blocks that were made with another configuration, other data or another model.
@@ -114,7 +119,7 @@ class Checkpoint:
             torch.save({"parameters": parameters, "weights": weights}, part)
 
 
-def _fingerprint(model: nn.Module) -> str:
+def _fingerprint(model: Any) -> str:
     """Of the structure and of a sample of every parameter."""
     total = hashlib.sha256()
     for name, value in model.named_parameters():

@@ -121,15 +121,16 @@ def _descend(
         args, kwargs = runs[batch]()
         result = functional_call(block, parts.parameters(target[batch].dtype), args, kwargs)
         optimizer.zero_grad()
-        _error(result if isinstance(result, Tensor) else result[0], target[batch]).backward()
+        token_error(result if isinstance(result, Tensor) else result[0], target[batch]).backward()
         optimizer.step()
         schedule.step()
 
 
-def _error(output: Tensor, target: Tensor) -> Tensor:
+def token_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of the squared error ``[..., D]`` relative to the size of the token's target."""
     target = target.to(output.device).float()
     return ((output.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-12)).mean()
 
 
 def _mean_error(block: nn.Module, runs: list[Callable], target: list[Tensor]) -> float:
-    return sum(float(_error(run_block(block, inputs()), t)) for inputs, t in zip(runs, target)) / len(runs)
+    return sum(float(token_error(run_block(block, inputs()), t)) for inputs, t in zip(runs, target)) / len(runs)

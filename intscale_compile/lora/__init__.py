@@ -3,8 +3,9 @@
 peft's own functions work as on any model: ``get_peft_model``, training, ``save_pretrained``, ``merge_and_unload``.
 """
 
+from .initializing import InitializationReport, initialize
 from .merging import merge, register
 
-__all__ = ["merge"]
+__all__ = ["InitializationReport", "initialize", "merge"]
 
 register()
