@@ -9,6 +9,7 @@ __all__ = [
     "CompileError",
     "ConfigError",
     "InputError",
+    "IntegerOnlyError",
     "IntScaleError",
     "OverflowProofError",
     "ShardingError",
@@ -64,3 +65,15 @@ class VersionError(IntScaleError, ImportError):
 
 class CompileError(IntScaleError, RuntimeError):
     """The backend was asked for something that it cannot do with this graph."""
+
+
+class IntegerOnlyError(CompileError):
+    """A graph that was to be integers only has nodes in floating point.
+
+    Attributes:
+        nodes: their names in the graph.
+    """
+
+    def __init__(self, message: str, nodes: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.nodes = nodes

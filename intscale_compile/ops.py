@@ -16,6 +16,8 @@ from .kernels import (
     w4a8_linear,
     w4a8_residual,
 )
+from .kernels.integer import attention, cache_form, linear, pointwise, rows  # noqa: F401  (registration)
+from .kernels.integer.define import DECOMPOSITIONS
 from .kernels.abi import KERNEL_ABI
 
 __all__ = [
@@ -50,6 +52,12 @@ def register_inductor() -> None:
     register_decomposition([quantize_per_token.OP])(quantize_per_token.quantize_per_token_aten)
     register_decomposition([quantize_static.STATIC_OP])(quantize_static.quantize_static_aten)
     register_decomposition([dequantize.TOKEN_OP])(dequantize.dequantize_per_token_aten)
+    # Imports Inductor.
+    from .kernels.integer.inductor import register_scalar_lowerings
+
+    register_scalar_lowerings()
+    for op, aten_form in DECOMPOSITIONS.items():
+        register_decomposition([op])(aten_form)
     register_lowerings()
     # Inductor copies its table at first use, which an import may be (torch.distributed.tensor.debug).
     decompositions_anew()

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import CompileError
 from ..integrations.torch import copy_source
 from ..kernels.fingerprint import Sample
-from ..passes import PASSES, GraphRewrite, apply_passes
+from ..passes import INTEGER_ONLY, PASSES, GraphRewrite, apply_passes
 from ..passes.base import Observer
 from ..passes.gpu_samples import GpuSamples
 from ..passes.kept import forgotten, gpu_samples, parts_of, samples_of, state_of_weight
@@ -49,7 +49,7 @@ def rewrite_graph(
     """Run all passes over ``gm`` and say once what was left alone; ``observer`` as for ``apply_passes``."""
     rewrite = GraphRewrite(copied(gm), example_inputs, settings, cuda_graphs)
     place_arguments(rewrite.graph)
-    apply_passes(rewrite, PASSES, observer)
+    apply_passes(rewrite, INTEGER_ONLY if settings.integer_only else PASSES, observer)
     refused = [c for c in rewrite.candidates if c.reason is not None]
     quantized = len(rewrite.candidates) - len(refused)
     log.info("graph with %d linear products: %d quantized (%s)", len(rewrite.candidates), quantized, rewrite.counts)

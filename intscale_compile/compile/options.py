@@ -88,6 +88,9 @@ def _settings(own: dict[str, Any]) -> Settings:
     whole_prompt = own.get("whole_prompt", False)
     if not isinstance(whole_prompt, bool):
         raise ConfigError(f"option 'intscale.whole_prompt' takes True or False, not {whole_prompt!r}.")
+    integer_only = own.get("integer_only", False)
+    if not isinstance(integer_only, bool):
+        raise ConfigError(f"option 'intscale.integer_only' takes True or False, not {integer_only!r}.")
     return Settings(
         config,
         quantize_plain,
@@ -97,7 +100,15 @@ def _settings(own: dict[str, Any]) -> Settings:
         _wire_format(own.get("communication")),
         _bytes("communication_min_bytes", own.get("communication_min_bytes")),
         whole_prompt,
+        integer_only,
+        _positions(own.get("positions", Settings.positions)),
     )
+
+
+def _positions(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"option 'intscale.positions' takes a number of positions, 1 or more, not {value!r}.")
+    return value
 
 
 def _wire_format(name: Any) -> Optional[str]:

@@ -23,6 +23,7 @@ from .experts import EXPERTS
 from .fuse import FUSE
 from .gated_activation import GATED_ACTIVATION
 from .insert_qdq import INSERT_QDQ
+from .integer import INTEGER_PASSES
 from .local_shards import LOCAL_SHARDS
 from .match import MATCH
 from .merge_siblings import MERGE_SIBLINGS
@@ -39,8 +40,12 @@ PASSES: tuple[Pass, ...] = (
     RESIDUAL_ADD, CAUSAL_ATTENTION, DECODE_ATTENTION, CACHE_COUNTERS,
 )  # fmt: skip
 
+INTEGER_ONLY: tuple[Pass, ...] = (
+    LOCAL_SHARDS, MATCH, INSERT_QDQ, SHARE_QUANTIZE, MERGE_SIBLINGS, FUSE, CAUSAL_ATTENTION, *INTEGER_PASSES,
+)  # fmt: skip
+
 POST_GRAD_PASSES = (
     "quantize_collectives",
 )  # run in Inductor, on the graph of ATen operators; a file imported when needed
 
-__all__ = ["Candidate", "GraphRewrite", "Pass", "Settings", "apply_passes"]
+__all__ = ["INTEGER_ONLY", "PASSES", "Candidate", "GraphRewrite", "Pass", "Settings", "apply_passes"]

@@ -30,6 +30,9 @@ class Settings:
         whole_prompt: the caller promises that the graph is a whole prompt without padding, with nothing in the cache before
             it: masks of type bool hide just the future, and keys behind the prompt need not be read. Set by
             ``prepare_for_generation``, which looks.
+        integer_only: everything between token ids and logits is integer arithmetic; a graph for which that is not possible
+            is refused (:mod:`.integer`).
+        positions: rows of the table of rotary position embeddings of an integer-only model.
     """
 
     config: IntScaleConfig = field(default_factory=IntScaleConfig)
@@ -40,3 +43,5 @@ class Settings:
     communication: Optional[str] = None
     communication_min_bytes: Optional[int] = None
     whole_prompt: bool = False
+    integer_only: bool = False
+    positions: int = 8192

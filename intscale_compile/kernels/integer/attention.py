@@ -13,8 +13,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .arithmetic import exp2neg, exponent, mantissa, rsh, rsh_by, saturate
+from .arithmetic import exp2neg, exponent, mantissa, rdiv, rsh, rsh_by, saturate
 from .define import integer_op
+from .scalar import SCORE
 
 VALUE = 12  # fraction bits of values
 HIDDEN = -(1 << 45)  # below every score
@@ -64,8 +65,8 @@ def ATTENTION_OP(
         x = x.transpose(2, 3).unsqueeze(2).expand(batch, shared, heads // shared, 1, keys)
         return x.reshape(batch, heads, 1, keys)
 
-    shifts = exponent(q_scale) + (c_k - 31) + per_key(exponent(k_scale))
-    s = rsh_by(acc * per_key(mantissa(k_scale)) * ((mantissa(q_scale) * c_m) >> 15), shifts)
+    query = (mantissa(q_scale) * c_m) >> 15
+    s = SCORE(acc, per_key(k_scale.to(torch.int64)), query, exponent(q_scale) + (c_k - 31))
     seen = mask
     if causal:
         order = torch.arange(keys, device=q.device) <= torch.arange(tokens, device=q.device).unsqueeze(-1)
@@ -76,7 +77,7 @@ def ATTENTION_OP(
     if seen is not None:
         e = torch.where(seen, e, 0)
     total = e.sum(-1, keepdim=True).clamp(min=1)
-    p = torch.div(2 * (e << 14) + total, 2 * total, rounding_mode="trunc").to(torch.int16)
+    p = rdiv(e << 14, total).to(torch.int16)
     values = saturate(rsh_by(v.to(torch.int64) * mantissa(v_scale), exponent(v_scale) - VALUE))
     y = PRODUCT_OP(p.view(*rows, keys), values)
     return saturate(rsh(y, 14 + VALUE - 16)).view(batch, heads, tokens, features)

@@ -12,8 +12,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .arithmetic import FRACTION, exponent, mantissa, rsh_by, saturate
+from .arithmetic import saturate
 from .define import integer_op
+from .scalar import SCALED
 
 ACCUMULATE = torch.ops.intscale.w4a8_accumulate
 
@@ -44,6 +45,5 @@ def LINEAR_OP(
         int32 Q16 ``[..., N]``.
     """
     acc = ACCUMULATE(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point).to(torch.int64)
-    shifts = exponent(token_scale) + exponent(row_scale) - FRACTION
-    y = rsh_by(acc * mantissa(token_scale) * mantissa(row_scale), shifts)
+    y = SCALED(acc, token_scale.to(torch.int64), row_scale.to(torch.int64))
     return saturate(y if bias is None else y + bias.to(torch.int64))

@@ -60,12 +60,11 @@ def normed(h: Tensor, gamma: Tensor, beta: Tensor | None, eps: int, center: bool
     x, n = h.to(torch.int64), h.shape[-1]
     if center:
         x = x << CENTERED
-        x = x - rdiv(x.sum(-1, keepdim=True), torch.full((), n, dtype=torch.int64, device=x.device))
+        x = x - rdiv(x.sum(-1, keepdim=True), x.new_full((1,), n))
     s = highest_bit(n) - ilog2(x.abs().amax(-1, keepdim=True).clamp(min=1))
     x = shift(x, s)
-    eps_scaled = torch.full_like(s, eps)
-    eps_scaled = torch.where(s >= 0, eps_scaled << (2 * s).clamp(0, 40), eps_scaled >> (-2 * s).clamp(0, 62))
-    squares = torch.div(2 * (x * x).sum(-1, keepdim=True) + n, 2 * n, rounding_mode="trunc") + eps_scaled
+    scaled_eps = torch.where(s >= 0, eps << (2 * s).clamp(0, 40), eps >> (-2 * s).clamp(0, 62))
+    squares = rdiv((x * x).sum(-1, keepdim=True), x.new_full((1,), n)) + scaled_eps
     y = rdiv(x << 15, isqrt(squares.clamp(min=1))) * mantissa(gamma)
     return y if beta is None else y + beta, 15 + exponent(gamma[:1])
 

@@ -1,0 +1,191 @@
+"""Functions of single integers, each one op: Inductor gets them as one expression, not as the dozens of operators in them.
+
+    int_rdiv(a, b)   sign(a) * floor((2|a| + b) / 2b), b > 0, |a| < 2**62        halves go away from zero
+    int_rsh(a, k)    (a + 2**(k-1)) >> k, k clamped to 1 ... 62                   halves go up
+    int_shift(a, k)  a << k, or int_rsh(a, -k) where k < 0
+    int_ilog2(a)     position of the highest bit, a >= 1
+    int_isqrt(a)     floor(sqrt(a)), 1 <= a < 2**62
+    int_exp2neg(z)   2**-z with 15 fraction bits, z >= 0 with 16
+    int_sigmoid(x)   1 / (1 + e**-x) with 14 fraction bits, x with 16
+    int_mantissa(d), int_exponent(d)   m and k of dyadic numbers k * 2**18 + m
+    int_token_scale(amax, f)           the dyadic number amax / 127 * 2**-f with 16 bits, amax >= 1
+    int_scaled(acc, token, row)        acc * m m, shifted to Q16
+    int_score(acc, key, query, k)      scores of attention as Q16
+
+Each is written once, for tensors and for what Inductor's kernels hold. All operands and results are int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FRACTION = 16  # fraction bits of int32 activations
+MANTISSA = 18  # bits of m in a dyadic number
+LONGEST_SHIFT = 62
+EXP_1, EXP_2 = 22020, 5636  # 2**-r ~ 1 - 0.6720 r + 0.1720 r**2 on [0, 1), relative error below 0.33 %
+LOG2_E = 23637  # with 14 fraction bits
+SCALARS: dict[Any, Callable] = {}  # op -> its function of (operations, *values)
+
+
+class OnTensors:
+    """The operations that values lack as operators, for tensors."""
+
+    where = staticmethod(torch.where)
+    abs = staticmethod(torch.abs)
+
+    @staticmethod
+    def clamp(a: Tensor, low: int, high: int) -> Tensor:
+        """``a`` between two numbers."""
+        return a.clamp(low, high)
+
+    @staticmethod
+    def div(a: Any, b: Any) -> Tensor:
+        """The quotient of two numbers that are not negative, without its fraction."""
+        return torch.div(a, b, rounding_mode="trunc")
+
+    @staticmethod
+    def one(like: Tensor) -> Tensor:
+        """1, as a value that can be shifted."""
+        return torch.ones_like(like)
+
+
+def scalar_op(schema: str) -> Callable[[Callable], Callable]:
+    """Decorator: an op from a function of ``(operations, *values)``; returns the op."""
+
+    def register(function: Callable) -> Callable:
+        name = schema.partition("(")[0]
+        torch.library.define(f"intscale::{name}", schema[len(name) :])
+        torch.library.impl(f"intscale::{name}", "CompositeExplicitAutograd", lambda *args: function(OnTensors, *args))
+        torch.library.register_fake(f"intscale::{name}", lambda *args: _broadcast(args))
+        op = getattr(torch.ops.intscale, name).default
+        SCALARS[op] = function
+        return op
+
+    return register
+
+
+def _broadcast(args: tuple) -> Tensor:
+    shape = torch.broadcast_shapes(*(a.shape for a in args))
+    return args[0].new_empty(shape, dtype=torch.int64)
+
+
+def _rsh(o: Any, a: Any, k: Any) -> Any:
+    k = o.clamp(k, 1, LONGEST_SHIFT)
+    return (a + (o.one(k) << (k - 1))) >> k
+
+
+def _half_up(a: Any, k: int) -> Any:
+    return (a + (1 << (k - 1))) >> k
+
+
+def _rdiv_positive(o: Any, a: Any, b: Any) -> Any:
+    return o.div(a * 2 + b, b * 2)
+
+
+def _ilog2(o: Any, a: Any) -> Any:
+    result = a * 0
+    for step in (32, 16, 8, 4, 2, 1):
+        high = a >= (1 << step)
+        result = o.where(high, result + step, result)
+        a = o.where(high, a >> step, a)
+    return result
+
+
+def _exponent(d: Any) -> Any:
+    return (d + (1 << (MANTISSA - 1))) >> MANTISSA
+
+
+def _mantissa(d: Any) -> Any:
+    return d - (_exponent(d) << MANTISSA)
+
+
+def _exp2neg(o: Any, z: Any) -> Any:
+    r = (z & ((1 << FRACTION) - 1)) >> (FRACTION - 15)
+    y = _half_up(_half_up(r * r, 15) * EXP_2, 15) - _half_up(r * EXP_1, 15) + (1 << 15)
+    return y >> o.clamp(z >> FRACTION, 0, 40)
+
+
+@scalar_op("int_rdiv(Tensor a, Tensor b) -> Tensor")
+def RDIV(o: Any, a: Any, b: Any) -> Any:
+    """Rounded quotient."""
+    magnitude = _rdiv_positive(o, o.abs(a), b)
+    return o.where(a >= 0, magnitude, magnitude * -1)
+
+
+@scalar_op("int_rsh(Tensor a, Tensor k) -> Tensor")
+def RSH(o: Any, a: Any, k: Any) -> Any:
+    """Rounded right shift."""
+    return _rsh(o, a, k)
+
+
+@scalar_op("int_shift(Tensor a, Tensor k) -> Tensor")
+def SHIFT(o: Any, a: Any, k: Any) -> Any:
+    """Shift to the left, or to the right where k is negative."""
+    return o.where(k >= 0, a << o.clamp(k, 0, LONGEST_SHIFT), _rsh(o, a, k * -1))
+
+
+@scalar_op("int_ilog2(Tensor a) -> Tensor")
+def ILOG2(o: Any, a: Any) -> Any:
+    """Position of the highest bit."""
+    return _ilog2(o, a)
+
+
+@scalar_op("int_isqrt(Tensor a) -> Tensor")
+def ISQRT(o: Any, a: Any) -> Any:
+    """Root by Newton's method from above, where five steps give 62 bits, and a correction."""
+    root = o.one(a) << ((_ilog2(o, a) >> 1) + 1)
+    for _ in range(6):
+        root = (root + o.div(a, root)) >> 1
+    root = o.where(root * root >= a + 1, root - 1, root)
+    return o.where(a >= (root + 1) * (root + 1), root + 1, root)
+
+
+@scalar_op("int_exp2neg(Tensor z) -> Tensor")
+def EXP2NEG(o: Any, z: Any) -> Any:
+    """Exponential to the base 2 of a negative number."""
+    return _exp2neg(o, z)
+
+
+@scalar_op("int_sigmoid(Tensor x) -> Tensor")
+def SIGMOID(o: Any, x: Any) -> Any:
+    """Logistic function."""
+    e = _exp2neg(o, _half_up(o.abs(x) * LOG2_E, 14))
+    one = o.one(e) << 15
+    return _rdiv_positive(o, o.where(x >= 0, one, e) << 14, e + one)
+
+
+@scalar_op("int_mantissa(Tensor d) -> Tensor")
+def MANTISSA_OP(o: Any, d: Any) -> Any:
+    """m of a dyadic number."""
+    return _mantissa(d)
+
+
+@scalar_op("int_exponent(Tensor d) -> Tensor")
+def EXPONENT_OP(o: Any, d: Any) -> Any:
+    """k of a dyadic number."""
+    return _exponent(d)
+
+
+@scalar_op("int_token_scale(Tensor amax, Tensor fraction) -> Tensor")
+def TOKEN_SCALE(o: Any, amax: Any, fraction: Any) -> Any:
+    """The scale of a token's codes."""
+    s = _ilog2(o, amax) * -1 + 22
+    scaled = o.where(s >= 0, amax << o.clamp(s, 0, LONGEST_SHIFT), amax >> o.clamp(s * -1, 0, LONGEST_SHIFT))
+    m = o.div(scaled * 2 + 127, o.one(scaled) * 254)
+    return ((s + fraction) << MANTISSA) + m
+
+
+@scalar_op("int_scaled(Tensor acc, Tensor token, Tensor row) -> Tensor")
+def SCALED(o: Any, acc: Any, token: Any, row: Any) -> Any:
+    """The accumulator of a linear layer as Q16."""
+    return _rsh(o, acc * _mantissa(token) * _mantissa(row), _exponent(token) + _exponent(row) - FRACTION)
+
+
+@scalar_op("int_score(Tensor acc, Tensor key, Tensor query, Tensor exponent) -> Tensor")
+def SCORE(o: Any, acc: Any, key: Any, query: Any, exponent: Any) -> Any:
+    """A product of codes as a score: ``query`` is a mantissa, ``exponent`` what it and the key's are shifted by."""
+    return _rsh(o, acc * _mantissa(key) * query, exponent + _exponent(key))
