@@ -1,0 +1,70 @@
+"""Integer-only models: the same logits, to the bit, on every device, in every batch, in prefill and in decoding.
+
+    quantize_(model, IntScaleConfig())
+    run = torch.compile(model, backend="intscale", options={"intscale.integer_only": True})
+    logits = run(ids, use_cache=False).logits
+
+What is promised, and how it is proved: docs/integer_only.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .compile.binding import bind, rewrite_graph
+from .compile.options import parse_options
+from .errors import InputError
+from .kernels.integer.arithmetic import FRACTION
+
+if TYPE_CHECKING:
+    from .integrations.transformers_cache import IntegerCache
+
+__all__ = ["IntegerCache", "eager", "fingerprint", "integers"]
+OPTIONS = {"intscale.integer_only": True}
+
+
+def __getattr__(name: str) -> Any:
+    if name != "IntegerCache":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Imports transformers, which is optional.
+    from .integrations.transformers_cache import IntegerCache
+
+    return IntegerCache
+
+
+def eager(model: nn.Module | Callable, **options: Any) -> Callable:
+    """The integer-only form of ``model``, run operator by operator without Inductor: the reference of the compiled one.
+
+    Args:
+        model: a quantized model.
+        options: further ``intscale.`` options, without the prefix.
+    """
+    given = {**OPTIONS, **{f"intscale.{name}": value for name, value in options.items()}}
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
+        settings, _ = parse_options(None, given)
+        return bind(rewrite_graph(gm, example_inputs, settings), lambda graph, _: graph.forward)
+
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+def integers(logits: Tensor) -> Tensor:
+    """The integers behind logits of an integer-only model, int64 with 16 fraction bits; exact for float32 below 256.
+
+    Raises:
+        InputError: the logits are not floating point.
+    """
+    if not logits.dtype.is_floating_point:
+        raise InputError(f"the logits are {logits.dtype}; the model returns floating point ones.")
+    return (logits.to(torch.float64) * 2.0**FRACTION).round().to(torch.int64)
+
+
+def fingerprint(logits: Tensor) -> str:
+    """SHA-256 of the integers behind logits, in order, as little-endian int64: equal on all devices."""
+    data = integers(logits).contiguous().cpu().numpy().astype("<i8").tobytes()
+    return hashlib.sha256(data).hexdigest()
