@@ -24,7 +24,7 @@ from .kernels.integer.arithmetic import FRACTION
 if TYPE_CHECKING:
     from .integrations.transformers_cache import IntegerCache
 
-__all__ = ["IntegerCache", "eager", "fingerprint", "integers"]
+__all__ = ["IntegerCache", "eager", "eager_backend", "fingerprint", "integers"]
 OPTIONS = {"intscale.integer_only": True}
 
 
@@ -44,13 +44,18 @@ def eager(model: nn.Module | Callable, **options: Any) -> Callable:
         model: a quantized model.
         options: further ``intscale.`` options, without the prefix.
     """
+    return torch.compile(model, backend=eager_backend(**options), fullgraph=True)
+
+
+def eager_backend(**options: Any) -> Callable:
+    """A backend for ``torch.compile`` that does what :func:`eager` does."""
     given = {**OPTIONS, **{f"intscale.{name}": value for name, value in options.items()}}
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
         settings, _ = parse_options(None, given)
         return bind(rewrite_graph(gm, example_inputs, settings), lambda graph, _: graph.forward)
 
-    return torch.compile(model, backend=backend, fullgraph=True)
+    return backend
 
 
 def integers(logits: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from .kernels import (
     w4a8_linear,
     w4a8_residual,
 )
+from .kernels.abi import KERNEL_ABI
 from .kernels.integer import attention, cache_form, linear, pointwise, rows  # noqa: F401  (registration)
 from .kernels.integer.define import DECOMPOSITIONS
-from .kernels.abi import KERNEL_ABI
 
 __all__ = [
     "KERNEL_ABI",

@@ -37,7 +37,10 @@ class IntegerLayer(DynamicLayer):
         (keys, key_scales), (values, value_scales) = map(CACHE_QUANTIZE_OP, (key_states, value_states))
         if self.is_initialized:
             keys, key_scales = torch.cat([self.keys, keys], -2), torch.cat([self.key_scales, key_scales], -2)
-            values, value_scales = torch.cat([self.values, values], -2), torch.cat([self.value_scales, value_scales], -2)
+            values, value_scales = (
+                torch.cat([self.values, values], -2),
+                torch.cat([self.value_scales, value_scales], -2),
+            )
         self.keys, self.key_scales, self.values, self.value_scales = keys, key_scales, values, value_scales
         self.device, self.dtype, self.is_initialized = key_states.device, key_states.dtype, True
         dtype = key_states.dtype

@@ -10,7 +10,26 @@ from intscale_compile.ops import KERNEL_ABI, register_inductor
 from tests.support import integers as oracle
 
 I64 = torch.int64
-EDGES = [0, 1, -1, 2, -2, 3, 126, 127, 128, 255, 2**15 - 1, 2**15, 65535, 65536, 2**31 - 1, -(2**31), 2**30 + 1, -(2**30) - 1]
+EDGES = [
+    0,
+    1,
+    -1,
+    2,
+    -2,
+    3,
+    126,
+    127,
+    128,
+    255,
+    2**15 - 1,
+    2**15,
+    65535,
+    65536,
+    2**31 - 1,
+    -(2**31),
+    2**30 + 1,
+    -(2**30) - 1,
+]
 
 
 def numbers(low, high, count=200):
@@ -38,7 +57,11 @@ def dyadic(*shape, low=16, high=30, seed=3):
 
 def unary():
     yield arithmetic.ilog2, numbers(1, 2**62 - 1), lambda a: a.bit_length() - 1
-    yield arithmetic.isqrt, [*numbers(1, 2**62 - 1), *(n * n + d for n in (3, 2**15, 2**26 - 1) for d in (-1, 0, 1))], math.isqrt
+    yield (
+        arithmetic.isqrt,
+        [*numbers(1, 2**62 - 1), *(n * n + d for n in (3, 2**15, 2**26 - 1) for d in (-1, 0, 1))],
+        math.isqrt,
+    )
     yield arithmetic.exp2neg, numbers(0, 2**50), oracle.exp2neg
     yield arithmetic.sigmoid, numbers(-(2**40), 2**40), oracle.sigmoid
     yield arithmetic.exponent, numbers(-(2**31), 2**31 - 1), oracle.exponent
@@ -156,8 +179,8 @@ def test_rotation_is_the_hadamard_transform():
 
 def test_linear():
     generator = torch.Generator().manual_seed(5)
-    xq = torch.randint(-127, 128, (3, 40), generator=generator).to(torch.int8)
-    weight = torch.randint(-127, 128, (6, 40), generator=generator).to(torch.int8)
+    xq = torch.randint(-127, 128, (3, 128), generator=generator).to(torch.int8)
+    weight = torch.randint(-127, 128, (6, 128), generator=generator).to(torch.int8)
     xq[0], weight[0] = 127, 127
     token, row, bias = dyadic(3, 1), dyadic(6), q16(6)
     ones = torch.ones(6, 1, dtype=torch.uint8)
@@ -216,7 +239,11 @@ def test_dyadic_numbers():
     assert ((back / values.double() - 1).abs() <= 2**-15).all()
     assert arithmetic.dyadic_number(0.5) == (2**14, 15)
     common = arithmetic.dyadic_of(torch.tensor([-4.0, 0.0, 0.001]), 14, common=True)
-    assert len(set(arithmetic.exponent(common).tolist())) == 1 and arithmetic.mantissa(common).tolist() == [-(2**13), 0, 2]
+    assert len(set(arithmetic.exponent(common).tolist())) == 1 and arithmetic.mantissa(common).tolist() == [
+        -(2**13),
+        0,
+        2,
+    ]
 
 
 SAMPLES = [

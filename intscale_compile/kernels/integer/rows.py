@@ -73,9 +73,7 @@ _NORM = "(Tensor h, Tensor gamma, Tensor? beta, int eps, bool center"
 
 
 @integer_op(f"int_norm_quantize{_NORM}, int rotation=0) -> (Tensor, Tensor)", _codes)
-def NORM_QUANTIZE_OP(
-    h: Tensor, gamma: Tensor, beta: Tensor | None, eps: int, center: bool, rotation: int = 0
-) -> Codes:
+def NORM_QUANTIZE_OP(h: Tensor, gamma: Tensor, beta: Tensor | None, eps: int, center: bool, rotation: int = 0) -> Codes:
     """Norm and quantization of int32 ``[..., K]``; arguments as of :func:`normed`."""
     return rotate_quantize(*normed(h, gamma, beta, eps, center), rotation)
 

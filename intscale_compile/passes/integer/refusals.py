@@ -67,5 +67,7 @@ def _mend(node: fx.Node) -> str:
         return "a router of experts: models with one have no integer-only form yet"
     inputs = [n.name for n in node.all_input_nodes if n.op == "placeholder" and is_float(example(n))]
     if inputs:
-        return f"it reads the floating point input {inputs[0]}; token ids are the only inputs (a graph break gives others)"
+        return (
+            f"it reads the floating point input {inputs[0]}; token ids are the only inputs (a graph break gives others)"
+        )
     return "no integer form is known; see docs/integer_only.md for what there is"

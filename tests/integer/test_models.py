@@ -1,0 +1,213 @@
+"""Whole models in integers: the same bits however they are computed, what that costs, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from torchao.quantization import quantize_
+
+from intscale_compile import IntScaleConfig, integer_only
+from intscale_compile.errors import IntegerOnlyError
+from tests.support.benchmarks import load as load_benchmark
+
+transformers = pytest.importorskip("transformers")
+bench = load_benchmark(("perplexity",)).perplexity
+GOLDEN = (
+    "cff307b1aea99d7ac9e461e5877b56e848ea0a9bd95bf3fe51e6094490179930"  # of 12 logits of tiny-llama with two layers
+)
+
+
+def load(folder, layers=None, **config):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if layers is not None:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+    model = model.eval().requires_grad_(False)
+    quantize_(model, IntScaleConfig(**config))
+    return model
+
+
+@pytest.fixture(scope="module")
+def short(models_dir):
+    """tiny-llama with two of its layers, quantized."""
+    return load(models_dir / "tiny-llama", layers=2)
+
+
+@pytest.fixture(scope="module")
+def texts(models_dir):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models_dir / "tiny-llama")
+    return bench.held_out_sequences(tokenizer, models_dir / "heldout_stdlib_modules.txt", 24, 512)
+
+
+@pytest.fixture(scope="module")
+def eager(short):
+    """The reference, and its logits of one batch of eight texts with 24 tokens."""
+    return integer_only.eager(short)
+
+
+@pytest.fixture(scope="module")
+def ids(texts):
+    return texts[:8, :24].contiguous()
+
+
+@pytest.fixture(scope="module")
+def expected(eager, ids):
+    with torch.no_grad():
+        return eager(ids, use_cache=False).logits
+
+
+def test_compiled_is_eager_and_has_the_golden_hash(short, ids, expected):
+    compiled = torch.compile(short, backend="intscale", options=integer_only.OPTIONS, fullgraph=True)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        found = compiled(ids, use_cache=False).logits
+    assert torch.equal(found, expected)
+    assert integer_only.fingerprint(expected[0, -1, :12]) == GOLDEN
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with torch.no_grad():
+            assert torch.equal(compiled(ids, use_cache=False).logits, expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_batch_prefix_and_padding(eager, ids, expected):
+    with torch.no_grad():
+        for batch in (1, 2):
+            assert torch.equal(eager(ids[:batch], use_cache=False).logits, expected[:batch])
+        assert torch.equal(eager(ids[:2, :9], use_cache=False).logits, expected[:2, :9])
+        for left in (True, False):
+            more = ids[:2, :5].flip(0)
+            padded = torch.cat([more, ids[:2]] if left else [ids[:2], more], 1)
+            mask = torch.ones_like(padded)
+            mask[:, :5] = 0
+            mask = mask if left else mask.flip(1)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            found = eager(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            assert torch.equal(found[:, 5:] if left else found[:, :-5], expected[:2])
+
+
+def in_chunks(run, ids, sizes):
+    cache, parts, start = integer_only.IntegerCache(), [], 0
+    for size in sizes:
+        parts.append(run(ids[:, start : start + size], past_key_values=cache, use_cache=True).logits)
+        start += size
+    return torch.cat(parts, 1), cache
+
+
+def test_chunked_prefill_and_decoding(eager, ids, expected):
+    with torch.no_grad():
+        found, cache = in_chunks(eager, ids[:2], (7, 9, 1, 1, 1, 5))
+    assert torch.equal(found, expected[:2])
+    layer = cache.layers[0]
+    assert (layer.keys.dtype, layer.key_scales.dtype) == (torch.int8, torch.int32)
+    assert tuple(layer.keys.shape) == (2, 2, 24, 64) and cache.get_seq_length() == 24
+
+
+def test_generate_follows_the_whole_text(short, eager, ids):
+    """Greedy tokens of ``generate`` are those that the whole text without a cache gives, alone and padded in a batch."""
+    forward = short.forward
+    try:
+        short.forward = torch.compile(forward, backend=integer_only.eager_backend(), fullgraph=True)
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        prompts = ids[:2, :12].clone()
+        mask = torch.ones_like(prompts)
+        prompts[1, :4], mask[1, :4] = 0, 0
+        cache = integer_only.IntegerCache()
+        out = short.generate(prompts, attention_mask=mask, past_key_values=cache, **options)
+    finally:
+        short.forward = forward
+    for row, start in ((0, 0), (1, 4)):
+        text = out[row : row + 1, start:]
+        with torch.no_grad():
+            logits = eager(text, use_cache=False).logits
+        assert logits[0, -7:-1].argmax(-1).tolist() == text[0, -6:].tolist()
+
+
+def test_integer_cache_in_a_float_model(short, ids):
+    with torch.no_grad():
+        float_logits = short(ids[:1], use_cache=False).logits
+        found = short(ids[:1], past_key_values=integer_only.IntegerCache()).logits
+    assert (found - float_logits).abs().max() < 0.3 * float_logits.std()
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refusal(run, *args, **kwargs):
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught, torch.no_grad():
+        run(*args, **kwargs)
+    error = caught.value.inner_exception
+    assert isinstance(error, IntegerOnlyError) and error.nodes
+    return str(error)
+
+
+def test_float_cache_is_refused(eager, ids):
+    assert "IntegerCache()" in refusal(eager, ids[:1], use_cache=True)
+
+
+class Odd(torch.nn.Module):
+    """A residual block around a linear layer, with an operation that has no integer form."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.table, self.linear, self.middle = torch.nn.Embedding(50, 128), torch.nn.Linear(128, 128), middle
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return x + self.linear(self.middle(x))
+
+
+@pytest.mark.parametrize(
+    "middle, words",
+    [
+        (torch.tanh, ("tanh at test_models.py", "return x + self.linear(self.middle(x))", "soft-capping")),
+        (lambda x: x.softmax(-1), ("softmax", 'attn_implementation="sdpa"')),
+        (lambda x: x * 0.5, ("mul",)),
+        (lambda x: x @ torch.ones(128, 128), ("matmul",)),
+    ],
+    ids=["tanh", "softmax", "factor", "product"],
+)
+def test_float_nodes_are_named(middle, words):
+    model = Odd(middle).eval().requires_grad_(False)
+    quantize_(model, IntScaleConfig())
+    text = refusal(integer_only.eager(model), torch.arange(4)[None])
+    assert all(word in text for word in words), text
+
+
+def test_linear_that_is_not_quantized_is_named():
+    model = Odd(torch.nn.Sequential(torch.nn.Linear(128, 128))).eval().requires_grad_(False)
+    quantize_(model, IntScaleConfig(), filter_fn=lambda module, name: name == "linear")
+    assert "a linear layer that is not quantized" in refusal(integer_only.eager(model), torch.arange(4)[None])
+
+
+def test_training_is_refused():
+    model = Odd(torch.nn.Dropout(0.5)).train().requires_grad_(False)
+    quantize_(model, IntScaleConfig())
+    assert "model.eval()" in refusal(integer_only.eager(model), torch.arange(4)[None])
+
+
+def test_sequence_longer_than_the_table_of_positions(short, ids):
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="intscale.positions"), torch.no_grad():
+        integer_only.eager(short, positions=8)(ids, use_cache=False)
+
+
+# --- accuracy -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config, bar", [({}, 15.70), ({"weight_bits": 8, "group_size": -1}, 14.60)], ids=["w4a8", "w8a8"]
+)
+def test_perplexity(models_dir, texts, config, bar):
+    model = load(models_dir / "tiny-llama", **config)
+    run = torch.compile(model, backend="intscale", options=integer_only.OPTIONS)
+    losses = []
+    with torch.no_grad():
+        for batch in texts.split(4):
+            logits = run(batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+            losses.append(torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten()).item())
+    value = math.exp(sum(losses) / len(losses))
+    print(f"integer-only perplexity of tiny-llama: {value:.3f}")
+    assert value <= bar
