@@ -21,6 +21,7 @@ MODULES = (  # each lists its public names in __all__
     "intscale_compile.lora",
     "intscale_compile.passes",
     "intscale_compile.reasons",
+    "intscale_compile.integer_only",
     "intscale_compile.tensor_parallel",
 )
 HEAD = """# Public names

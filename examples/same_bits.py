@@ -54,8 +54,8 @@ def main(argv=None) -> None:
     hashes = set()
     with torch.no_grad():
         for name, logits in logits_in_every_way(run, ids):
-            hashes.add(integer_only.fingerprint(logits))
-            print(f"{name:<22}{integer_only.fingerprint(logits)[:32]}", flush=True)
+            hashes.add(integer_only.hash_logits(logits))
+            print(f"{name:<22}{integer_only.hash_logits(logits)[:32]}", flush=True)
     if len(hashes) > 1:
         raise SystemExit("the hashes differ")
     print(f"one hash on {args.device}")

@@ -24,7 +24,7 @@ from .kernels.integer.arithmetic import FRACTION
 if TYPE_CHECKING:
     from .integrations.transformers_cache import IntegerCache
 
-__all__ = ["IntegerCache", "eager", "eager_backend", "fingerprint", "integers"]
+__all__ = ["IntegerCache", "eager_backend", "hash_logits", "integers", "run_eagerly"]
 OPTIONS = {"intscale.integer_only": True}
 
 
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
     return IntegerCache
 
 
-def eager(model: nn.Module | Callable, **options: Any) -> Callable:
+def run_eagerly(model: nn.Module | Callable, **options: Any) -> Callable:
     """The integer-only form of ``model``, run operator by operator without Inductor: the reference of the compiled one.
 
     Args:
@@ -48,7 +48,7 @@ def eager(model: nn.Module | Callable, **options: Any) -> Callable:
 
 
 def eager_backend(**options: Any) -> Callable:
-    """A backend for ``torch.compile`` that does what :func:`eager` does."""
+    """A backend for ``torch.compile`` that does what :func:`run_eagerly` does."""
     given = {**OPTIONS, **{f"intscale.{name}": value for name, value in options.items()}}
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
@@ -69,7 +69,7 @@ def integers(logits: Tensor) -> Tensor:
     return (logits.to(torch.float64) * 2.0**FRACTION).round().to(torch.int64)
 
 
-def fingerprint(logits: Tensor) -> str:
+def hash_logits(logits: Tensor) -> str:
     """SHA-256 of the integers behind logits, in order, as little-endian int64: equal on all devices."""
     data = integers(logits).contiguous().cpu().numpy().astype("<i8").tobytes()
     return hashlib.sha256(data).hexdigest()

@@ -42,7 +42,7 @@ def texts(models_dir):
 @pytest.fixture(scope="module")
 def eager(short):
     """The reference, and its logits of one batch of eight texts with 24 tokens."""
-    return integer_only.eager(short)
+    return integer_only.run_eagerly(short)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_compiled_is_eager_and_has_the_golden_hash(short, ids, expected):
         torch.manual_seed(3)
         found = compiled(ids, use_cache=False).logits
     assert torch.equal(found, expected)
-    assert integer_only.fingerprint(expected[0, -1, :12]) == GOLDEN
+    assert integer_only.hash_logits(expected[0, -1, :12]) == GOLDEN
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -172,25 +172,25 @@ class Odd(torch.nn.Module):
 def test_float_nodes_are_named(middle, words):
     model = Odd(middle).eval().requires_grad_(False)
     quantize_(model, IntScaleConfig())
-    text = refusal(integer_only.eager(model), torch.arange(4)[None])
+    text = refusal(integer_only.run_eagerly(model), torch.arange(4)[None])
     assert all(word in text for word in words), text
 
 
 def test_linear_that_is_not_quantized_is_named():
     model = Odd(torch.nn.Sequential(torch.nn.Linear(128, 128))).eval().requires_grad_(False)
     quantize_(model, IntScaleConfig(), filter_fn=lambda module, name: name == "linear")
-    assert "a linear layer that is not quantized" in refusal(integer_only.eager(model), torch.arange(4)[None])
+    assert "a linear layer that is not quantized" in refusal(integer_only.run_eagerly(model), torch.arange(4)[None])
 
 
 def test_training_is_refused():
     model = Odd(torch.nn.Dropout(0.5)).train().requires_grad_(False)
     quantize_(model, IntScaleConfig())
-    assert "model.eval()" in refusal(integer_only.eager(model), torch.arange(4)[None])
+    assert "model.eval()" in refusal(integer_only.run_eagerly(model), torch.arange(4)[None])
 
 
 def test_sequence_longer_than_the_table_of_positions(short, ids):
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="intscale.positions"), torch.no_grad():
-        integer_only.eager(short, positions=8)(ids, use_cache=False)
+        integer_only.run_eagerly(short, positions=8)(ids, use_cache=False)
 
 
 # --- accuracy -------------------------------------------------------------------------------------------------------
