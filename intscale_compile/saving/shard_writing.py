@@ -247,7 +247,7 @@ def load_shards(model: nn.Module, path: Any, *, verify: bool = False, **options:
     import torch.distributed.checkpoint as dcp
 
     wanted = _entries(model)
-    records = _check_stored(wanted, path)
+    records = _check_stored(wanted, path, _shared(model))
     record = next((key for key in records if key.endswith(f"/{_place()}")), None)
     found = {key: torch.empty_like(value) if isinstance(value, Tensor) else value for key, value in wanted.items()}
     if record is not None:
@@ -275,6 +275,13 @@ def _once(variables: dict[str, Any]) -> dict[str, Any]:
     """A state dict with what several names share under the first of them."""
     first: dict[int, str] = {}
     return {name: value for name, value in variables.items() if first.setdefault(id(value), name) == name}
+
+
+def _shared(model: nn.Module) -> dict[str, str]:
+    """Names of a model's tensors that are stored under another name, with that name."""
+    first: dict[int, str] = {}
+    named = {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
+    return {name: stored for name, stored in named.items() if name != stored}
 
 
 def _place() -> str:
@@ -346,8 +353,11 @@ def _layout(weight: IntScaleTensor) -> str:
     return json.dumps({name: str(getattr(weight, name)) for name in ATTRIBUTE_NAMES if name not in NOT_STORED})
 
 
-def _check_stored(wanted: dict[str, Any], path: Any) -> list[str]:
-    """Raise unless the checkpoint has exactly what a rank's part of the model is made of; returns the keys of checksums."""
+def _check_stored(wanted: dict[str, Any], path: Any, shared: dict[str, str]) -> list[str]:
+    """Raise unless the checkpoint has exactly what a rank's part of the model is made of; returns the keys of checksums.
+
+    ``shared`` are the names that the model stores under another one: they must not have data of their own.
+    """
     # Slow to import.
     from torch.distributed.checkpoint import FileSystemReader
 
@@ -367,6 +377,11 @@ def _check_stored(wanted: dict[str, Any], path: Any) -> list[str]:
         size = getattr(stored[key], "size", None)
         if isinstance(value, Tensor) and size != value.shape:
             raise CheckpointError(f"{path}: {key} has shape {size}, the model's {tuple(value.shape)}. {mend}")
+    for name in sorted({key.split("/")[0] for key in stored} & shared.keys()):
+        raise CheckpointError(
+            f"{path}: {name} was saved as a tensor of its own, but the model shares it with {shared[name]}: load it into a "
+            "model that does not (of transformers: tie_word_embeddings=False)."
+        )
     owned = {key.removesuffix("/layout") for key in wanted if key.endswith("/layout")}
     if unused := sorted(key for key in stored if key not in wanted and key.rpartition("/")[0] in owned):
         raise CheckpointError(f"{path}: the model lacks {unused[:3]}. {mend}")

@@ -49,3 +49,14 @@ def test_newer_formats_damage_and_folders_without_checksums(tmp_path, monkeypatc
     assert torch.equal(other(x), before)
     tensor_parallel.load_shards(other, tmp_path / "old")
     assert torch.equal(other(x), model(x))
+
+
+def test_weights_saved_apart_are_not_loaded_into_one(tmp_path):
+    """Half of what was saved would be lost, whichever it is."""
+    apart, shared = tied(0), tied(1)
+    apart[1].weight = nn.Parameter(tied(2)[0].weight.detach().clone(), requires_grad=False)
+    before = shared(torch.ones(2, 64))
+    tensor_parallel.save_shards(apart, tmp_path)
+    with pytest.raises(CheckpointError, match=r"1\.weight was saved as a tensor of its own.* shares it with 0\.weight"):
+        tensor_parallel.load_shards(shared, tmp_path)
+    assert torch.equal(shared(torch.ones(2, 64)), before)
