@@ -12,6 +12,10 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 
+# Inductor compiles and loads a program, in a Python of its own, to see whether the C++ compiler knows this processor's vector
+# instructions: seconds in every process and for every empty cache, that is in hundreds of places here.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 

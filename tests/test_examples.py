@@ -73,6 +73,7 @@ def test_output_is_plain_where_it_is_no_terminal(first_run):
     assert "training:" not in first_run.err  # no progress bar in a log file
 
 
+@pytest.mark.slow
 def test_second_run_uses_the_cache(quickstart, first_run, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "train", lambda *_: pytest.fail("trained again"))
     quickstart.main(["--train-seconds", "8", "--cache", str(first_run.cache), *SMALL])
@@ -134,6 +135,7 @@ def test_tour_of_the_graph(tmp_path, capsys):
     assert "</html>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_perplexity_benchmark_gives_the_recorded_value(models_dir, capsys):
     """``shared/models/README.md`` records 14.512, on Python 3.11's standard library."""
     benchmark = load_script(CHECKOUT / "benchmarks" / "perplexity.py")

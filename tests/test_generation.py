@@ -67,7 +67,7 @@ def models():
     return eager, model, graphs
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow if way == "several" else ()) for way in WAYS])
 def test_every_way_of_decoding(models, way):
     eager, model, _ = models
     expected = generate(eager, cache_implementation="static", disable_compile=True, **WAYS[way])

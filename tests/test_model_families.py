@@ -48,7 +48,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Layers as another family here has them: Llama, Qwen 3, BERT, ViT.
+ALIKE = ("mistral", "qwen2", "roberta", "distilbert", "clip_vision")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in FAMILIES]
+)
 def prepared(request):
     return prepare(request.param)
 

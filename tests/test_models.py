@@ -92,6 +92,7 @@ def test_tiny_mixtral_with_every_expert(models_dir, sequences):
     assert eager == pytest.approx(bench.perplexity(tensor_door, sequences[:2]), rel=0.005)
 
 
+@pytest.mark.slow
 def test_gpt2_convolutions_by_both_doors():
     config = transformers.GPT2Config(
         n_layer=2, n_embd=64, n_head=4, vocab_size=128, bos_token_id=0, eos_token_id=1, use_cache=False

@@ -35,6 +35,7 @@ def test_ratios_are_medians_over_those_of_the_same_point(bench):
     assert rows[4][-1] == "2 gemm_pipelined, 1 x" and len(rows) == 5
 
 
+@pytest.mark.slow
 def test_a_failing_process_is_told(bench):
     args = bench.parse(["--model", "tiny", "--layers", "1", "--device", "cpu"])
     with pytest.raises(RuntimeError, match="nowhere, bf16: exit [12]"):

@@ -199,6 +199,7 @@ def test_a_part_of_k_has_counters_and_partial_sums(started, compiled):
     check_foreseen([case], ["gemm_specialized"], started, compiled)
 
 
+@pytest.mark.slow
 def test_plain_kernels_launch_what_was_compiled_ahead(started, compiled):
     cases = [gated_case(3, 96, 256), attention_case(3, 4096), hadamard_case(5, 384), grouped_case(32, 128, 256)]
     names = ["w4a8_gated_kernel", "decode_attention_kernel", "hadamard_quantize_kernel", "w4a8_grouped_kernel"]

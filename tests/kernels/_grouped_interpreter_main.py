@@ -24,8 +24,8 @@ PLAIN = (32, -1)  # how a packing is read depends little on the size of a group
 TELLING = ("ragged", "last-empty", "no-expert")
 QUICK = (
     "g(32|128|-1)-s.-tiled$|g(64|256)-s4-tiled$|g(32|-1)-s4-plain$|g(128|-1)-s.-tiled-extreme|zero-g(32-p"
-    "lain|128-tiled|-1-tiled)|w8a8-.*-random|w8a8-tiled|routing-.*-16x64|routing-ragged|index-True-True|i"
-    "ndex-.*-ragged|int16|many|bad"
+    "lain|128-tiled)|w8a8-.*-random|w8a8-tiled|routing-(last-empty|no-expert|single)-16x64|routing-ragged"
+    "-(64x32|chosen)|index-True-True-(ragged|last-empty)|int16|many|bad"
 )  # see tests/support/interpreter.py
 
 

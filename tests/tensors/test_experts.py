@@ -340,7 +340,13 @@ def test_failed_call_leaves_stacks_as_they_were():
     assert not any(isinstance(p, IntScaleTensor) for p in model.parameters()) and len(before) > 0
 
 
-@pytest.mark.parametrize("first, second", [("intscale_compile", "transformers"), ("transformers", "intscale_compile")])
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("intscale_compile", "transformers"),
+        pytest.param("transformers", "intscale_compile", marks=pytest.mark.slow),
+    ],
+)
 def test_registration_needs_no_import_of_transformers(first, second):
     pytest.importorskip("transformers")
     script = f"""

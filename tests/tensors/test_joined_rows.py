@@ -200,10 +200,13 @@ UPDATES = {
 }
 
 
+ALIKE = ("qdata rows", "row scale", "exchanged scales", "load_state_dict assign", "moved")  # as another one here
+
+
 @pytest.mark.parametrize(
     "update, inference",
     [
-        *((update, False) for update in UPDATES),
+        *(pytest.param(update, False, marks=pytest.mark.slow if update in ALIKE else ()) for update in UPDATES),
         ("copy_", True),
         *(pytest.param(update, True, marks=pytest.mark.slow) for update in UPDATES if update != "copy_"),
     ],
