@@ -192,8 +192,8 @@ def test_rewriting_alone_does_no_damage(saved, tmp_path):
 
 def test_overflow_that_only_the_codes_show(tmp_path):
     """Shapes and ranges are fine, but the accumulator of row 0 could leave int32."""
-    signs = torch.ones(2, 16384)
-    tensor = IntScaleTensor.from_hp(signs, IntScaleConfig(scale_bits=8, scale_search="absmax"))
+    tensor = IntScaleTensor.from_hp(torch.ones(2, 16384), IntScaleConfig(scale_bits=8, scale_search="absmax"))
+    tensor.qdata.fill_(0xFF if tensor.qdata.dtype == torch.uint8 else -1)  # the largest code, 7 or 15 less 8
     tensor.scale.fill_(255)
     save_safetensors(nn.ParameterDict({"w": nn.Parameter(tensor, requires_grad=False)}), tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match="w: the int32 accumulator could reach"):
