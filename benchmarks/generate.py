@@ -5,8 +5,9 @@
     python benchmarks/generate.py --model tiny --device cpu --points 1x64 --peers bf16 ours
 
 Peers are set up as their users do: a static cache and ``CompileConfig(mode="reduce-overhead")``; ``_prompt`` peers have their
-prompts compiled as well, by the same code as ours. Random weights. A point is BATCHxPROMPT. Each peer has a process of its own,
-one after the other; times are medians over calls and steps, read at the arrival of each token on the host.
+prompts compiled as well, by the same code as ours; ``ours_whole`` compiles the whole model for prompts, not one layer. Random
+weights. A point is BATCHxPROMPT. Each peer has a process of its own, one after the other; times are medians over calls and
+steps, read at the arrival of each token on the host.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from e2e_parts.models import CONFIGS, build
 from e2e_parts.peers import PEERS as WAYS
 from timing import environment
 
-PEERS = {
-    "bf16": ("bf16", False), "bf16_prompt": ("bf16", True), "fp8": ("fp8", False), "int8": ("int8", False),
-    "ours": ("intscale", True), "ours_eager_prompt": ("intscale", False),
+PEERS = {  # what is quantized, how prompts run
+    "bf16": ("bf16", "eager"), "bf16_prompt": ("bf16", "compiled"), "fp8": ("fp8", "eager"), "int8": ("int8", "eager"),
+    "ours": ("intscale", "auto"), "ours_whole": ("intscale", "compiled"), "ours_eager_prompt": ("intscale", "eager"),
 }  # fmt: skip
 CALLS = 4
 
@@ -66,7 +67,7 @@ def prepared_model(peer: str, model_name: str, layers: int | None, device: str) 
 
     import intscale_compile
 
-    way, compiled_prompt = PEERS[peer]
+    way, prompt = PEERS[peer]
     ours = way.startswith("intscale")
 
     def quantize(module: Any) -> None:
@@ -81,10 +82,8 @@ def prepared_model(peer: str, model_name: str, layers: int | None, device: str) 
     quantize(model)
     model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False)
     backend = "intscale" if ours else "inductor"
-    if ours or compiled_prompt:
-        print(intscale_compile.prepare_for_generation(
-            model, backend=backend, prompt="compiled" if compiled_prompt else "eager"
-        ), file=sys.stderr)  # fmt: skip
+    if ours or prompt == "compiled":
+        print(intscale_compile.prepare_for_generation(model, backend=backend, prompt=prompt), file=sys.stderr)
     else:
         config = CompileConfig(
             backend=backend, mode="reduce-overhead" if device == "cuda" else "default", dynamic=False

@@ -15,11 +15,12 @@ from typing import Any, Optional, Union
 import torch
 
 from .errors import ConfigError
-from .integrations.transformers_generate import PromptState, foreign_forward, prepare_model, restore_model
+from .integrations.transformers_generate import PromptState, foreign_forward, has_windows, prepare_model, restore_model
+from .integrations.transformers_layers import decoder_layers
 from .tensors.intscale_tensor import IntScaleTensor
 
 log = logging.getLogger("intscale_compile")
-PROMPTS = ("auto", "compiled", "eager")
+PROMPTS = ("auto", "layers", "compiled", "eager")
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ def prepare_for_generation(
 
     Args:
         model: a causal or an encoder-decoder model of transformers.
-        prompt: ``"compiled"``: one graph for every length of prompt, compiled at the first call; ``"eager"``: no
-            compilation; ``"auto"``: compiled on a GPU, eager elsewhere. Prompts of encoder-decoder models, those with anything
+        prompt: ``"compiled"``: one graph of the whole model for every length of prompt, compiled at the first call;
+            ``"layers"``: one graph that all decoder layers share, which compiles many times faster; ``"eager"``: no
+            compilation; ``"auto"``: on a GPU ``"layers"`` where the model is quantized and has such layers, else
+            ``"compiled"``; elsewhere eager. Prompts of encoder-decoder models, those with anything
             but tokens, padded ones, and those behind others in a cache run eagerly.
         mode: of ``torch.compile``, for decoding steps; by default ``"reduce-overhead"`` on a GPU, where launches cost more
-            than kernels, and ``"default"`` elsewhere.
+            than kernels, and ``"default"`` elsewhere and for models with sliding windows, whose steps differ in a number.
         backend: of ``torch.compile``.
         keep_cache: reuse the static cache of the last call where it has the same form and nobody holds it. It costs its
             memory between calls; without it CUDA graphs may be recorded again at each call.
@@ -95,21 +98,27 @@ def prepare_for_generation(
     from transformers import CompileConfig  # optional dependency
 
     on_gpu = model.device.type == "cuda"
-    mode = mode or ("reduce-overhead" if on_gpu else "default")
+    windows = has_windows(model)
+    mode = mode or ("reduce-overhead" if on_gpu and not windows else "default")
     config = model.generation_config
     config.cache_implementation = "static"
     if max_cache_len is not None:
         config.max_cache_len = max_cache_len
-    config.compile_config = CompileConfig(backend=backend, mode=mode, dynamic=False, fullgraph=False)
+    # A window's count is a number in the graph: constant, each step would be compiled anew until Dynamo gives up.
+    config.compile_config = CompileConfig(
+        backend=backend, mode=mode, dynamic=None if windows else False, fullgraph=False
+    )
     # Without it transformers compiles on accelerators only, and says so in a line that is easily missed.
     config.compile_config._compile_all_devices = True
-    compiled_prompt = prompt == "compiled" or (prompt == "auto" and on_gpu)
+    compiled_prompt = prompt in ("layers", "compiled") or (prompt == "auto" and on_gpu)
     compiled_prompt &= not model.config.is_encoder_decoder and not foreign_forward(model)
     ours = backend == "intscale" or getattr(backend, "takes_intscale_options", False)
     options = {"intscale.whole_prompt": True} if ours else None
     compile_forward = functools.partial(torch.compile, backend=backend, options=options) if compiled_prompt else None
-    prepare_model(model, PromptState(compile_forward, keep_cache and not model.config.is_encoder_decoder))
-    setup = _describe(model, mode, compiled_prompt, keep_cache, max_cache_len)
+    by_layer = compiled_prompt and prompt != "compiled" and _quantized(model) > 0 and bool(decoder_layers(model))
+    prepare_model(model, PromptState(compile_forward, keep_cache and not model.config.is_encoder_decoder, by_layer))
+    how = f"torch.compile, one graph for all {'layers and ' if by_layer else ''}lengths" if compiled_prompt else "eager"
+    setup = _describe(model, mode, how, keep_cache, max_cache_len)
     log.info("%s", setup)
     return setup
 
@@ -120,11 +129,14 @@ def undo_prepare_for_generation(model: Any) -> None:
     model.generation_config.cache_implementation = model.generation_config.compile_config = None
 
 
-def _describe(
-    model: Any, mode: str, compiled_prompt: bool, keep_cache: bool, max_cache_len: Optional[int]
-) -> GenerationSetup:
-    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    quantized = sum(isinstance(w, IntScaleTensor) for w in weights)
+def _quantized(model: Any) -> int:
+    """Number of linears whose weight is quantized."""
+    return sum(isinstance(m.weight, IntScaleTensor) for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+def _describe(model: Any, mode: str, prompt: str, keep_cache: bool, max_cache_len: Optional[int]) -> GenerationSetup:
+    linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules())
+    quantized = _quantized(model)
     notes = []
     if not quantized:
         notes.append("no weight is quantized yet: quantize_(model, IntScaleConfig()) saves memory as well")
@@ -132,14 +144,16 @@ def _describe(
         notes.append(
             "its forward was exchanged by another library, which cannot be compiled for prompts: they run eagerly"
         )
+    if has_windows(model):
+        notes.append("its sliding windows count tokens in Python: prompts run eagerly, and steps without CUDA graphs")
     notes.append("the first call compiles; later processes find most of it in the caches of Inductor and Triton")
     length = f"at least {max_cache_len} tokens" if max_cache_len else "as long as the longest call"
     return GenerationSetup(
         device=str(model.device),
         quantized=quantized,
-        linears=len(weights),
+        linears=linears,
         decoding=f"torch.compile, mode={mode!r}, once for each batch size and length of the cache",
-        prompt="torch.compile, one graph for all lengths" if compiled_prompt else "eager",
+        prompt=prompt,
         cache=f"static, {length}{', kept between calls' if keep_cache else ''}",
         notes=tuple(notes),
     )

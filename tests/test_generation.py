@@ -38,7 +38,7 @@ def without_inductor(graphs):
     return backend
 
 
-def build(name="llama"):
+def build(name="llama", quantized=True):
     torch.manual_seed(0)
     model = FAMILIES[name].build()
     model.config.use_cache = model.generation_config.use_cache = True
@@ -46,7 +46,8 @@ def build(name="llama"):
     model.generation_config.pad_token_id = 0
     model.get_input_embeddings().weight.data.mul_(10)
     model.set_output_embeddings(nn.Linear(*reversed(model.get_output_embeddings().weight.shape), bias=False))
-    quantize_(model, IntScaleConfig())
+    if quantized:
+        quantize_(model, IntScaleConfig())
     return model
 
 
@@ -86,6 +87,65 @@ def test_prompts_of_other_lengths_compile_nothing(models):
                 generate(model, ids), generate(eager, ids, cache_implementation="static", disable_compile=True)
             )
     assert len(graphs) == before and model._intscale_generation.prompts == prompts + 3
+
+
+def test_layers_share_one_graph(models, caplog):
+    """``prompt="layers"``: whatever the length, and the tokens are those of the other ways."""
+    eager, graphs = models[0], []
+    model = copy.deepcopy(eager)
+    setup = prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers", max_cache_len=32)
+    assert "one graph for all layers and lengths" in setup.prompt
+    generate(model)
+    assert len(graphs) == 2  # a layer, and the decoding step
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for columns in (5, 9, 17):
+            ids = token_ids(2, columns)
+            assert torch.equal(
+                generate(model, ids), generate(eager, ids, cache_implementation="static", disable_compile=True)
+            )
+    assert len(graphs) == 2 and model._intscale_generation.prompts == 4
+    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+    again = copy.deepcopy(model)
+    assert again._intscale_generation.by_layer and torch.equal(generate(again), generate(eager))
+
+
+def test_layers_that_cannot_be_told_are_compiled_as_a_whole(monkeypatch, caplog):
+    model, graphs = build(), []
+    model.model.layers[0].self_attn.layer_idx = 5
+    setup = prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers")
+    assert setup.prompt == "torch.compile, one graph for all lengths" and not model._intscale_generation.by_layer
+    plain = build(quantized=False)
+    assert "layers" not in prepare_for_generation(plain, prompt="layers").prompt  # quantized while they are compiled
+    model.model.layers[0].self_attn.layer_idx = 0
+    prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers")
+    layer = type(model.model.layers[0])
+    monkeypatch.setattr("intscale_compile.integrations.transformers_layers.CACHE_NAMES", ("another name",))
+    generate(model)
+    assert not model._intscale_generation.by_layer and "compiled as a whole from the next one on" in caplog.text
+    assert "forward" not in model.model.layers[0].__dict__ and layer.forward is not None
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [("qwen3", None), ("falcon", "the form of its cache is not known"), ("mistral", "see a part of the prompt")],
+)
+def test_prompts_of_families(name, said, caplog):
+    """Masks by kind of layer (Qwen), one head of keys (Falcon), windows (Mistral): right, and what runs eagerly is said once."""
+    eager, graphs = FAMILIES[name].build(), []
+    eager.config.use_cache = eager.generation_config.use_cache = True
+    eager.generation_config.eos_token_id, eager.generation_config.pad_token_id = None, 0
+    quantize_(eager, IntScaleConfig())
+    model = copy.deepcopy(eager)
+    prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers", max_cache_len=32)
+    for columns in (5, 9):
+        ids = token_ids(2, columns)
+        arguments = dict(cache_implementation="static", disable_compile=True, max_cache_len=32)
+        answers = [generate(m, ids, max_new_tokens=12, **a) for m, a in ((model, {}), (eager, arguments))]
+        assert torch.equal(*answers)
+    assert model._intscale_generation.prompts == {"qwen3": 2, "falcon": 1, "mistral": 0}[name]
+    assert len(graphs) <= 4  # with a constant count of tokens each step of a window was compiled, and after eight none
+    messages = [r.getMessage() for r in caplog.records if "that prompt runs eagerly" in r.getMessage()]
+    assert len(messages) == (said is not None) and all(said in message for message in messages)
 
 
 def test_padding(models):

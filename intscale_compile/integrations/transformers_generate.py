@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import logging
 import sys
 import types
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from ..reasons import log_once
+from .transformers_layers import CACHE_NAMES, compiled_layers, decoder_layers, mark_dynamic
+
 STATE = "_intscale_generation"
-CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.17 has the second only
 # A prompt with anything else, such as pixels, runs as it always did.
 PROMPT_ARGUMENTS = {
     "input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep", "return_dict",
@@ -32,32 +35,56 @@ class PromptState:
     Attributes:
         compile: makes a compiled function of ``forward(self, ...)``; None: prompts run eagerly.
         keep_cache: whether the static cache is kept.
+        by_layer: whether decoder layers are compiled, not the whole model.
         prompts: number of prompts that ran compiled.
     """
 
-    def __init__(self, compile_forward: Optional[Callable[[Callable], Callable]], keep_cache: bool):
+    def __init__(
+        self, compile_forward: Optional[Callable[[Callable], Callable]], keep_cache: bool, by_layer: bool = False
+    ):
         self.compile = compile_forward
         self.keep_cache = keep_cache
+        self.by_layer = by_layer
         self.prompts = 0
-        self._compiled: Optional[Callable] = None
+        self._compiled: dict[Callable, Callable] = {}
         self._cache: Any = None
         self._cache_form: Any = None
         self._collected = False
 
     def __deepcopy__(self, memo: dict) -> PromptState:
         """A copied model compiles anew and has a cache of its own."""
-        return PromptState(self.compile, self.keep_cache)
+        return PromptState(self.compile, self.keep_cache, self.by_layer)
 
     def __reduce__(self) -> tuple:
         """Nothing of it can be stored: the model is prepared again where it is loaded."""
         return PromptState, (None, False)
 
     def compiled(self, forward: Callable) -> Callable:
-        """``forward``, compiled once."""
-        if self._compiled is None:
+        """``forward`` of a class, compiled once."""
+        if forward not in self._compiled:
             assert self.compile is not None
-            self._compiled = self.compile(forward)
-        return self._compiled
+            self._compiled[forward] = self.compile(forward)
+        return self._compiled[forward]
+
+    def run(self, model: Any, forward: Callable, kwargs: dict[str, Any]) -> Any:
+        """A whole prompt, compiled."""
+        self.prompts += 1
+        tokens = kwargs["input_ids"].shape[1]
+        layers = decoder_layers(model) if self.by_layer else {}
+        if not layers:
+            names = ("input_ids", "position_ids", "cache_position", "attention_mask")
+            mark_dynamic([kwargs.get(name) for name in names], tokens)
+            return self.compiled(forward)(model, **kwargs)
+        with compiled_layers(layers, tokens, self.compiled) as ran:
+            result = forward(model, **kwargs)
+        if len(ran) < len(layers):
+            self.by_layer = False
+            log_once(
+                logging.WARNING,
+                f"{type(model).__name__}: {len(layers) - len(ran)} of {len(layers)} layers get no cache by name, so they "
+                "cannot be compiled one by one: prompts are compiled as a whole from the next one on",
+            )
+        return result
 
     def kept(self, made: Any, form: Any) -> Any:
         """The cache of the last call where it has this form and nobody holds it any more, empty; else ``made``, kept.
@@ -110,9 +137,7 @@ def _forward_of(model: Any) -> Callable:
         state = self.__dict__.get(STATE)
         if state is None or state.compile is None or args or not _is_prompt(self, kwargs):
             return original(self, *args, **kwargs)
-        state.prompts += 1
-        _mark_dynamic(kwargs)
-        return state.compiled(original)(self, **kwargs)
+        return state.run(self, original, kwargs)
 
     setattr(forward, STATE, True)
     return forward
@@ -135,18 +160,50 @@ def _is_prompt(model: Any, kwargs: dict[str, Any]) -> bool:
         return False
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
         return False
-    if kwargs.get("attention_mask") is not None or not getattr(model.config, "is_causal", True):
+    if not getattr(model.config, "is_causal", True) or not _is_static(cache) or not _is_empty(cache):
         return False
-    return _is_static(cache) and _is_empty(cache) and _initialized(model, cache, ids.shape[0])
+    reason = _obstacle(model, kwargs.get("attention_mask"), cache, ids.shape[0])
+    if reason:
+        log_once(
+            logging.WARNING, f"{type(model).__name__}: {reason}, so that prompt runs eagerly; decoding is compiled"
+        )
+    return reason is None
 
 
-def _is_empty(cache: Any) -> bool:
-    """Whether nothing is in the cache, and every layer sees all that comes; waits for a GPU where it was used before."""
+def has_windows(model: Any) -> bool:
+    """Whether the static cache of a model has layers with a window, which count their tokens in Python."""
+    # Slow to import.
+    from transformers import StaticCache
+
+    try:
+        layers = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=2).layers
+    except (AttributeError, TypeError, ValueError):  # generate says what is wrong
+        return False
+    return bool(_windows(layers))
+
+
+def _windows(layers: Any) -> list[str]:
     # Slow to import.
     from transformers.cache_utils import StaticLayer
 
-    if not all(type(layer) is StaticLayer for layer in cache.layers):
-        return False
+    return [type(layer).__name__ for layer in layers if type(layer) is not StaticLayer]
+
+
+def _obstacle(model: Any, mask: Any, cache: Any, batch: int) -> Optional[str]:
+    """Why the prompt of a static cache is not compiled although it is a whole one."""
+    # A model whose layers differ in what they see takes a mask for each kind.
+    masks = mask.values() if isinstance(mask, dict) else (mask,)
+    if windows := _windows(cache.layers):
+        return f"some layers see a part of the prompt only ({windows[0]} in its cache)"
+    if any(one is not None for one in masks):
+        return "a prompt is padded, or its tokens do not see all that is before them"
+    if not _initialized(model, cache, batch):
+        return "the form of its cache is not known before it is used"
+    return None
+
+
+def _is_empty(cache: Any) -> bool:
+    """Whether nothing is in the cache; waits for a GPU where it was used before."""
     return not any(int(layer.cumulative_length) for layer in cache.layers[:1] if layer.is_initialized)
 
 
@@ -164,6 +221,9 @@ def _initialized(model: Any, cache: Any, batch: int) -> bool:
     """
     if all(layer.is_initialized for layer in cache.layers):
         return True
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "multi_query", False) or getattr(config, "new_decoder_architecture", False):
+        return False  # names of Falcon and GPT-BigCode, whose heads transformers does not read
     form = getattr(model, "_get_static_cache_init_shape", lambda: None)()
     if form is None or not all(getattr(layer, "supports_early_init", True) for layer in cache.layers):
         return False
@@ -172,18 +232,6 @@ def _initialized(model: Any, cache: Any, batch: int) -> bool:
         batch_size=batch, num_heads=heads, head_dim=head_dim, dtype=model.dtype, device=model.device
     )
     return True
-
-
-def _mark_dynamic(kwargs: dict[str, Any]) -> None:
-    """Say which sizes are the length of the prompt, so that the first compilation serves every length."""
-    tokens = kwargs["input_ids"].shape[1]
-    for name in ("input_ids", "position_ids", "cache_position", "attention_mask"):
-        value = kwargs.get(name)
-        for x in value.values() if isinstance(value, dict) else (value,):
-            if isinstance(x, Tensor):
-                for dim, size in enumerate(x.shape):
-                    if dim and size == tokens or x.dim() == 1:
-                        torch._dynamo.maybe_mark_dynamic(x, dim)
 
 
 def _prepare_cache(
