@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -120,29 +121,37 @@ def learn_codes(
     extra = _plain_parameters(model, also)
     train, held_out = _divided(batches, seed)
     order = _order(train, steps, warmup, seed)
-    measure = loss or _own_loss
-    kept_extra = [p.detach().clone() for p in extra]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    best: Optional[list[Tensor]] = None
+    with _learning(model, layers, extra, report) as best:
+        best += _descend(model, layers, extra, order, held_out, loss or _own_loss, report, lr, warmup, progress)
+    return report
+
+
+@contextlib.contextmanager
+def _learning(
+    model: nn.Module, layers: list[LearnedLayer], extra: list[Tensor], report: LearningReport
+) -> Iterator[list[Tensor]]:
+    """Layers compute with the codes of their factors; afterwards they and ``extra`` have what the caller puts into the list that
+    is yielded, or what they had."""
+    before = [p.detach().clone() for p in extra]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    best: list[Tensor] = []
     try:
-        for p, _ in flags:
-            p.requires_grad_(False)
-        for p in extra:
-            p.requires_grad_(True)
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for value in extra:
+            value.requires_grad_(True)
         for layer in layers:
             layer.module.forward = layer.forward  # type: ignore[method-assign]
-        best = _descend(model, layers, extra, order, held_out, measure, report, lr, warmup, progress)
+        yield best
     finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-            p.grad = None
-        chosen = best if best is not None else kept_extra
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
         with torch.no_grad():
-            for p, value in zip(extra, chosen[len(chosen) - len(extra) :]):
-                p.copy_(value)
+            for value, wanted in zip(extra, best[len(layers) :] if best else before):
+                value.copy_(wanted)
         for place, layer in enumerate(layers):
-            report.changed[layer.name] = layer.finish(None if best is None else best[place])
-    return report
+            report.changed[layer.name] = layer.finish(best[place] if best else None)
 
 
 def _descend(
@@ -156,8 +165,8 @@ def _descend(
     lr: float,
     warmup: float,
     progress: bool,
-) -> Optional[list[Tensor]]:
-    """The best factors and other parameters of all steps; None where the start is the best."""
+) -> list[Tensor]:
+    """The best factors and other parameters of all steps; nothing where the start is the best."""
     learned: list[Tensor] = [layer.factors for layer in layers] + extra
     optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.0)  # type: ignore[arg-type]
     steps = len(order)
@@ -166,7 +175,7 @@ def _descend(
         optimizer, lambda s: min(1.0, (s + 1) / rising) * 0.5 * (1 + math.cos(math.pi * s / steps))
     )
     least = report.losses[0] = _mean_loss(model, held_out, measure)
-    best: Optional[list[Tensor]] = None
+    best: list[Tensor] = []
     with block_bar("learn codes", steps, progress) as bar:
         for step, batch in enumerate(order, 1):
             with torch.enable_grad():
@@ -277,7 +286,7 @@ def _rotated(model: nn.Module, original: nn.Module, name: str) -> nn.Module:
 
 
 def _plain_parameters(model: nn.Module, names: Sequence[str]) -> list[Tensor]:
-    found = []
+    found: list[Tensor] = []
     for wanted in names:
         pattern = re.compile(rf"(?:.*\.)?{re.escape(wanted)}(?:\..*)?")
         matched = [p for n, p in model.named_parameters() if pattern.fullmatch(n) and not isinstance(p, IntScaleTensor)]

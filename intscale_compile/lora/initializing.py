@@ -99,9 +99,6 @@ def initialize(
         checkpoint_dir: finished blocks are stored there; the same call goes on where an interrupted one stopped.
         progress: show a bar.
 
-    Returns:
-        The errors of the blocks before and after.
-
     Raises:
         ConfigError: an argument that is not supported; no peft model, no LoRA layer over a quantized weight, adapters that were
             trained or are of a kind that is not supported; ``original`` of other shapes.
@@ -120,15 +117,28 @@ def initialize(
         if method == "svd":
             for one in layers:
                 from_singular_vectors(one, source.get_submodule(one.name).weight.detach())  # type: ignore[union-attr, operator]
-            return report
-        batches = batches_of(token_ids, 1)  # type: ignore[arg-type]
-        base = base_model_of(peft_model)
-        store = FinishedBlocks.open(checkpoint_dir, options, batches, base)
-        with block_bar("initialize", len(blocks(base)), progress) as bar:
-            for pair in block_pairs(base, source, batches, method != "apiq"):
-                _one_block(pair, layers, options, store, report)
-                bar.update(1)
+        else:
+            batches = batches_of(token_ids, 1)  # type: ignore[arg-type]
+            base = base_model_of(peft_model)
+            store = FinishedBlocks.open(checkpoint_dir, options, batches, base)
+            _all_blocks(base, source, batches, layers, options, store, report, progress)
     return report
+
+
+def _all_blocks(
+    base: nn.Module,
+    source: nn.Module,
+    batches: list,
+    layers: list[Adapted],
+    options: Options,
+    store: FinishedBlocks,
+    report: InitializationReport,
+    progress: bool,
+) -> None:
+    with block_bar("initialize", len(blocks(base)), progress) as bar:
+        for pair in block_pairs(base, source, batches, options.method != "apiq"):
+            _one_block(pair, layers, options, store, report)
+            bar.update(1)
 
 
 def _one_block(
@@ -176,11 +186,11 @@ def _check(options: Options, token_ids: Optional[Data]) -> None:
 def _check_original(layers: list[Adapted], original: nn.Module) -> None:
     for one in layers:
         try:
-            weight = original.get_submodule(one.name).weight
+            weight: Any = original.get_submodule(one.name).weight
         except AttributeError:
             raise ConfigError(f"original has no layer {one.name}: pass the model that was quantized.") from None
         if tuple(weight.shape) != tuple(one.weight.shape):
-            found, wanted = tuple(weight.shape), tuple(one.weight.shape)  # type: ignore[arg-type]
+            found, wanted = tuple(weight.shape), tuple(one.weight.shape)
             raise ConfigError(f"original: {one.name}.weight has shape {found}, the quantized one {wanted}.")
         if hasattr(type(weight), "__tensor_flatten__"):
             raise ConfigError(

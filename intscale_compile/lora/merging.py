@@ -118,9 +118,9 @@ def _say_what_is_lost(
         return
     lost = {}
     for one in changed:
-        parts = [wanted[one.name], one.weight.dequantize(torch.float32), before[one.name].dequantize(torch.float32)]
-        parts = [part.mT for part in parts] if one.weight.transposed else parts
-        lost[one.name] = lost_effect(*parts, one.down.detach())  # type: ignore[arg-type]
+        now, then = (weight.dequantize(torch.float32) for weight in (one.weight, before[one.name]))
+        rows = [part.mT if one.weight.transposed else part for part in (wanted[one.name], now, then)]
+        lost[one.name] = lost_effect(rows[0], rows[1], rows[2], one.down.detach())
     worst = max(lost, key=lost.__getitem__)
     mean = sum(lost.values()) / len(lost)
     hint = (
@@ -177,7 +177,7 @@ def _unmerge_layer(original: Callable) -> Callable:
 
 def _create_layer(original: Callable) -> Callable:
     def create(self: Any, *args: Any, get_apply_tensor_subclass: Optional[Callable] = None, **kwargs: Any) -> None:
-        below = args[0] if args else kwargs.get("base_layer")
+        below: Any = args[0] if args else kwargs.get("base_layer")
         below = below.get_base_layer() if hasattr(below, "get_base_layer") else below
         if get_apply_tensor_subclass is None and isinstance(getattr(below, "weight", None), IntScaleTensor):
             get_apply_tensor_subclass = IntScaleConfig  # merging takes the format of the weight; peft wants something

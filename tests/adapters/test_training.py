@@ -43,7 +43,7 @@ def stepped(peft_model, run, steps: int = 3) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
@@ -81,21 +81,11 @@ def test_autocast_trains_fp32_adapters_over_a_bf16_base(base):
     assert losses[-1] < losses[0]
 
 
-class Mlp(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 160), nn.Linear(160, 64)
-
-    def forward(self, x):
-        return self.down(nn.functional.silu(self.up(x)))
-
-
 def test_compiled_training_is_eager_training():
     torch.manual_seed(0)
-    base = quantize(Mlp().requires_grad_(False), IntScaleConfig(scale_search="absmax"))
-    eager, compiled = (
-        change(adapted(copy.deepcopy(base), target_modules=["up", "down"]), 0.01).train() for _ in range(2)
-    )
+    layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
+    base = quantize(layer, IntScaleConfig(scale_search="absmax"))
+    eager, compiled = (change(adapted(copy.deepcopy(base), target_modules=["0"]), 0.01).train() for _ in range(2))
     compiled.load_state_dict({n: p for n, p in eager.state_dict().items() if "lora_" in n}, strict=False)
     x, wanted = torch.randn(32, 64), torch.randn(32, 64)
     run = torch.compile(compiled, backend="intscale", fullgraph=True)
