@@ -5,7 +5,7 @@
     python benchmarks/generate.py --model tiny --device cpu --points 1x64 --peers bf16 ours
 
 Peers are set up as their users do: a static cache and ``CompileConfig(mode="reduce-overhead")``; ``_prompt`` peers have their
-prompts compiled as well, by the same code as ours; ``ours_whole`` compiles the whole model for prompts, not one layer. Random
+prompts compiled as well, by the same code as ours; ``ours_layers`` compiles one layer for prompts, not the model. Random
 weights. A point is BATCHxPROMPT. Each peer has a process of its own, one after the other; times are medians over calls and
 steps, read at the arrival of each token on the host.
 """
@@ -28,7 +28,7 @@ from timing import environment
 
 PEERS = {  # what is quantized, how prompts run
     "bf16": ("bf16", "eager"), "bf16_prompt": ("bf16", "compiled"), "fp8": ("fp8", "eager"), "int8": ("int8", "eager"),
-    "ours": ("intscale", "auto"), "ours_whole": ("intscale", "compiled"), "ours_eager_prompt": ("intscale", "eager"),
+    "ours": ("intscale", "auto"), "ours_layers": ("intscale", "layers"), "ours_eager_prompt": ("intscale", "eager"),
 }  # fmt: skip
 CALLS = 4
 

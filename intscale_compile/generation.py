@@ -74,9 +74,9 @@ def prepare_for_generation(
     Args:
         model: a causal or an encoder-decoder model of transformers.
         prompt: ``"compiled"``: one graph of the whole model for every length of prompt, compiled at the first call;
-            ``"layers"``: one graph that all decoder layers share, which compiles many times faster; ``"eager"``: no
-            compilation; ``"auto"``: on a GPU ``"layers"`` where the model is quantized and has such layers, else
-            ``"compiled"``; elsewhere eager. Prompts of encoder-decoder models, those with anything
+            ``"layers"``: one graph that the decoder layers of a quantized model share, which compiles many times faster, but
+            costs the host more at every prompt; ``"eager"``: no compilation; ``"auto"``: compiled on a GPU, eager
+            elsewhere. Prompts of encoder-decoder models, those with anything
             but tokens, padded ones, and those behind others in a cache run eagerly.
         mode: of ``torch.compile``, for decoding steps; by default ``"reduce-overhead"`` on a GPU, where launches cost more
             than kernels, and ``"default"`` elsewhere and for models with sliding windows, whose steps differ in a number.
@@ -115,7 +115,7 @@ def prepare_for_generation(
     ours = backend == "intscale" or getattr(backend, "takes_intscale_options", False)
     options = {"intscale.whole_prompt": True} if ours else None
     compile_forward = functools.partial(torch.compile, backend=backend, options=options) if compiled_prompt else None
-    by_layer = compiled_prompt and prompt != "compiled" and _quantized(model) > 0 and bool(decoder_layers(model))
+    by_layer = prompt == "layers" and compiled_prompt and _quantized(model) > 0 and bool(decoder_layers(model))
     prepare_model(model, PromptState(compile_forward, keep_cache and not model.config.is_encoder_decoder, by_layer))
     how = f"torch.compile, one graph for all {'layers and ' if by_layer else ''}lengths" if compiled_prompt else "eager"
     setup = _describe(model, mode, how, keep_cache, max_cache_len)
