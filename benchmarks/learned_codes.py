@@ -215,7 +215,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences of 256 tokens a step, for text")
     parser.add_argument("--sequences", type=int, default=24, help="held out, of 512 tokens")
     parser.add_argument("--train-steps", type=int, default=300, help="of LLaVA itself")
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument(
+        "--group-size", type=int, default=-1, help="for pictures; -1: per channel, where rounding costs most"
+    )
     parser.add_argument("--first-layer", type=int, default=0)
     args = parser.parse_args(argv)
     text(args) if args.task == "text" else pictures(args)

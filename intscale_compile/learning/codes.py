@@ -87,6 +87,7 @@ def learn_codes(
     warmup: float = 0.03,
     first_layer: int = 0,
     also: Sequence[str] = (),
+    also_lr: Optional[float] = None,
     seed: int = 0,
     progress: bool = True,
 ) -> LearningReport:
@@ -102,10 +103,11 @@ def learn_codes(
             ``Mixed`` batches of two kinds.
         loss: takes the model and a batch; None: the model's own.
         steps: how many; batches are used again, in another order.
-        lr: learning rate of the factors, and of ``also``, after the warm-up; it falls to 0 along a cosine.
+        lr: learning rate of the factors after the warm-up; it falls to 0 along a cosine.
         warmup: share of the steps in which the learning rate rises, and in which ``Mixed`` does not change.
         first_layer: layers before this one keep their codes (the paper: 6).
         also: names of plain parameters that are learned too, or of modules of them, such as ``"multi_modal_projector"``.
+        also_lr: their learning rate; None: a hundredth of ``lr``.
         seed: of the order of the batches.
         progress: show a bar.
 
@@ -113,7 +115,7 @@ def learn_codes(
         ConfigError: an argument that is not supported, ``original`` of other shapes or another model, nothing to learn.
         CalibrationError: no batches, no loss, or one that is not finite; the model is as it was then.
     """
-    _check(steps, lr, warmup, first_layer, seed)
+    _check(steps, lr, warmup, first_layer, seed, also_lr)
     if model.training:
         raise ConfigError("the model is in training mode, where dropout may be active: call model.eval() first.")
     report = LearningReport()
@@ -121,8 +123,9 @@ def learn_codes(
     extra = _plain_parameters(model, also)
     train, held_out = _divided(batches, seed)
     order = _order(train, steps, warmup, seed)
+    rates = lr, lr / 100 if also_lr is None else also_lr
     with _learning(model, layers, extra, report) as best:
-        best += _descend(model, layers, extra, order, held_out, loss or _own_loss, report, lr, warmup, progress)
+        best += _descend(model, layers, extra, order, held_out, loss or _own_loss, report, rates, warmup, progress)
     return report
 
 
@@ -162,13 +165,15 @@ def _descend(
     held_out: list[Any],
     measure: Loss,
     report: LearningReport,
-    lr: float,
+    rates: tuple[float, float],
     warmup: float,
     progress: bool,
 ) -> list[Tensor]:
     """The best factors and other parameters of all steps; nothing where the start is the best."""
-    learned: list[Tensor] = [layer.factors for layer in layers] + extra
-    optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.0)  # type: ignore[arg-type]
+    factors: list[Tensor] = [layer.factors for layer in layers]
+    learned = factors + extra
+    groups = [{"params": params, "lr": rate} for params, rate in zip((factors, extra), rates) if params]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps = len(order)
     rising = max(1.0, warmup * steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -335,10 +340,14 @@ def _order(train: Any, steps: int, warmup: float, seed: int) -> list[Any]:
     return chosen
 
 
-def _check(steps: int, lr: float, warmup: float, first_layer: int, seed: int) -> None:
+def _check(steps: int, lr: float, warmup: float, first_layer: int, seed: int, also_lr: Optional[float]) -> None:
+    def positive(value: Any) -> bool:
+        return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+
     rules = {
         "steps": (steps, type(steps) is int and steps > 0, "a positive integer"),
-        "lr": (lr, isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0, "a positive number"),
+        "lr": (lr, positive(lr), "a positive number"),
+        "also_lr": (also_lr, also_lr is None or positive(also_lr), "a positive number or None"),
         "warmup": (warmup, isinstance(warmup, (int, float)) and 0 <= warmup < 1, "a share from 0 to below 1"),
         "first_layer": (first_layer, type(first_layer) is int and first_layer >= 0, "an integer, 0 or more"),
         "seed": (seed, type(seed) is int and seed >= 0, "an integer, 0 or more"),

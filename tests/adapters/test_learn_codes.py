@@ -168,6 +168,7 @@ BAD = {
     ),
     "training": (lambda o: (_quantized(o).train(), o), {}, ConfigError, "call model.eval"),
     "steps": (lambda o: (_quantized(o), o), {"steps": 0}, ConfigError, "steps=0 is not supported"),
+    "also_lr": (lambda o: (_quantized(o), o), {"also_lr": -1.0}, ConfigError, "also_lr=-1.0 is not supported"),
     "also": (
         lambda o: (_quantized(o), o),
         {"also": ["projector"]},
