@@ -25,6 +25,7 @@ from .errors import ConfigError, OverflowProofError
 from .integrations.torch import local_tensor
 from .integrations.torchao import is_linear
 from .integrations.torchao_calls import watch_quantize_calls
+from .output_probe import OutputProbe
 from .progress import Progress
 from .reasons import Reason, log_once
 from .tensors.expert_layers import expert_stacks
@@ -163,9 +164,12 @@ def _planned(model: nn.Module, config: Any, filter_fn: Optional[Filter]) -> Iter
     state = ModelState(model)
     token, plan = _running.set(None), None
     try:
+        probe = OutputProbe(model)
         plan = _make_plan(model, config, filter_fn, state)
         _running.set(plan)
         yield plan
+        if plan.weights:
+            probe.compare(model)
     except BaseException:
         state.restore()
         raise

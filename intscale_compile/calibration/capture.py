@@ -78,11 +78,13 @@ class StackInputs:
         hidden: one tensor for each batch, on the CPU.
         calls: for each batch and block, positional and keyword arguments with the hidden states left out.
         by_keyword: whether the hidden states are passed as ``hidden_states=``.
+        masks: for each batch which of its tokens count, bool ``[B * T]`` on the CPU; None: all of them.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Inputs]] = field(default_factory=list)
     by_keyword: bool = False
+    masks: list[Optional[Tensor]] = field(default_factory=list)
 
     def inputs(self, batch: int, block: int, hidden: Tensor, device: torch.device) -> Inputs:
         """Arguments of a block for a batch whose hidden states are ``hidden``, on ``device``."""
@@ -114,7 +116,21 @@ def capture(model: nn.Module, stack: list[tuple[str, nn.Module]], batches: Seque
             recorder.passing = recorder.keeps_shape and recorder.same_without_blocks(model, first)
         for batch in moved:
             recorder.run(model, batch)
-    return recorder.kept
+    kept = recorder.kept
+    kept.masks = [_counted(batch, hidden) for batch, hidden in zip(batches, kept.hidden)]
+    return kept
+
+
+def _counted(batch: Mapping[str, Any], hidden: Tensor) -> Optional[Tensor]:
+    """Which tokens of ``hidden [B, T, K]`` are no padding, bool ``[B * T]``; None: all, or nothing says so.
+
+    Of an encoder-decoder's data nothing is left out: two masks, and which stack a mask belongs to is not known.
+    """
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != hidden.shape[:2] or any(k.startswith("decoder_") for k in batch):
+        return None
+    counted = mask.detach().cpu().bool().flatten()
+    return None if bool(counted.all()) or not bool(counted.any()) else counted
 
 
 class _Recorder:
@@ -275,6 +291,7 @@ def statistics(
     runs: Sequence[Callable[[], Inputs]],
     original: Optional[tuple[nn.Module, LinearWeight, Sequence[Callable[[], Inputs]]]] = None,
     replays: tuple[Optional[Replay], Optional[Replay]] = (None, None),
+    masks: Sequence[Optional[Tensor]] = (),
 ) -> Statistics:
     """Run a block on every input and sum up what one of its weights sees.
 
@@ -284,6 +301,7 @@ def statistics(
         runs: callables that give the inputs of the block, batch by batch.
         original: the block, weight (``[N, K]``) and inputs of the original model, for ``lost``.
         replays: what parts of ``block``, and of the original one, returned in earlier runs.
+        masks: for each batch which tokens count, as ``StackInputs.masks``; experts count all.
 
     Raises:
         CalibrationError: the input is not finite, or the weight is never reached.
@@ -300,7 +318,11 @@ def statistics(
                     before = next(_seen(*original[:2], original[2][batch]))[1]
             with replayed(replays[0], batch):
                 seen = list(_seen(block, weight, inputs))
+            mask = masks[batch] if masks else None
             for expert, rows in seen:
+                if mask is not None and not experts and len(rows) == len(mask):
+                    counted = mask.to(rows.device)
+                    rows, before = rows[counted], before[counted] if len(before) else before
                 largest = torch.maximum(largest, rows.abs().amax().float())
                 tokens[expert] += len(rows)
                 total[expert] += second_moments(rows)

@@ -73,7 +73,9 @@ def calibrate(
 
     Args:
         model: any transformers model whose layers are in an ``nn.ModuleList``, in eval mode, not quantized.
-        data: token ids ``[S, T]``, a list of token ids, or a list of dictionaries of model inputs.
+        data: token ids ``[S, T]``, a list of token ids, or a list of dictionaries of model inputs; tokens that an
+            ``attention_mask [B, T]`` in these leaves out count nowhere (experts, the encoder and decoder of one model, static
+            scales of activations and tuning look at them all the same).
         config: the name of a preset or a ``CalibrationConfig``; it is kept in
             ``model.config.intscale_calibration_config``.
         checkpoint_dir: finished blocks are stored there; the same call goes on where an interrupted one stopped.
@@ -261,7 +263,7 @@ class _Block:
                 self.store.save(self.name, self.block)
         self.report.weights += [f"{self.name}.{n}" for n in names]
         output = self._outputs(self.streams.quantized, self.replay)
-        self.report.losses[self.name] = _relative_error(output, target, self.name)
+        self.report.losses[self.name] = _relative_error(output, target, self.name, self.streams.inputs.masks)
         self.streams.original, self.streams.quantized = target, output
 
     def _runs(self, hidden: list[Tensor]) -> list[Callable[[], Inputs]]:
@@ -305,7 +307,8 @@ class _Block:
         runs, original = self._runs(self.streams.quantized), None
         if self.original is not None and weight.weight.dim() == 2:
             original = self.original, weights_of(self.original)[weight.name], self._runs(self.streams.original)
-        return statistics(self.block, weight, runs, original, (self.replay, self.original_replay))
+        replays = self.replay, self.original_replay
+        return statistics(self.block, weight, runs, original, replays, self.streams.inputs.masks)
 
     def _quantize_weight(self, weight: LinearWeight, seen: Optional[Statistics]) -> None:
         name = f"{self.name}.{weight.qualified}"
@@ -374,9 +377,15 @@ def _check_model(model: nn.Module) -> None:
         raise CalibrationError(f"{quantized[0]} is quantized already: calibrate the original model.")
 
 
-def _relative_error(output: list[Tensor], target: list[Tensor], name: str) -> float:
-    error = sum(float((o.double() - t.double()).square().sum()) for o, t in zip(output, target))
-    power = sum(float(t.double().square().sum()) for t in target)
+def _relative_error(output: list[Tensor], target: list[Tensor], name: str, masks: Sequence[Optional[Tensor]]) -> float:
+    """Squared error of the tokens that count relative to what they should be."""
+
+    def counted(part: Tensor, mask: Optional[Tensor]) -> Tensor:
+        return part.double() if mask is None else part.flatten(0, 1)[mask].double()
+
+    parts = [(counted(o, m), counted(t, m)) for o, t, m in zip(output, target, masks)]
+    error = sum(float((o - t).square().sum()) for o, t in parts)
+    power = sum(float(t.square().sum()) for _, t in parts)
     if not error == error:
         raise CalibrationError(f"the output of {name} is not finite after it was quantized.")
     return error / max(power, 1e-300)

@@ -23,6 +23,7 @@ from ..kernels.quantize_per_token import OP as QUANTIZE_OP
 from ..kernels.quantize_static import STATIC_OP
 from ..kernels.w4a8_gated import GATED_OP
 from ..kernels.w4a8_residual import LINEAR_ADD_OP
+from ..output_probe import probe_result
 from ..passes import Candidate, GraphRewrite
 from ..passes.packed_weights import Packed
 from ..passes.settings import Settings
@@ -168,6 +169,7 @@ def explanation(
     rows = _rows(model, graphs, names, places)
     layers, weights = [_named(layer) for layer in rows.layers], rows.of_weight
     notes |= rows.notes | eager_notes(model, layers) | _left_notes(left) | set(fallbacks())
+    notes |= {str(found) for found in (probe_result(model),) if found is not None and found.hurts}
     local = [local_tensor(p) for p in model.parameters()]
     parameters: dict[int, Tensor] = {id(p): p for p in local}
     before, after = _bytes(parameters, weights)
