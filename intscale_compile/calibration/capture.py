@@ -264,6 +264,24 @@ def _interned(value: Any, pool: dict) -> Any:
     return pool[key][-1]
 
 
+def relative_error(output: list[Tensor], target: list[Tensor], name: str, masks: Sequence[Optional[Tensor]]) -> float:
+    """Squared error of a block's outputs relative to what they should be, over the tokens that count.
+
+    Raises:
+        CalibrationError: an output is not finite.
+    """
+
+    def counted(part: Tensor, mask: Optional[Tensor]) -> Tensor:
+        return part.double() if mask is None else part.flatten(0, 1)[mask].double()
+
+    parts = [(counted(o, m), counted(t, m)) for o, t, m in zip(output, target, masks)]
+    error = sum(float((o - t).square().sum()) for o, t in parts)
+    power = sum(float(t.square().sum()) for _, t in parts)
+    if not error == error:
+        raise CalibrationError(f"the output of {name} is not finite after it was quantized.")
+    return error / max(power, 1e-300)
+
+
 class _Enough(Exception):
     """What was looked for has been seen; the rest of the block or of the model need not run."""
 

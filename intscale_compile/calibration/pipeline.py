@@ -20,7 +20,7 @@ from ..tensors.expert_layers import expert_stacks
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import linears_and_experts, mark_decided, model_weights
 from ..tensors.weight_checks import check_module
-from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, statistics
+from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, relative_error, statistics
 from .clipping import on_integer_grid
 from .config import CalibrationConfig, as_calibration_config
 from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stages, weights_of
@@ -263,7 +263,7 @@ class _Block:
                 self.store.save(self.name, self.block)
         self.report.weights += [f"{self.name}.{n}" for n in names]
         output = self._outputs(self.streams.quantized, self.replay)
-        self.report.losses[self.name] = _relative_error(output, target, self.name, self.streams.inputs.masks)
+        self.report.losses[self.name] = relative_error(output, target, self.name, self.streams.inputs.masks)
         self.streams.original, self.streams.quantized = target, output
 
     def _runs(self, hidden: list[Tensor]) -> list[Callable[[], Inputs]]:
@@ -375,20 +375,6 @@ def _check_model(model: nn.Module) -> None:
     quantized = [n for n, p in model.named_parameters() if isinstance(p, (IntScaleTensor, FloatScaleWeight))]
     if quantized:
         raise CalibrationError(f"{quantized[0]} is quantized already: calibrate the original model.")
-
-
-def _relative_error(output: list[Tensor], target: list[Tensor], name: str, masks: Sequence[Optional[Tensor]]) -> float:
-    """Squared error of the tokens that count relative to what they should be."""
-
-    def counted(part: Tensor, mask: Optional[Tensor]) -> Tensor:
-        return part.double() if mask is None else part.flatten(0, 1)[mask].double()
-
-    parts = [(counted(o, m), counted(t, m)) for o, t, m in zip(output, target, masks)]
-    error = sum(float((o - t).square().sum()) for o, t in parts)
-    power = sum(float(t.square().sum()) for _, t in parts)
-    if not error == error:
-        raise CalibrationError(f"the output of {name} is not finite after it was quantized.")
-    return error / max(power, 1e-300)
 
 
 def _finish(model: nn.Module, chosen: CalibrationConfig) -> None:

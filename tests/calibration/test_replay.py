@@ -1,6 +1,7 @@
 """What is kept instead of being computed again changes no bit of a calibration."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from torch import nn
 
 from intscale_compile import CalibrationConfig, IntScaleTensor, calibrate
 from intscale_compile.calibration import pipeline
-from intscale_compile.calibration.capture import capture
-from intscale_compile.calibration.layers import stacks
+from intscale_compile.calibration.capture import batches_of, capture, statistics
+from intscale_compile.calibration.layers import stacks, weights_of
 from intscale_compile.calibration.replay import Replay
 
 
@@ -119,3 +120,26 @@ def test_blocks_whose_arguments_depend_on_hidden_states_run(model, data, monkeyp
     assert len(ran) == len(kept.hidden) == 4 and not torch.equal(
         kept.calls[1][1][1]["mean"], kept.calls[1][0][1]["mean"]
     )
+
+
+def test_padding_counts_nowhere(model):
+    """Statistics and losses of padded sequences are those of the sequences."""
+    short, long = torch.randint(0, 128, (1, 20)), torch.randint(0, 128, (1, 50))
+    padded = torch.cat([torch.cat([short, torch.full((1, 30), 5)], 1), long])
+    mask = torch.ones(2, 50, dtype=torch.int64)
+    mask[0, 20:] = 0
+    found = []
+    for data in ([short, long], [{"input_ids": padded, "attention_mask": mask}], [{"input_ids": padded}]):
+        kept = capture(model, stacks(model)[0], batches_of(data))
+        block = stacks(model)[0][0][1]
+        cpu = torch.device("cpu")
+        runs = [partial(kept.inputs, b, 0, hidden, cpu) for b, hidden in enumerate(kept.hidden)]
+        found.append(statistics(block, weights_of(block)["mlp.down_proj"], runs, masks=kept.masks))
+    assert [int(one.tokens) for one in found] == [70, 70, 100]
+    torch.testing.assert_close(found[1].hessian, found[0].hessian, rtol=1e-3, atol=1e-6)
+    losses = [
+        calibrate(copy.deepcopy(model), data, "rtn", progress=False).losses
+        for data in ([short, long], [{"input_ids": padded, "attention_mask": mask}])
+    ]
+    for name, loss in losses[0].items():
+        assert loss == pytest.approx(losses[1][name], rel=1e-2)
