@@ -59,8 +59,9 @@ def norm(h, gamma, beta, eps, center):
         mean = rdiv(sum(a << 8 for a in x), n)
         x = [(a << 8) - mean for a in x]
     s = min(25, (60 - (n - 1).bit_length()) // 2) - (max(1, *map(abs, x)).bit_length() - 1)
+    s = min(s, (60 - eps.bit_length()) // 2)
     x = [shift(a, s) for a in x]
-    scaled_eps = eps << min(max(2 * s, 0), 40) if s >= 0 else eps >> min(-2 * s, 62)
+    scaled_eps = eps << 2 * s if s >= 0 else eps >> min(-2 * s, 62)
     root = math.isqrt(max(1, rdiv(sum(a * a for a in x), n) + scaled_eps))
     y = [rdiv(a << 15, root) * mantissa(g) for a, g in zip(x, gamma)]
     return [a + b for a, b in zip(y, beta)] if beta else y, 15 + exponent(gamma[0])

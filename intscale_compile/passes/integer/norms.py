@@ -60,7 +60,7 @@ def _match(rewrite: GraphRewrite, node: fx.Node) -> Optional[_Norm]:
         beta = argument(node, 3, "bias")
     eps = argument(node, 4 if name == "layer_norm" else 3, "eps")
     gamma, shift = source_of(rewrite, weight), source_of(rewrite, beta)
-    eps = torch.finfo(example(h).dtype).eps if eps is None else number(eps)
+    eps = torch.finfo(example(node).dtype).eps if eps is None else number(eps)
     over_last = len(argument(node, 1, "normalized_shape")) == 1
     if gamma is None or eps is None or not over_last or (shift is None) != (beta is None):
         return None

@@ -16,23 +16,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from .compile.binding import bind, rewrite_graph
-from .compile.options import parse_options
-from .errors import InputError
-from .kernels.integer.arithmetic import FRACTION
+from ..compile.binding import bind, rewrite_graph
+from ..compile.options import parse_options
+from ..errors import InputError
+from ..kernels.integer.arithmetic import FRACTION
+from .bounds import Bound
+from .proof import OPTIONS, IntegerProof, prove
 
 if TYPE_CHECKING:
-    from .integrations.transformers_cache import IntegerCache
+    from ..integrations.transformers_cache import IntegerCache
 
-__all__ = ["IntegerCache", "eager_backend", "hash_logits", "integers", "run_eagerly"]
-OPTIONS = {"intscale.integer_only": True}
+__all__ = ["Bound", "IntegerCache", "IntegerProof", "eager_backend", "hash_logits", "integers", "prove", "run_eagerly"]
 
 
 def __getattr__(name: str) -> Any:
     if name != "IntegerCache":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # Imports transformers, which is optional.
-    from .integrations.transformers_cache import IntegerCache
+    from ..integrations.transformers_cache import IntegerCache
 
     return IntegerCache
 
