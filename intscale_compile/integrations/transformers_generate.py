@@ -47,6 +47,7 @@ class PromptState:
         self.by_layer = by_layer
         self.prompts = 0
         self._compiled: dict[Callable, Callable] = {}
+        self._layers: Optional[dict[Any, int]] = None
         self._cache: Any = None
         self._cache_form: Any = None
         self._collected = False
@@ -70,7 +71,9 @@ class PromptState:
         """A whole prompt, compiled."""
         self.prompts += 1
         tokens = kwargs["input_ids"].shape[1]
-        layers = decoder_layers(model) if self.by_layer else {}
+        if self.by_layer and self._layers is None:
+            self._layers = decoder_layers(model)
+        layers = self._layers if self.by_layer else None
         if not layers:
             names = ("input_ids", "position_ids", "cache_position", "attention_mask")
             mark_dynamic([kwargs.get(name) for name in names], tokens)
