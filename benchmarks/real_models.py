@@ -11,6 +11,7 @@ compared with what transformers makes of it in fp32. Calibration text should be 
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import math
 import subprocess
@@ -19,6 +20,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,12 +44,11 @@ OURS = {
     "group 32": IntScaleConfig(group_size=32),
     "group 32, 8-bit scales": IntScaleConfig(group_size=32, scale_bits=8),
 }
-PEERS = {
-    "torchao int8 + int8": Int8DynamicActivationInt8WeightConfig,
-    "torchao int8 + int4, 32": lambda: Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4, weight_granularity=PerGroup(32)
-    ),
-}
+PEERS: dict[str, Callable[[], Any]] = {"torchao int8 + int8": Int8DynamicActivationInt8WeightConfig}
+for size in (32, 64, 128):
+    PEERS[f"torchao int8 + int4, {size}"] = partial(
+        Int8DynamicActivationIntxWeightConfig, weight_dtype=torch.int4, weight_granularity=PerGroup(size)
+    )
 ROWS = ("gguf", *OURS, *PEERS)
 
 
@@ -107,6 +108,18 @@ def plain(source: Path | str) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def _fields(pairs: list[str]) -> dict[str, Any]:
+    """``["damping=0.2", "clipping=search"]`` as keyword arguments."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
 def variants(args: argparse.Namespace, source: Path | str, model: Any, tokenizer: Any) -> dict[str, Callable[[], Any]]:
     """What to measure, by the row's name."""
 
@@ -122,7 +135,7 @@ def variants(args: argparse.Namespace, source: Path | str, model: Any, tokenizer
         def make() -> Any:
             ids = token_sequences(tokenizer, read_texts(args.calibration), args.calibration_sequences, args.tokens)
             copied = copy.deepcopy(model)
-            calibrate(copied, ids, CalibrationConfig.from_preset(preset), progress=False)
+            calibrate(copied, ids, CalibrationConfig.from_preset(preset, **_fields(args.set)), progress=False)
             return copied
 
         return make
@@ -142,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="*", choices=ROWS, help="the default is all that apply")
     parser.add_argument("--presets", nargs="*", default=[], help="of calibrate, such as gptq best")
     parser.add_argument("--calibration", nargs="*", default=[], help="text files for the presets")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of every preset")
     parser.add_argument("--sequences", type=int, default=40)
     parser.add_argument("--calibration-sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=512)

@@ -68,7 +68,7 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder for the quantized model.", show_default=False)],
     config: Config = None,
-    preset: Annotated[Optional[str], typer.Option(help="Calibrate: rtn, gptq, best, llama3, mixtral, odyssey, fptq.")] = None,
+    preset: Annotated[Optional[str], typer.Option(help="Data: rtn, gptq, robust, best, llama3, mixtral, odyssey, fptq")] = None,
     data: Annotated[Optional[list[Path]], typer.Option(help="Text file to calibrate with; may be given again.")] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences of text to calibrate with.")] = 64,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens in each.")] = 512,

@@ -192,6 +192,7 @@ PRESETS: dict[str, CalibrationConfig] = {
         CalibrationConfig("fptq", smoothing="outliers", activation="fptq", sweeps=2),
         CalibrationConfig("llama3", overrides={"down_proj": W8A8}, rotation="hadamard"),
         CalibrationConfig("mixtral", clipping="none", match_original=True, sweeps=2),
+        CalibrationConfig("robust", match_original=True, damping=0.2, sweeps=2, rotation="auto"),
         CalibrationConfig("best", clipping="none", match_original=True, sweeps=2, rotation="auto", tuning_steps=64),
     )
 }

@@ -21,6 +21,7 @@ from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import linears_and_experts, mark_decided, model_weights
 from ..tensors.weight_checks import check_module
 from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, relative_error, statistics
+from .changes import announce, changes_of, size_of
 from .clipping import on_integer_grid
 from .config import CalibrationConfig, as_calibration_config
 from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stages, weights_of
@@ -44,15 +45,19 @@ class CalibrationReport:
         losses: squared error of each block's output relative to the original block's, by name; the errors of all blocks
             before it are in it.
         weights: names of the quantized parameters.
+        changes: what else is different now: bytes, an output embedding of its own, 8-bit weights, rotated inputs.
     """
 
     config: CalibrationConfig
     losses: dict[str, float] = field(default_factory=dict)
     weights: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [f"  {name}: {loss:.3e}" for name, loss in self.losses.items()]
-        return "\n".join([str(self.config), f"{len(self.weights)} weights; relative error of each block:", *rows])
+        return "\n".join(
+            [str(self.config), *self.changes, f"{len(self.weights)} weights; relative error of each block:", *rows]
+        )
 
 
 def calibrate(
@@ -97,9 +102,12 @@ def calibrate(
     _check_model(model)
     report = CalibrationReport(chosen)
     store = Checkpoint.open(checkpoint_dir, chosen, digest_of(batches), model) if checkpoint_dir is not None else None
+    before = size_of(model)
+    announce(model, chosen)
     with restored_on_failure(model, restore):
         _calibrate_blocks(model, batches, chosen, report, store, progress)
         _finish(model, chosen)
+    report.changes = changes_of(model, before)
     return report
 
 

@@ -15,7 +15,7 @@ from_preset = CalibrationConfig.from_preset
 W8A8 = IntScaleConfig(weight_bits=8, group_size=-1)
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq", "odyssey", "fptq", "llama3", "mixtral", "best"])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "odyssey", "fptq", "llama3", "mixtral", "robust", "best"])
 def test_presets_survive_json(name):
     preset = from_preset(name)
     assert preset.name == name and PRESETS[name] == preset
