@@ -210,16 +210,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=["text", "pictures"])
     parser.add_argument("model", nargs="?", type=Path, default=default_model())
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, help="100 for text, 50 for pictures")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=4, help="sequences of 256 tokens a step, for text")
     parser.add_argument("--sequences", type=int, default=24, help="held out, of 512 tokens")
-    parser.add_argument("--train-steps", type=int, default=300, help="of LLaVA itself")
+    parser.add_argument("--train-steps", type=int, default=200, help="of LLaVA itself")
     parser.add_argument(
         "--group-size", type=int, default=-1, help="for pictures; -1: per channel, where rounding costs most"
     )
     parser.add_argument("--first-layer", type=int, default=0)
     args = parser.parse_args(argv)
+    args.steps = args.steps or (100 if args.task == "text" else 50)
     text(args) if args.task == "text" else pictures(args)
 
 
