@@ -14,7 +14,7 @@ hf = pytest.importorskip("transformers")
 from intscale_compile import CalibrationConfig, IntScaleConfig, IntScaleTensor, lora, quantize  # noqa: E402
 from intscale_compile.errors import CalibrationError, CheckpointError, ConfigError  # noqa: E402
 from tests.support.adapters import adapted, change  # noqa: E402
-from tests.support.calibration import calibrated, logits_of, tiny_llama  # noqa: E402
+from tests.support.calibration import calibrated, logits_of, small_model, tiny_llama  # noqa: E402
 
 DATA = torch.arange(256).mul(7).remainder(128).view(4, 64)
 INPUTS = {"input_ids": DATA}
@@ -186,6 +186,15 @@ def test_kinds_of_adapters_that_are_refused(original, base):
         lora.initialize(two, original, DATA, **QUICK)
     lora.initialize(two, original, method="svd", adapter="other")
     assert all(bool((p != 0).any()) == ("other" in n) for n, p in two.named_parameters() if "lora_B" in n)
+
+
+def test_adapters_of_stacks_of_experts_are_refused_by_name():
+    model, inputs = small_model("mixtral")
+    quantize(model, IntScaleConfig(scale_search="absmax"))
+    peft_model = adapted(model, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    said = r"model\.layers\.0\.mlp\.experts\.down_proj: adapters of stacks of experts .* are not supported"
+    with pytest.raises(ConfigError, match=said):
+        lora.initialize(peft_model, small_model("mixtral")[0], inputs["input_ids"], **QUICK)
 
 
 def test_overwrite_begins_anew(original, base):
