@@ -98,14 +98,16 @@ def _bias(part: IntegerPart, *tensors: Any) -> Tensor:
 
 
 def _embedding_scales(weight: Tensor) -> Tensor:
-    scale = weight.to(torch.float64).abs().amax(1) / 127
+    """float64 ``[V]``, on the CPU: a GPU multiplies by 1 / 127, after which halves (of bf16 weights) round to the other side."""
+    scale = weight.detach().to("cpu", torch.float64).abs().amax(1) / 127
     return torch.where(scale > 0, scale, 1.0)
 
 
 def _embedding_codes(part: IntegerPart, weight: Tensor) -> Tensor:
     if not bool(torch.isfinite(weight).all()):
         raise WeightError(f"{part.sources[0].name} has NaN or Inf entries: repair the checkpoint.")
-    return (weight.to(torch.float64) / _embedding_scales(weight).unsqueeze(1)).round().to(torch.int8)
+    codes = weight.detach().to("cpu", torch.float64) / _embedding_scales(weight).unsqueeze(1)
+    return codes.round().to(torch.int8).to(weight.device)
 
 
 MAKERS: dict[str, Callable[..., Tensor]] = {
@@ -114,7 +116,7 @@ MAKERS: dict[str, Callable[..., Tensor]] = {
     "beta": _beta,
     "bias": _bias,
     "embedding_codes": _embedding_codes,
-    "embedding_scale": lambda part, weight: dyadic_of(_embedding_scales(weight)),
+    "embedding_scale": lambda part, weight: dyadic_of(_embedding_scales(weight)).to(weight.device),
     "rope_table": lambda part, inv_freq, length, scaling: rope_table(inv_freq, length, scaling),
 }
 
