@@ -86,6 +86,18 @@ def test_functions_of_two_integers(op, left, right, expected):
     assert found.tolist() == [[expected(a, b) for b in right] for a in left]
 
 
+def test_division_of_rows_by_multiplication():
+    """Exact at every quotient up to 2**15, at both sides of every rounding, for small and large divisors."""
+    divisors = [1, 2, 3, 5, 127, 2**15, 2**29 + 1, 2**30 - 1, 2**30, 2**31 + 7, 2**40 - 1, 2**45]
+    quotients = [0, 1, 2, 126, 127, 128, 8191, 2**14, 2**15 - 2]
+    for b in divisors:
+        halves = [q * b + b // 2 + d for q in quotients for d in (-1, 0, 1)]
+        a = [v for v in [*halves, *(q * b for q in quotients)] if v >= 0]
+        a = torch.tensor([*a, *(-v for v in a)])
+        found = arithmetic.divide_rows(a, torch.tensor([b]))
+        assert found.tolist() == [oracle.rdiv(v, b) for v in a.tolist()], b
+
+
 def test_functions_inside_of_kernels():
     """One compiled kernel with every function gives what they give alone."""
     register_inductor()
@@ -97,6 +109,7 @@ def test_functions_inside_of_kernels():
         yield from (arithmetic.ilog2(one), arithmetic.isqrt(one), arithmetic.exp2neg(z), arithmetic.sigmoid(a >> 22))
         yield from (arithmetic.mantissa(a >> 30), arithmetic.exponent(a >> 30))
         yield from arithmetic.quantize_rows(a >> 8, 16)
+        yield arithmetic.divide_rows(a >> 40, torch.full_like(b, 2**8 + 1))
 
     run = lambda *args: tuple(every(*args))  # noqa: E731
     for found, expected in zip(torch.compile(run)(a, b, z), run(a, b, z)):

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .scalar import (
+    DIVIDED,
     EXP2NEG,
     EXPONENT_OP,
     FRACTION,
     ILOG2,
+    INVERSE,
     ISQRT,
     LONGEST_SHIFT,
     MANTISSA,
@@ -25,7 +27,7 @@ from .scalar import (
 )
 
 __all__ = [
-    "CODE", "FRACTION", "LONGEST_SHIFT", "MANTISSA", "dyadic_number", "dyadic_of", "exp2neg", "exponent", "hadamard", "ilog2",
+    "CODE", "FRACTION", "divide_rows", "LONGEST_SHIFT", "MANTISSA", "dyadic_number", "dyadic_of", "exp2neg", "exponent", "hadamard", "ilog2",
     "isqrt", "mantissa", "pack_dyadic", "quantize_rows", "rdiv", "rotate_quantize", "rsh", "rsh_by", "saturate", "shift",
     "sigmoid",
 ]  # fmt: skip
@@ -37,6 +39,11 @@ rdiv, rsh_by, shift, ilog2, isqrt, exp2neg, sigmoid = RDIV, RSH, SHIFT, ILOG2, I
 def rsh(a: Tensor, k: int) -> Tensor:
     """``a / 2**k``, rounded, halves up; ``k >= 1``."""
     return (a + (1 << (k - 1))) >> k
+
+
+def divide_rows(a: Tensor, b: Tensor) -> Tensor:
+    """``rdiv(a, b)`` of rows that share a divisor ``b [..., 1]`` below ``2**61``, where the quotients are below ``2**15``."""
+    return DIVIDED(a, b, INVERSE(b))
 
 
 def saturate(a: Tensor) -> Tensor:
@@ -95,7 +102,7 @@ def quantize_rows(x: Tensor, fraction: Union[Tensor, int]) -> tuple[Tensor, Tens
     """
     amax = x.abs().amax(-1, keepdim=True).clamp(min=1)
     bits = fraction if isinstance(fraction, Tensor) else x.new_full((1,), fraction)
-    return RDIV(CODE * x, amax).to(torch.int8), TOKEN_SCALE(amax, bits).to(torch.int32)
+    return divide_rows(CODE * x, amax).to(torch.int8), TOKEN_SCALE(amax, bits).to(torch.int32)
 
 
 def hadamard(x: Tensor, size: int) -> Tensor:

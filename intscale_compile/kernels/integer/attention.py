@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .arithmetic import exp2neg, exponent, mantissa, rdiv, rsh, rsh_by, saturate
+from .arithmetic import divide_rows, exp2neg, exponent, mantissa, rsh, rsh_by, saturate
 from .define import integer_op
 from .scalar import SCORE
 
@@ -32,8 +32,13 @@ PRODUCT_OP = torch.ops.intscale.int_product.default
 
 @torch.library.impl("intscale::int_product", "CompositeExplicitAutograd")
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of integers whose sums stay below ``2**53``, int64: a float64 product of such integers is exact."""
-    return (a.double() @ b.double()).to(torch.int64)
+    """``a @ b`` of integers whose sums stay below ``2**53``, int64: a float64 product of such integers is exact.
+
+    Two int8 operands with sums below ``2**24`` take float32, on a CPU only: on a GPU it might be TF32.
+    """
+    narrow = a.dtype == b.dtype == torch.int8 and a.shape[-1] < 1024 and a.device.type == "cpu"
+    dtype = torch.float32 if narrow else torch.float64
+    return (a.to(dtype) @ b.to(dtype)).to(torch.int64)
 
 
 def _fake(q: Tensor, *_) -> Tensor:
@@ -77,7 +82,7 @@ def ATTENTION_OP(
     if seen is not None:
         e = torch.where(seen, e, 0)
     total = e.sum(-1, keepdim=True).clamp(min=1)
-    p = rdiv(e << 14, total).to(torch.int16)
+    p = divide_rows(e << 14, total).to(torch.int16)
     values = saturate(rsh_by(v.to(torch.int64) * mantissa(v_scale), exponent(v_scale) - VALUE))
     y = PRODUCT_OP(p.view(*rows, keys), values)
     return saturate(rsh(y, 14 + VALUE - 16)).view(batch, heads, tokens, features)

@@ -14,7 +14,7 @@ import torch
 from torch._inductor.lowering import make_pointwise, register_lowering
 from torch._inductor.virtualized import ops
 
-from .scalar import SCALARS
+from .scalar import KEPT, SCALARS
 
 Operand = Union["Value", int]
 
@@ -90,4 +90,15 @@ def register_scalar_lowerings() -> None:
     """Teach Inductor every function."""
     for op, function in SCALARS.items():
         lowering = make_pointwise(_in_kernel(function), override_return_dtype=torch.int64)
-        register_lowering(op, broadcast=True, type_promotion_kind=None)(lowering)
+        register_lowering(op, broadcast=True, type_promotion_kind=None)(_kept(lowering) if op in KEPT else lowering)
+
+
+def _kept(lowering: Callable) -> Callable:
+    """The lowering, with its result in memory: inlined, one number per row would be computed again for each element."""
+
+    def lower(*args: Any) -> Any:
+        result = lowering(*args)
+        result.realize()
+        return result
+
+    return lower

@@ -7,6 +7,8 @@
     int_isqrt(a)     floor(sqrt(a)), 1 <= a < 2**62
     int_exp2neg(z)   2**-z with 15 fraction bits, z >= 0 with 16
     int_sigmoid(x)   1 / (1 + e**-x) with 14 fraction bits, x with 16
+    int_inverse(b)   of a divisor that a row shares, 1 <= b < 2**61, for
+    int_divided(a, b, inverse)  int_rdiv(a, b) where it is below 2**15: by multiplication, and exact all the same
     int_mantissa(d), int_exponent(d)   m and k of dyadic numbers k * 2**18 + m
     int_token_scale(amax, f)           the dyadic number amax / 127 * 2**-f with 16 bits, amax >= 1
     int_scaled(acc, token, row)        acc * m m, shifted to Q16
@@ -29,6 +31,9 @@ LONGEST_SHIFT = 62
 EXP_1, EXP_2 = 22020, 5636  # 2**-r ~ 1 - 0.6720 r + 0.1720 r**2 on [0, 1), relative error below 0.33 %
 LOG2_E = 23637  # with 14 fraction bits
 SCALARS: dict[Any, Callable] = {}  # op -> its function of (operations, *values)
+KEPT: set[Any] = set()  # ops of one number per row: Inductor stores their results rather than compute them for each element
+QUOTIENT = 15  # bits of the quotients of int_divided
+INVERSE_BITS = 63 - 31 - QUOTIENT
 
 
 class OnTensors:
@@ -53,8 +58,8 @@ class OnTensors:
         return torch.ones_like(like)
 
 
-def scalar_op(schema: str) -> Callable[[Callable], Callable]:
-    """Decorator: an op from a function of ``(operations, *values)``; returns the op."""
+def scalar_op(schema: str, kept: bool = False) -> Callable[[Callable], Callable]:
+    """Decorator: an op from a function of ``(operations, *values)``; returns the op. ``kept``: see ``KEPT``."""
 
     def register(function: Callable) -> Callable:
         name = schema.partition("(")[0]
@@ -63,6 +68,8 @@ def scalar_op(schema: str) -> Callable[[Callable], Callable]:
         torch.library.register_fake(f"intscale::{name}", lambda *args: _broadcast(args))
         op = getattr(torch.ops.intscale, name).default
         SCALARS[op] = function
+        if kept:
+            KEPT.add(op)
         return op
 
     return register
@@ -116,6 +123,26 @@ def RDIV(o: Any, a: Any, b: Any) -> Any:
     return o.where(a >= 0, magnitude, magnitude * -1)
 
 
+@scalar_op("int_inverse(Tensor b) -> Tensor", kept=True)
+def INVERSE(o: Any, b: Any) -> Any:
+    """``floor(2**(30 + INVERSE_BITS) / d)`` of ``d = 2 b``, shifted to 31 bits and rounded up, and that shift in the high bits."""
+    d = b * 2
+    t = _ilog2(o, d) - 30
+    right = o.clamp(t, 0, LONGEST_SHIFT)
+    shifted = ((d >> right) << o.clamp(t * -1, 0, LONGEST_SHIFT)) + o.where(t >= 1, o.one(t), t * 0)
+    return ((t + 64) << 32) + o.div(o.one(d) << (30 + INVERSE_BITS), shifted)
+
+
+@scalar_op("int_divided(Tensor a, Tensor b, Tensor inverse) -> Tensor")
+def DIVIDED(o: Any, a: Any, b: Any, inverse: Any) -> Any:
+    """Rounded quotient: the estimate is the floor or one less, and the remainder tells which."""
+    d, n, t = b * 2, o.abs(a) * 2 + b, (inverse >> 32) - 64
+    shifted = (n >> o.clamp(t, 0, LONGEST_SHIFT)) << o.clamp(t * -1, 0, LONGEST_SHIFT)
+    q = (shifted * (inverse & 0xFFFFFFFF)) >> (30 + INVERSE_BITS)
+    q = o.where(n - q * d >= d, q + 1, q)
+    return o.where(a >= 0, q, q * -1)
+
+
 @scalar_op("int_rsh(Tensor a, Tensor k) -> Tensor")
 def RSH(o: Any, a: Any, k: Any) -> Any:
     """Rounded right shift."""
@@ -128,13 +155,13 @@ def SHIFT(o: Any, a: Any, k: Any) -> Any:
     return o.where(k >= 0, a << o.clamp(k, 0, LONGEST_SHIFT), _rsh(o, a, k * -1))
 
 
-@scalar_op("int_ilog2(Tensor a) -> Tensor")
+@scalar_op("int_ilog2(Tensor a) -> Tensor", kept=True)
 def ILOG2(o: Any, a: Any) -> Any:
     """Position of the highest bit."""
     return _ilog2(o, a)
 
 
-@scalar_op("int_isqrt(Tensor a) -> Tensor")
+@scalar_op("int_isqrt(Tensor a) -> Tensor", kept=True)
 def ISQRT(o: Any, a: Any) -> Any:
     """Root by Newton's method from above, where five steps give 62 bits, and a correction."""
     root = o.one(a) << ((_ilog2(o, a) >> 1) + 1)
@@ -170,7 +197,7 @@ def EXPONENT_OP(o: Any, d: Any) -> Any:
     return _exponent(d)
 
 
-@scalar_op("int_token_scale(Tensor amax, Tensor fraction) -> Tensor")
+@scalar_op("int_token_scale(Tensor amax, Tensor fraction) -> Tensor", kept=True)
 def TOKEN_SCALE(o: Any, amax: Any, fraction: Any) -> Any:
     """The scale of a token's codes."""
     s = _ilog2(o, amax) * -1 + 22
