@@ -72,7 +72,8 @@ def _of_norm_quantize(node: fx.Node) -> list[tuple[str, float, int]]:
 
 
 def _rotation(node: fx.Node, position: int) -> int:
-    return max(1, int(node.args[position])) if len(node.args) > position else 1  # type: ignore[call-overload]
+    arguments: Any = node.args
+    return max(1, int(arguments[position])) if len(arguments) > position else 1
 
 
 def _of_linear(node: fx.Node) -> list[tuple[str, float, int]]:
@@ -82,7 +83,8 @@ def _of_linear(node: fx.Node) -> list[tuple[str, float, int]]:
 
 
 def _of_attention(node: fx.Node) -> list[tuple[str, float, int]]:
-    q, k, c_m = example(node.args[0]), example(node.args[2]), int(node.args[8])  # type: ignore[call-overload]
+    arguments: Any = node.args
+    q, k, c_m = example(arguments[0]), example(arguments[2]), int(arguments[8])
     keys = k.shape[2]
     longest = int(keys) if isinstance(keys, int) else 2**20
     acc = int(q.shape[-1]) * 127 * 127

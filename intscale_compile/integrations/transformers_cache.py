@@ -19,6 +19,8 @@ _TENSORS = ("keys", "key_scales", "values", "value_scales")
 class IntegerLayer(DynamicLayer):
     """Keys and values of one layer: int8 ``[B, H, S, D]``, and dyadic scales int32 ``[B, H, S, 1]``."""
 
+    keys: Any
+    values: Any
     _layer_type = None  # not the layer that transformers makes by itself
     key_scales: Tensor
     value_scales: Tensor

@@ -27,9 +27,9 @@ from .scalar import (
 )
 
 __all__ = [
-    "CODE", "FRACTION", "divide_rows", "LONGEST_SHIFT", "MANTISSA", "dyadic_number", "dyadic_of", "exp2neg", "exponent", "hadamard", "ilog2",
-    "isqrt", "mantissa", "pack_dyadic", "quantize_rows", "rdiv", "rotate_quantize", "rsh", "rsh_by", "saturate", "shift",
-    "sigmoid",
+    "CODE", "FRACTION", "LONGEST_SHIFT", "MANTISSA", "divide_rows", "dyadic_number", "dyadic_of", "exp2neg", "exponent",
+    "hadamard", "ilog2", "isqrt", "mantissa", "pack_dyadic", "quantize_rows", "rdiv", "rotate_quantize", "rsh", "rsh_by",
+    "saturate", "shift", "sigmoid",
 ]  # fmt: skip
 
 CODE = 127  # largest magnitude of a code

@@ -31,7 +31,9 @@ LONGEST_SHIFT = 62
 EXP_1, EXP_2 = 22020, 5636  # 2**-r ~ 1 - 0.6720 r + 0.1720 r**2 on [0, 1), relative error below 0.33 %
 LOG2_E = 23637  # with 14 fraction bits
 SCALARS: dict[Any, Callable] = {}  # op -> its function of (operations, *values)
-KEPT: set[Any] = set()  # ops of one number per row: Inductor stores their results rather than compute them for each element
+KEPT: set[Any] = (
+    set()
+)  # ops of one number per row: Inductor stores their results rather than compute them for each element
 QUOTIENT = 15  # bits of the quotients of int_divided
 INVERSE_BITS = 63 - 31 - QUOTIENT
 
@@ -125,7 +127,7 @@ def RDIV(o: Any, a: Any, b: Any) -> Any:
 
 @scalar_op("int_inverse(Tensor b) -> Tensor", kept=True)
 def INVERSE(o: Any, b: Any) -> Any:
-    """``floor(2**(30 + INVERSE_BITS) / d)`` of ``d = 2 b``, shifted to 31 bits and rounded up, and that shift in the high bits."""
+    """``floor(2**(30 + INVERSE_BITS) / d)`` of ``d = 2 b``, shifted to 31 bits and rounded up; the shift is in the high bits."""
     d = b * 2
     t = _ilog2(o, d) - 30
     right = o.clamp(t, 0, LONGEST_SHIFT)

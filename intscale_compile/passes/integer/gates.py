@@ -15,7 +15,7 @@ from torch import fx
 from ...kernels.integer.pointwise import ACTIVATION_OP
 from ...kernels.integer.rows import ACTIVATION_QUANTIZE_OP, GATE_QUANTIZE_OP
 from ..base import GraphRewrite, Pass, example, writes_in_place
-from .nodes import codes_for_readers, either, erase_unread, is_float, name_of
+from .nodes import codes_for_readers, either, emitter, erase_unread, is_float, name_of
 
 KINDS = {"silu": "silu", "gelu": "gelu"}
 
@@ -26,8 +26,7 @@ def integer_gates(rewrite: GraphRewrite) -> int:
     for node in list(rewrite.graph.nodes):
         gate = either(node, "mul", _gated) if is_float(example(node)) else None
         if gate is not None:
-            done += codes_for_readers(rewrite, node, lambda rotation, gate=gate, node=node: rewrite.call(
-                GATE_QUANTIZE_OP, (gate[0], gate[1], gate[2], rotation), like=node))  # fmt: skip
+            done += codes_for_readers(rewrite, node, emitter(rewrite, GATE_QUANTIZE_OP, gate, node))
             erase_unread(node)
     for node in list(rewrite.graph.nodes):
         kind = _kind(node)
@@ -53,9 +52,7 @@ def _gated(act: Any, up: Any) -> Optional[tuple[fx.Node, fx.Node, str]]:
 
 def _activation(rewrite: GraphRewrite, node: fx.Node, kind: str) -> None:
     x = node.args[0]
-    codes_for_readers(
-        rewrite, node, lambda rotation: rewrite.call(ACTIVATION_QUANTIZE_OP, (x, kind, rotation), like=node)
-    )
+    codes_for_readers(rewrite, node, emitter(rewrite, ACTIVATION_QUANTIZE_OP, (x, kind), node))
     if node.users:
         with rewrite.graph.inserting_before(node):
             made = rewrite.call(ACTIVATION_OP, (x, kind), like=node)

@@ -15,20 +15,17 @@ from ...kernels.integer.linear import LINEAR_OP as INTEGER_LINEAR
 from ...kernels.integer.rows import QUANTIZE_OP
 from ...kernels.quantize_per_token import OP as QUANTIZE
 from ...kernels.w4a8_linear import LINEAR_OP
+from ...ops import hadamard
 from ..base import GraphRewrite, Pass
-from .nodes import codes_for_readers, erase_unread
+from .nodes import codes_for_readers, emitter, erase_unread
 from .parts import bias_input, part_input
 
 
 def integer_linears(rewrite: GraphRewrite) -> int:
     """Replace every match; returns how many."""
     for node in list(rewrite.graph.nodes):
-        for reader in list(node.users):
-            if reader.target is QUANTIZE:
-                codes_for_readers(
-                    rewrite, node, lambda rotation, node=node: rewrite.call(QUANTIZE_OP, (node, rotation), like=node)
-                )
-                break
+        if any(reader.target in (QUANTIZE, hadamard.HADAMARD_OP) for reader in node.users):
+            codes_for_readers(rewrite, node, emitter(rewrite, QUANTIZE_OP, (node,), node))
     return sum(_linear(rewrite, node) for node in list(rewrite.graph.nodes) if node.target is LINEAR_OP)
 
 

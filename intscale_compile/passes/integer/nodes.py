@@ -90,6 +90,15 @@ def _quantization(reader: fx.Node) -> Optional[tuple[fx.Node, list[Any], int]]:
     return (reader, rows, rotation) if reader.target is QUANTIZE else None
 
 
+def emitter(rewrite: GraphRewrite, op: Any, arguments: tuple, like: fx.Node) -> Callable[[int], fx.Node]:
+    """For :func:`codes_for_readers`: a call of ``op`` with the arguments, and the rotation behind them."""
+
+    def emit(rotation: int) -> fx.Node:
+        return rewrite.call(op, (*arguments, rotation), like=like)
+
+    return emit
+
+
 def codes_for_readers(rewrite: GraphRewrite, value: fx.Node, emit: Callable[[int], fx.Node]) -> int:
     """Give the readers of ``value`` that quantize it the codes of a fused op; returns how many there were.
 

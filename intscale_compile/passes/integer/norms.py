@@ -10,7 +10,6 @@ alone: norms whose factor is computed, such as Gemma's ``1 + gamma``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -21,7 +20,7 @@ from ...kernels.integer.rows import CENTERED, NORM_OP, NORM_QUANTIZE_OP
 from ..base import GraphRewrite, Pass, example
 from ..match import argument
 from ..packed_weights import WeightSource
-from .nodes import codes_for_readers, either, erase_unread, is_float, name_of, number
+from .nodes import codes_for_readers, either, emitter, erase_unread, is_float, name_of, number
 from .parts import part_input, source_of
 
 
@@ -84,7 +83,8 @@ def _times_root(h: Any, root: Any) -> Optional[tuple[fx.Node, float]]:
 
 
 def _mean_and_eps(mean: Any, eps: Any) -> Optional[tuple[Any, float]]:
-    value, squares = number(eps), mean.args[0] if name_of(mean) == "mean" else None
+    value = number(eps)
+    squares: Any = mean.args[0] if name_of(mean) == "mean" else None
     over_last = squares is not None and argument(mean, 1, "dim") in (-1, [-1], (-1,))
     if value is None or not over_last or argument(mean, 2, "keepdim") is not True:
         return None
@@ -98,8 +98,7 @@ def _replace(rewrite: GraphRewrite, node: fx.Node, norm: _Norm) -> None:
     beta = None if norm.beta is None else part_input(rewrite, "beta", (norm.gamma, norm.beta))
     bits = 2 * (FRACTION + (CENTERED if norm.center else 0))
     arguments = (norm.h, gamma, beta, round(math.ldexp(norm.eps, bits)), norm.center)
-    emit: Callable[[int], fx.Node] = lambda rotation: rewrite.call(NORM_QUANTIZE_OP, (*arguments, rotation), like=node)  # noqa: E731
-    codes_for_readers(rewrite, node, emit)
+    codes_for_readers(rewrite, node, emitter(rewrite, NORM_QUANTIZE_OP, arguments, node))
     if node.users:
         with rewrite.graph.inserting_before(node):
             made = rewrite.call(NORM_OP, arguments, like=node)
