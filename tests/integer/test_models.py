@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchao.quantization import quantize_
 
-from intscale_compile import IntScaleConfig, integer_only
+from intscale_compile import IntScaleConfig, IntScaleTensor, integer_only
 from intscale_compile.errors import IntegerOnlyError
 from tests.support.benchmarks import load as load_benchmark
 
@@ -192,6 +192,24 @@ def test_training_is_refused():
     model = Odd(torch.nn.Dropout(0.5)).train().requires_grad_(False)
     quantize_(model, IntScaleConfig())
     assert "model.eval()" in refusal(integer_only.run_eagerly(model), torch.arange(4)[None])
+
+
+def test_autocast_is_refused():
+    model = Odd(torch.nn.Identity()).eval().requires_grad_(False)
+    quantize_(model, IntScaleConfig())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "outside of autocast" in refusal(integer_only.run_eagerly(model), torch.arange(4)[None])
+
+
+def test_rotated_weights_are_near_their_float_form():
+    model = Odd(torch.nn.LayerNorm(128)).eval().requires_grad_(False)
+    rotated = torch.ops.intscale.hadamard(model.linear.weight.detach(), 64)
+    weight = IntScaleTensor.from_hp(rotated, IntScaleConfig(group_size=64)).replaced(rotation=64)
+    model.linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected, found = model(ids), integer_only.run_eagerly(model)(ids)
+    assert (found - expected).abs().max() < 0.06 * expected.std()
 
 
 def test_sequence_longer_than_the_table_of_positions(short, ids):

@@ -6,8 +6,10 @@ not train. Marks every node that holds a floating point value, for the pass that
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
+from ...errors import IntegerOnlyError
 from ..base import GraphRewrite, Pass, example
 from ..match import argument
 from .nodes import WAS_FLOAT, is_float, name_of
@@ -16,7 +18,15 @@ CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "type"}
 
 
 def integer_casts(rewrite: GraphRewrite) -> int:
-    """Remove every such node; returns how many."""
+    """Remove every such node; returns how many.
+
+    Raises:
+        IntegerOnlyError: under autocast.
+    """
+    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        raise IntegerOnlyError(
+            "integer-only: autocast is on, and such a model has one type: call it outside of autocast.", ("autocast",)
+        )
     done = 0
     for node in list(rewrite.graph.nodes):
         if is_float(example(node)):
