@@ -20,8 +20,8 @@ from torch import Tensor
 from ..integrations.c_library import compiled_function
 
 SOURCE = Path(__file__).with_name("scale_search.cpp")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
-FLAGS += ("-ffinite-math-only",)
+EXACT = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = (*EXACT, "-fassociative-math", "-fno-signed-zeros", "-ffinite-math-only")
 WIDE = ("-mprefer-vector-width=512",)  # of x86
 MAX_GROUPS = 4096
 FEW_ELEMENTS = 1 << 14  # below, one thread
