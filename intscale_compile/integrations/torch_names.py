@@ -35,6 +35,7 @@ AT_IMPORT = {
     "torch.utils._pytree:tree_map": "nested inputs and outputs",
     "torch.utils._pytree:tree_leaves": "nested inputs and outputs",
     "torch.utils._pytree:arg_tree_leaves": "operands of a node",
+    "torch.utils._pytree:tree_flatten": "comparing nested arguments",
     "torch.utils._python_dispatch:return_and_correct_aliasing": "views of the tensor subclass",
     "torch.utils._python_dispatch:TorchDispatchMode": "kernels that are launched without torch's dispatcher",
     "torch._C:_len_torch_dispatch_stack": "whether a dispatch mode is on",
@@ -55,6 +56,7 @@ AT_IMPORT = {
     "torch:UntypedStorage._cdata": "telling memory apart",
     "torch.fx:Node._args": "noticing that a pass changed a node",
     "torch.fx:Node._kwargs": "noticing that a pass changed a node",
+    "torch.fx:Node._erased": "nodes that a pass erased before",
 }
 AT_COMPILE = {
     "torch._inductor:config": "Inductor's settings",
@@ -100,9 +102,9 @@ for _names, _when in ((AT_IMPORT, "import"), (AT_COMPILE, "compile")):
     for _target, _purpose in _names.items():
         PrivateName(_target, _purpose, when=_when)
 PrivateName(
-    "torch.nn:Module._parameters, _forward_pre_hooks",
+    "torch.nn:Module._parameters, _forward_pre_hooks, _forward_hooks",
     "finding weights that are computed before each call",
-    probe=lambda: {"_parameters", "_forward_pre_hooks"} <= vars(torch.nn.Module()).keys(),
+    probe=lambda: {"_parameters", "_forward_pre_hooks", "_forward_hooks"} <= vars(torch.nn.Module()).keys(),
 )
 PrivateName(
     "torch.nn:Module._buffers",

@@ -9,8 +9,8 @@ from torchao.quantization import quantize_
 from intscale_compile import IntScaleConfig, integer_only
 from intscale_compile.kernels.integer import arithmetic, attention
 from intscale_compile.kernels.integer.rows import QUANTIZE_OP
-from tests.integer.test_models import GOLDEN, in_chunks, load
-from tests.integer.test_ops import EDGES, numbers
+from tests.integer.test_integer_models import GOLDEN, in_chunks, load
+from tests.integer.test_integer_ops import EDGES, numbers
 from tests.support.benchmarks import load as load_benchmark
 
 pytestmark = pytest.mark.gpu
