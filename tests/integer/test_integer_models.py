@@ -168,7 +168,7 @@ class Odd(torch.nn.Module):
 @pytest.mark.parametrize(
     "middle, words",
     [
-        (torch.tanh, ("tanh at test_models.py", "return x + self.linear(self.middle(x))", "soft-capping")),
+        (torch.tanh, ("tanh at test_integer_models.py", "return x + self.linear(self.middle(x))", "soft-capping")),
         (lambda x: x.softmax(-1), ("softmax", 'attn_implementation="sdpa"')),
         (lambda x: x * 0.5, ("mul",)),
         (lambda x: x @ torch.ones(128, 128), ("matmul",)),

@@ -99,7 +99,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_of_the_arithmetic_changes_bits(name):
-    """What the oracle of test_ops would see: each mutation gives other numbers on ordinary values."""
+    """What the oracle of test_integer_ops would see: each mutation gives other numbers on ordinary values."""
     function, mutant = MUTATIONS[name]
     op, values = getattr(scalar, function), torch.arange(1, 4000)
     arguments = {1: (values * 37,), 2: (values * 37, torch.tensor([12]))}[len(op._schema.arguments)]
