@@ -76,8 +76,8 @@ def prepare_for_generation(
         prompt: ``"compiled"``: one graph of the whole model for every length of prompt, compiled at the first call;
             ``"layers"``: one graph that the decoder layers of a quantized model share, which compiles many times faster, but
             costs the host more at every prompt; ``"eager"``: no compilation; ``"auto"``: compiled on a GPU, eager
-            elsewhere. Prompts of encoder-decoder models, those with anything
-            but tokens, padded ones, and those behind others in a cache run eagerly.
+            elsewhere. Prompts of encoder-decoder models and of those with sliding windows, those with anything but tokens,
+            padded ones, and those behind others in a cache run eagerly.
         mode: of ``torch.compile``, for decoding steps; by default ``"reduce-overhead"`` on a GPU, where launches cost more
             than kernels, and ``"default"`` elsewhere and for models with sliding windows, whose steps differ in a number.
         backend: of ``torch.compile``.
@@ -118,7 +118,7 @@ def prepare_for_generation(
     by_layer = prompt == "layers" and compiled_prompt and _quantized(model) > 0 and bool(decoder_layers(model))
     prepare_model(model, PromptState(compile_forward, keep_cache and not model.config.is_encoder_decoder, by_layer))
     how = f"torch.compile, one graph for all {'layers and ' if by_layer else ''}lengths" if compiled_prompt else "eager"
-    setup = _describe(model, mode, how, keep_cache, max_cache_len)
+    setup = _describe(model, mode, how, keep_cache, max_cache_len, windows)
     log.info("%s", setup)
     return setup
 
@@ -134,7 +134,9 @@ def _quantized(model: Any) -> int:
     return sum(isinstance(m.weight, IntScaleTensor) for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
-def _describe(model: Any, mode: str, prompt: str, keep_cache: bool, max_cache_len: Optional[int]) -> GenerationSetup:
+def _describe(
+    model: Any, mode: str, prompt: str, keep_cache: bool, max_cache_len: Optional[int], windows: bool
+) -> GenerationSetup:
     linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules())
     quantized = _quantized(model)
     notes = []
@@ -144,7 +146,7 @@ def _describe(model: Any, mode: str, prompt: str, keep_cache: bool, max_cache_le
         notes.append(
             "its forward was exchanged by another library, which cannot be compiled for prompts: they run eagerly"
         )
-    if has_windows(model):
+    if windows:
         notes.append("its sliding windows count tokens in Python: prompts run eagerly, and steps without CUDA graphs")
     notes.append("the first call compiles; later processes find most of it in the caches of Inductor and Triton")
     length = f"at least {max_cache_len} tokens" if max_cache_len else "as long as the longest call"

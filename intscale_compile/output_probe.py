@@ -91,7 +91,9 @@ def _log_probabilities(model: Any) -> Optional[Tensor]:
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         return None
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(1, TOKENS + 1) * 977 % vocabulary)[None].to(parameters[0].device)
+    # Beyond its table of positions a GPU would fail for the rest of the process.
+    tokens = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
+    ids = (torch.arange(1, tokens + 1) * 977 % vocabulary)[None].to(parameters[0].device)
     try:
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits

@@ -118,11 +118,10 @@ def test_layers_that_cannot_be_told_are_compiled_as_a_whole(monkeypatch, caplog)
     assert "layers" not in prepare_for_generation(plain, prompt="layers").prompt  # quantized while they are compiled
     model.model.layers[0].self_attn.layer_idx = 0
     prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers")
-    layer = type(model.model.layers[0])
     monkeypatch.setattr("intscale_compile.integrations.transformers_layers.CACHE_NAMES", ("another name",))
     generate(model)
     assert not model._intscale_generation.by_layer and "compiled as a whole from the next one on" in caplog.text
-    assert "forward" not in model.model.layers[0].__dict__ and layer.forward is not None
+    assert "forward" not in model.model.layers[0].__dict__
 
 
 @pytest.mark.parametrize(
@@ -146,6 +145,27 @@ def test_prompts_of_families(name, said, caplog):
     assert len(graphs) <= 4  # with a constant count of tokens each step of a window was compiled, and after eight none
     messages = [r.getMessage() for r in caplog.records if "that prompt runs eagerly" in r.getMessage()]
     assert len(messages) == (said is not None) and all(said in message for message in messages)
+
+
+def test_a_cache_with_states_beside_keys(caplog):
+    """Linear attention (Qwen3-Next): its part of the cache has neither a length nor a count of tokens."""
+    config = transformers.Qwen3NextConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], head_dim=32,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=32,
+        linear_value_head_dim=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    eager = transformers.Qwen3NextForCausalLM(config).eval().requires_grad_(False)
+    eager.generation_config.eos_token_id, eager.generation_config.pad_token_id = None, 0
+    quantize_(eager, IntScaleConfig())
+    model = copy.deepcopy(eager)
+    prepare_for_generation(model, backend=without_inductor([]), prompt="compiled", max_cache_len=32)
+    for columns in (9, 5):
+        ids = token_ids(1, columns)
+        arguments = dict(cache_implementation="static", disable_compile=True, max_cache_len=32)
+        assert torch.equal(generate(model, ids), generate(eager, ids, **arguments))
+    assert "keep something else than keys and values (LinearAttentionLayer" in caplog.text
 
 
 def test_padding(models):

@@ -89,3 +89,16 @@ def test_smollm2(caplog):
     for config, warned in ((IntScaleConfig(), 1), (W8A8, 0)):
         model = hf.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
         assert len(warnings_of(model, config, caplog)) == warned
+
+
+def test_a_model_of_few_positions_is_looked_at_within_them():
+    """A token beyond the table would break a GPU's context for the whole process."""
+    torch.manual_seed(0)
+    config = hf.GPT2Config(n_positions=16, n_layer=1, n_embd=64, n_head=2, vocab_size=128, tie_word_embeddings=False)
+    model = hf.GPT2LMHeadModel(config).eval().requires_grad_(False)
+    lengths = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    quantize_(model, IntScaleConfig(), filter_fn=lambda module, name: type(module).__name__ == "Conv1D")
+    assert lengths == [16, 16] and probe_result(model) is not None

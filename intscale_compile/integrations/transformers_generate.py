@@ -182,22 +182,25 @@ def has_windows(model: Any) -> bool:
         layers = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=2).layers
     except (AttributeError, TypeError, ValueError):  # generate says what is wrong
         return False
-    return bool(_windows(layers))
-
-
-def _windows(layers: Any) -> list[str]:
-    # Slow to import.
-    from transformers.cache_utils import StaticLayer
-
-    return [type(layer).__name__ for layer in layers if type(layer) is not StaticLayer]
+    return any(getattr(layer, "is_sliding", False) for layer in layers)
 
 
 def _obstacle(model: Any, mask: Any, cache: Any, batch: int) -> Optional[str]:
     """Why the prompt of a static cache is not compiled although it is a whole one."""
+    # Slow to import.
+    from transformers.cache_utils import StaticLayer
+
     # A model whose layers differ in what they see takes a mask for each kind.
     masks = mask.values() if isinstance(mask, dict) else (mask,)
-    if windows := _windows(cache.layers):
-        return f"some layers see a part of the prompt only ({windows[0]} in its cache)"
+    others = [layer for layer in cache.layers if type(layer) is not StaticLayer]
+    if others:
+        windows = [layer for layer in others if getattr(layer, "is_sliding", False)]
+        what = (
+            "some layers see a part of the prompt only"
+            if windows
+            else "some layers keep something else than keys and values"
+        )
+        return f"{what} ({type((windows or others)[0]).__name__} in its cache)"
     if any(one is not None for one in masks):
         return "a prompt is padded, or its tokens do not see all that is before them"
     if not _initialized(model, cache, batch):
@@ -207,7 +210,10 @@ def _obstacle(model: Any, mask: Any, cache: Any, batch: int) -> Optional[str]:
 
 def _is_empty(cache: Any) -> bool:
     """Whether nothing is in the cache; waits for a GPU where it was used before."""
-    return not any(int(layer.cumulative_length) for layer in cache.layers[:1] if layer.is_initialized)
+    counts = (
+        getattr(layer, "cumulative_length", None) for layer in cache.layers if getattr(layer, "is_initialized", False)
+    )
+    return not int(next((count for count in counts if count is not None), 0))  # others hold states without a length
 
 
 def _is_static(cache: Any) -> bool:
@@ -258,7 +264,7 @@ def _prepare_cache(
                 self, generation_config, model_kwargs, generation_mode, *args, **kwargs
             )
             sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            layers = tuple((type(layer).__name__, layer.max_cache_len) for layer in cache.layers)
+            layers = tuple((type(layer).__name__, getattr(layer, "max_cache_len", None)) for layer in cache.layers)
             form = sequences * bound.arguments["batch_size"], layers, self.dtype, self.device
             del cache
             model_kwargs[name] = state.kept(model_kwargs.pop(name), form)

@@ -247,7 +247,7 @@ def load_shards(model: nn.Module, path: Any, *, verify: bool = False, **options:
     import torch.distributed.checkpoint as dcp
 
     wanted = _entries(model)
-    records = _check_stored(wanted, path, _shared(model))
+    records = _check_stored(wanted, path, _shared(model.state_dict(keep_vars=True)))
     record = next((key for key in records if key.endswith(f"/{_place()}")), None)
     found = {key: torch.empty_like(value) if isinstance(value, Tensor) else value for key, value in wanted.items()}
     if record is not None:
@@ -273,14 +273,14 @@ def load_shards(model: nn.Module, path: Any, *, verify: bool = False, **options:
 
 def _once(variables: dict[str, Any]) -> dict[str, Any]:
     """A state dict with what several names share under the first of them."""
-    first: dict[int, str] = {}
-    return {name: value for name, value in variables.items() if first.setdefault(id(value), name) == name}
+    shared = _shared(variables)
+    return {name: value for name, value in variables.items() if name not in shared}
 
 
-def _shared(model: nn.Module) -> dict[str, str]:
-    """Names of a model's tensors that are stored under another name, with that name."""
+def _shared(variables: dict[str, Any]) -> dict[str, str]:
+    """Names in a state dict whose tensor is stored under another name, with that name."""
     first: dict[int, str] = {}
-    named = {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
+    named = {name: first.setdefault(id(value), name) for name, value in variables.items()}
     return {name: stored for name, stored in named.items() if name != stored}
 
 
