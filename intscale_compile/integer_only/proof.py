@@ -2,12 +2,12 @@
 
 1. Types: after AOTAutograd and all decompositions, every node is an integer or a truth value, but the last conversion.
 2. Bounds: every intermediate value fits its type, whatever the ids (:mod:`.bounds`).
-3. Code: the generated C++ and Triton kernels name no floating point type or function, but those that hold the last conversion.
+3. Code: the generated C++ names no floating point type or function, and no operation in the TTIR of the generated Triton kernels
+   has one, but those of the last conversion (:mod:`.generated`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +21,9 @@ from ..compile.options import parse_options
 from ..errors import IntegerOnlyError
 from ..ops import register_inductor
 from .bounds import Bound, bounds_of
+from .generated import float_code, kernels_of
 
 OPTIONS = {"intscale.integer_only": True}
-_KERNEL = re.compile(r"(?:r'''|''')\n(.*?)'''", re.DOTALL)
-_FLOAT = re.compile(r"\b(float|double|half|bfloat16|fp16|fp32|fp64|bf16|float16|float32|float64|libdevice|tl_math|"
-                    r"std::(?:exp|exp2|log|sqrt|rsqrt|pow|tanh|round|floor|ceil|erf))\b")  # fmt: skip
-_TRUTH = re.compile(r"VecMask<float, ?\d+>")  # Inductor's type for vectors of truth values
-_COMMENT = re.compile(r"^\s*(?:#|//).*$", re.MULTILINE)
-_LAST = str(2.0**-16)  # the factor of the last conversion
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class IntegerProof:
         bounds: of the intermediate values of each.
         kernels: number of generated kernels that were read.
         float_nodes: nodes of the decomposed graph with a floating point value, but the last conversion; empty in a proof.
-        float_kernels: lines of generated kernels with floating point, but the last conversion's; empty in a proof.
+        float_kernels: lines of generated kernels (C++ or TTIR) with floating point, but the last conversion's; empty in a proof.
     """
 
     ops: dict[str, int]
@@ -100,9 +95,9 @@ def prove(model: Callable, *args: Any, **kwargs: Any) -> IntegerProof:
         _, modules = run_and_get_code(torch.compile(model, backend=backend, fullgraph=True), *args, **kwargs)
     torch._dynamo.reset()
     ((ops, bounds, floats),) = found
-    sources = kernels_of(modules)
-    lines = [line for source in sources for line in float_lines(source)]
-    proof = IntegerProof(ops, bounds, len(sources), tuple(floats), tuple(lines))
+    kernels = kernels_of(modules)
+    lines = [line for kernel in kernels for line in float_code(kernel)]
+    proof = IntegerProof(ops, bounds, len(kernels), tuple(floats), tuple(lines))
     if not proof.kernels:
         raise IntegerOnlyError("no generated kernel was found to read: the proof of the code is missing.")
     if not proof.holds:
@@ -150,37 +145,3 @@ def _last_conversion(graph: fx.Graph) -> set[fx.Node]:
             if not _is_float(node.meta.get("val")) and sum(n.target is torch.ops.aten.mul.Tensor for n in chain) == 1:
                 last.update(chain)
     return last
-
-
-def kernels_of(modules: Sequence[str]) -> list[str]:
-    """Sources of the generated kernels in the texts of Inductor's modules."""
-    return [kernel for text in modules for kernel in _KERNEL.findall(text)]
-
-
-def float_lines(kernel: str) -> list[str]:
-    """Lines of a kernel with floating point; none where it holds the last conversion and no other floating point."""
-    text = _COMMENT.sub("", _TRUTH.sub("", kernel))
-    lines = [line.strip() for line in text.splitlines() if _FLOAT.search(line)]
-    if not lines or _is_last_conversion(text, lines):
-        return []
-    return lines
-
-
-def _is_last_conversion(text: str, lines: list[str]) -> bool:
-    """Whether the lines are arguments, conversions of an integer, and one factor of 2**-16."""
-    arguments = [
-        line
-        for line in lines
-        if re.search(r"\bfloat\s*\*|\*fp32|bfloat16\s*\*|\*bf16|half\s*\*|\*fp16|triton_meta", line)
-    ]
-    others = [line for line in lines if line not in arguments]
-    conversion = re.compile(
-        r"convert<|static_cast<|Vectorized<float>|\.to\(tl\.(?:float32|bfloat16|float16)\)|tl\.full|tl\.store|\.store\("
-    )
-    others_float = re.compile(r"std::|libdevice|tl_math|double|fp64|float64")
-    integers = [
-        line for line in others if re.search(r"convert<float>|static_cast<float>\(tmp|\.to\(tl\.float32\)", line)
-    ]
-    once = len(integers) <= 2 * max(1, len(arguments))  # in the loop over vectors, and over what is left of them
-    kinds = all(conversion.search(line) and not others_float.search(line) for line in others)
-    return _LAST in text and bool(others) and once and kinds

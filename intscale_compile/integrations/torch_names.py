@@ -82,6 +82,7 @@ AT_COMPILE = {
     "torch._inductor.choices:InductorChoices": "rows that stay in registers",
     "torch._inductor.virtualized:V.set_choices_handler": "rows that stay in registers",
     "torch._inductor.codecache:PyCodeCache.modules": "the generated files that debug shows",
+    "torch._inductor.codecache:PyCodeCache.load": "compiling a generated kernel anew to read it",
     "torch._dynamo:disable": "what Dynamo must not trace",
     "torch._dynamo:export": "the graph of a whole model that is exported",
     "torch._inductor:aoti_compile_and_package": "packages of exported programs",

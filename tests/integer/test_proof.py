@@ -6,9 +6,11 @@ from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig, integer_only
 from intscale_compile.errors import IntegerOnlyError
-from intscale_compile.integer_only import proof as proving
-from intscale_compile.kernels.integer import arithmetic, pointwise, scalar
+from intscale_compile.integer_only import generated, triton_ir
+from intscale_compile.kernels.integer import arithmetic, pointwise, rows, scalar
 from intscale_compile.kernels.integer.define import DECOMPOSITIONS
+from intscale_compile.ops import register_inductor
+from tests.support import fake_cuda
 
 
 class Block(torch.nn.Module):
@@ -57,8 +59,6 @@ def plant(monkeypatch, planted, op=pointwise.ADD_OP):
     """Let an op be ``planted`` in Inductor."""
     from torch._inductor.decomposition import decompositions
 
-    from intscale_compile.ops import register_inductor
-
     register_inductor()
     monkeypatch.setitem(DECOMPOSITIONS, op, planted)
     monkeypatch.setitem(decompositions, op, planted)
@@ -78,14 +78,81 @@ def test_a_planted_overflow_is_found(block, monkeypatch):
     assert "OVERFLOWS" in refusal(block)
 
 
-def test_a_planted_function_in_code_is_found():
+def test_a_planted_function_in_cpp_is_found():
     conversion = "auto a = at::vec::convert<float>(t);\n auto b = static_cast<float>(1.52587890625e-05);"
     good = f"extern void k(const int32_t* in, float* out) {{\n {conversion}\n}}"
-    assert proving.float_lines(good) == []
-    assert proving.float_lines(good.replace("1.52587890625e-05", "0.5"))
-    assert proving.float_lines(good + "\n auto c = std::exp(b);")
-    assert proving.float_lines("auto x = at::vec::VecMask<float,1>::from(t);") == []
-    assert proving.float_lines("tmp = tl_math.exp(x)") and proving.float_lines("double y = 1;")
+    assert generated.float_lines(good) == []
+    assert generated.float_lines(good.replace("1.52587890625e-05", "0.5"))
+    assert generated.float_lines(good + "\n auto c = std::exp(b);")
+    assert generated.float_lines("auto x = at::vec::VecMask<float,1>::from(t);") == []
+    assert generated.float_lines("double y = 1;")
+
+
+# --- kernels for a GPU ------------------------------------------------------------------------------------------------
+
+LAST = """
+  tt.func public @k(%out: !tt.ptr<bf16> {tt.divisibility = 16 : i32} loc("out"(#loc)), %in: !tt.ptr<i32>) {
+    %f32 = arith.constant dense<1.52587891E-5> : tensor<64xf32> loc(#loc1)
+    %x = tt.load %in_1, %mask : tensor<64x!tt.ptr<i32>> loc(#loc2)
+    %y = arith.sitofp %x : tensor<64xi32> to tensor<64xf32>
+    %z = arith.mulf %y, %f32 : tensor<64xf32>
+    %acc = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<64x64xi8> * tensor<64x16xi8> -> tensor<64x16xi32>
+    %w = arith.truncf %z : tensor<64xf32> to tensor<64xbf16>
+    tt.store %out_1, %w, %mask : tensor<64x!tt.ptr<bf16>>
+"""
+
+
+@pytest.mark.parametrize(
+    "line, planted",
+    [
+        ("1.52587891E-5", "3.05175781E-5"),
+        ("%x : tensor<64xi32> to tensor<64xf32>", "%x : tensor<64xi64> to tensor<64xf32>"),
+        ("arith.mulf %y, %f32", "arith.mulf %y, %y"),
+        ("arith.mulf", "arith.addf"),
+        ("%w = arith.truncf", "%v = math.exp %z : tensor<64xf32>\n    %w = arith.truncf"),
+        ("%w = arith.truncf", "%v = arith.fptosi %z : tensor<64xf32> to tensor<64xi32>\n    %w = arith.truncf"),
+        ("%w = arith.truncf", "%v = tt.load %p : tensor<64x!tt.ptr<f32>>\n    %w = arith.truncf"),
+        ("%w = arith.truncf", '%v = tt.extern_elementwise %a {symbol = "__nv_sqrtf"} : (f32) -> f32\n    %w = arith.truncf'),
+        ("tensor<64x16xi8> ->", "tensor<64x16xf8E4M3FN> ->"),
+        ("tt.func public @k(", "tt.func private @g(%a: f64) {\n  }\n  tt.func public @k("),
+    ],
+)  # fmt: skip
+def test_floating_point_in_ttir_is_found(line, planted):
+    assert triton_ir.float_operations(LAST) == []
+    assert line in LAST and triton_ir.float_operations(LAST.replace(line, planted))
+
+
+def kernels_for_a_gpu(run, *shapes):
+    """What Inductor generates for an H100 that is not there, and their TTIR."""
+    import torch._inductor.runtime.triton_helpers as helpers
+
+    register_inductor()
+    kernels = generated.kernels_of([fake_cuda.generate(run, *fake_cuda.fake_inputs(shapes))])
+    with fake_cuda.fake_cuda(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(helpers, "set_driver_to_gpu", lambda: None)
+        return kernels, [line for kernel in kernels for line in generated.float_code(kernel)]
+
+
+def test_generated_triton_kernels_are_read():
+    """A norm, a quantization and the last conversion are no floating point; one float in between is."""
+
+    def run(h, gamma):
+        codes, scale = rows.NORM_QUANTIZE_OP(h, gamma, None, 7, False)
+        total = pointwise.ADD_OP(h, codes.to(torch.int32) * scale)
+        total = (total.to(torch.float32) * 0.5).to(torch.int32) if planted else total
+        return codes, pointwise.TO_FLOAT_OP(total, torch.bfloat16)
+
+    shapes, planted = [((4, 128), torch.int32), ((128,), torch.int32)], False
+    kernels, floats = kernels_for_a_gpu(run, *shapes)
+    assert kernels and floats == [] and all(kernel.language == "triton" for kernel in kernels)
+    planted = True
+    kernels, floats = kernels_for_a_gpu(run, *shapes)
+    assert any("arith.mulf" in line for line in floats) and any("arith.fptosi" in line for line in floats)
+
+
+def test_a_kernel_in_another_language_is_no_proof():
+    (kernel,) = generated.kernels_of(['k = async_compile.metal("k", """source""")'])
+    assert "cannot read" in generated.float_code(kernel)[0]
 
 
 MUTATIONS = {

@@ -67,7 +67,7 @@ def normed(h: Tensor, gamma: Tensor, beta: Tensor | None, eps: int, center: bool
     scaled_eps = torch.where(s >= 0, eps << (2 * s).clamp(0, 60), eps >> (-2 * s).clamp(0, 62))
     squares = rdiv((x * x).sum(-1, keepdim=True), x.new_full((1,), n)) + scaled_eps
     y = rdiv(x << 15, isqrt(squares.clamp(min=1))) * mantissa(gamma)
-    return y if beta is None else y + beta, 15 + exponent(gamma[:1])
+    return y if beta is None else y + beta, 15 + exponent(gamma.narrow(0, 0, 1))
 
 
 _NORM = "(Tensor h, Tensor gamma, Tensor? beta, int eps, bool center"
