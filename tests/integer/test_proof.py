@@ -7,6 +7,7 @@ from torchao.quantization import quantize_
 from intscale_compile import IntScaleConfig, integer_only
 from intscale_compile.errors import IntegerOnlyError
 from intscale_compile.integer_only import generated, triton_ir
+from intscale_compile.integrations.torch import decompositions_anew
 from intscale_compile.kernels.integer import arithmetic, pointwise, rows, scalar
 from intscale_compile.kernels.integer.define import DECOMPOSITIONS
 from intscale_compile.ops import register_inductor
@@ -55,20 +56,25 @@ def test_a_model_is_proved(block):
     assert "no floating point but the last conversion" in str(proof) and "acc * m * m" in str(proof)
 
 
-def plant(monkeypatch, planted, op=pointwise.ADD_OP):
-    """Let an op be ``planted`` in Inductor."""
+@pytest.fixture
+def plant(monkeypatch):
+    """Let an op be something else in Inductor, until the test is over."""
     from torch._inductor.decomposition import decompositions
 
     register_inductor()
-    monkeypatch.setitem(DECOMPOSITIONS, op, planted)
-    monkeypatch.setitem(decompositions, op, planted)
-    from intscale_compile.integrations.torch import decompositions_anew
 
+    def put(op, planted):
+        monkeypatch.setitem(DECOMPOSITIONS, op, planted)
+        monkeypatch.setitem(decompositions, op, planted)
+        decompositions_anew()
+
+    yield put
+    monkeypatch.undo()
     decompositions_anew()
 
 
-def test_a_planted_float_is_found_by_type_and_in_the_code(block, monkeypatch):
-    plant(monkeypatch, lambda a, b: arithmetic.saturate((a.to(torch.float64) + b).to(torch.int64)))
+def test_a_planted_float_is_found_by_type_and_in_the_code(block, plant):
+    plant(pointwise.ADD_OP, lambda a, b: arithmetic.saturate((a.to(torch.float64) + b).to(torch.int64)))
     text = refusal(block)
     assert "floating point node: " in text and "floating point code: " in text
 
