@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from intscale_compile.kernels.integer import arithmetic, attention, linear, pointwise, rows
+from intscale_compile.kernels.integer import arithmetic, attention, cpu_attention, linear, pointwise, rows
 from intscale_compile.ops import KERNEL_ABI, register_inductor
 from tests.support import integers as oracle
 
@@ -242,6 +242,41 @@ def test_attention(causal, masked):
                 assert y[b, h, t].tolist() == expected
     if masked:
         assert (y[0, :, 2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "batch, heads, shared, tokens, keys, features, masked, causal, bits",
+    [
+        (1, 6, 2, 37, 37, 64, False, True, 18), (2, 6, 2, 13, 77, 33, True, False, 20), (1, 1, 1, 1, 300, 128, True, False, 16),
+        (3, 2, 1, 70, 70, 16, True, True, 19), (1, 2, 2, 9, 40, 16, False, False, 31),
+    ],
+)  # fmt: skip
+def test_attention_of_the_cpu_is_the_aten_form(batch, heads, shared, tokens, keys, features, masked, causal, bits):
+    """Blocks and vectors that are not whole, heads that share keys, rows that see nothing, strides, threads."""
+    assert cpu_attention.library() is not None
+    q = rows.QUANTIZE_OP(q16(batch, tokens, heads, features, bits=bits).transpose(1, 2))
+    k = rows.QUANTIZE_OP(q16(batch, shared, keys, features, bits=bits, seed=1))
+    v = rows.QUANTIZE_OP(q16(batch, keys, shared, features, bits=bits, seed=2).transpose(1, 2))
+    mask = torch.rand(batch, 1, tokens, keys) < 0.3 if masked else None
+    if masked:
+        mask[0, 0, 0] = False
+    arguments = (*q, *k, *v, mask, causal, *arithmetic.dyadic_number(math.log2(math.e) / 8))
+    expected, threads = attention.attention_aten(*arguments), torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cpu_attention, "FEW_PRODUCTS", 0)
+                assert torch.equal(attention.ATTENTION_OP(*arguments), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_attention_without_a_compiler(monkeypatch):
+    arguments = (*(part for seed in range(3) for part in rows.QUANTIZE_OP(q16(1, 2, 5, 8, seed=seed))), None, True, 20000, 16)
+    expected = attention.ATTENTION_OP(*arguments)
+    monkeypatch.setattr(cpu_attention, "library", lambda: None)
+    assert torch.equal(attention.ATTENTION_OP(*arguments), expected)
 
 
 def test_dyadic_numbers():

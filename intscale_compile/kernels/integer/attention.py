@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from .arithmetic import divide_rows, exp2neg, exponent, mantissa, rsh, rsh_by, saturate
-from .define import integer_op
+from .cpu_attention import attention_cpu
+from .define import DECOMPOSITIONS, integer_op
 from .scalar import SCORE
 
 VALUE = 12  # fraction bits of values
-HIDDEN = -(1 << 45)  # below every score
+HIDDEN = -(1 << 62)  # no score is below
 
 
 def _fake_product(a: Tensor, b: Tensor) -> Tensor:
@@ -45,12 +46,13 @@ def _fake(q: Tensor, *_) -> Tensor:
     return q.new_empty(q.shape, dtype=torch.int32)
 
 
-@integer_op(
+ATTENTION = (
     "int_attention(Tensor q, Tensor q_scale, Tensor k, Tensor k_scale, Tensor v, Tensor v_scale, Tensor? mask, bool causal, "
-    "int c_m, int c_k) -> Tensor",
-    _fake,
+    "int c_m, int c_k) -> Tensor"
 )
-def ATTENTION_OP(
+
+
+def attention_aten(
     q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, mask: Optional[Tensor], causal: bool,
     c_m: int, c_k: int,
 ) -> Tensor:  # fmt: skip
@@ -86,3 +88,20 @@ def ATTENTION_OP(
     values = saturate(rsh_by(v.to(torch.int64) * mantissa(v_scale), exponent(v_scale) - VALUE))
     y = PRODUCT_OP(p.view(*rows, keys), values)
     return saturate(rsh(y, 14 + VALUE - 16)).view(batch, heads, tokens, features)
+
+
+ATTENTION_OP = integer_op(ATTENTION, _fake)(attention_aten)
+
+
+@torch.library.impl("intscale::int_attention", "CPU")
+def _attention_cpu(*arguments) -> Tensor:
+    found = attention_cpu(*arguments)
+    return attention_aten(*arguments) if found is None else found
+
+
+def _attention_in_kernels(q: Tensor, *arguments) -> Tensor:
+    """What Inductor takes in the place of the op: on a CPU the op itself."""
+    return NotImplemented if q.device.type == "cpu" else attention_aten(q, *arguments)
+
+
+DECOMPOSITIONS[ATTENTION_OP] = _attention_in_kernels

@@ -11,9 +11,10 @@ from typing import Any, Union
 import torch
 
 # Slow to import: Inductor, and what imports it. So this module is imported when something compiles.
-from torch._inductor.lowering import make_pointwise, register_lowering
+from torch._inductor.lowering import fallback_handler, make_pointwise, register_lowering
 from torch._inductor.virtualized import ops
 
+from .attention import ATTENTION_OP
 from .scalar import KEPT, SCALARS
 
 Operand = Union["Value", int]
@@ -91,6 +92,7 @@ def register_scalar_lowerings() -> None:
     for op, function in SCALARS.items():
         lowering = make_pointwise(_in_kernel(function), override_return_dtype=torch.int64)
         register_lowering(op, broadcast=True, type_promotion_kind=None)(_kept(lowering) if op in KEPT else lowering)
+    register_lowering(ATTENTION_OP, type_promotion_kind=None)(fallback_handler(ATTENTION_OP))  # on a CPU
 
 
 def _kept(lowering: Callable) -> Callable:
