@@ -273,7 +273,8 @@ def test_attention_of_the_cpu_is_the_aten_form(batch, heads, shared, tokens, key
 
 
 def test_attention_without_a_compiler(monkeypatch):
-    arguments = (*(part for seed in range(3) for part in rows.QUANTIZE_OP(q16(1, 2, 5, 8, seed=seed))), None, True, 20000, 16)
+    parts = [part for seed in range(3) for part in rows.QUANTIZE_OP(q16(1, 2, 5, 8, seed=seed))]
+    arguments = (*parts, None, True, 20000, 16)
     expected = attention.ATTENTION_OP(*arguments)
     monkeypatch.setattr(cpu_attention, "library", lambda: None)
     assert torch.equal(attention.ATTENTION_OP(*arguments), expected)
