@@ -18,7 +18,7 @@ from typing import Optional
 
 import numpy as np
 
-from .link_table import OPS, PLAIN, Key, Link, Times
+from .link_table import LOSSLESS, OPS, PLAIN, Key, Link, Times
 from .message import WireFormat
 
 NEVER = sys.maxsize  # a threshold that no message reaches
@@ -96,7 +96,7 @@ def fit(op: str, ranks: int, times: Times) -> Optional[CostModel]:
     quantized = [
         ((1.0, float(wire_bytes(op, ranks, n, key.wire)), float(n)), us)
         for key, measured in times.items()
-        if key.op == op and key.wire != PLAIN
+        if key.op == op and key.wire not in (PLAIN, *LOSSLESS)
         for n, us in measured.items()
     ]
     if not plain or not quantized:
@@ -146,7 +146,8 @@ def _threshold(link: Link, times: Times, op: str, wire: str) -> Threshold:
 
 def thresholds(link: Link, times: Times) -> dict[Key, Threshold]:
     """The thresholds of everything that was measured on a link, in the order of ``OPS``, widest formats first."""
-    keys = [key for op in OPS for key in sorted(times, reverse=True) if key.op == op and key.wire != PLAIN]
+    wires = [key for key in sorted(times, reverse=True) if key.wire not in (PLAIN, *LOSSLESS)]
+    keys = [key for op in OPS for key in wires if key.op == op]
     return {key: threshold(link, times, *key) for key in keys}
 
 
@@ -161,16 +162,16 @@ def _first_of_the_rest(sizes: Sequence[int], faster: Sequence[bool]) -> int:
 
 
 def predicted_gain(link: Link, times: Times, op: str, wire: str, nbytes: int) -> Optional[float]:
-    """Time of the plain collective over that of the quantized one; None where the link was not measured.
+    """Time of the plain collective over that of another form; None where the link was not measured.
 
     Between measured sizes both times are interpolated; formats and sizes that were not measured go by the model.
     """
-    wire = str(WireFormat.parse(wire))
+    wire = wire if wire in LOSSLESS else str(WireFormat.parse(wire))
     plain, quantized = times.get(Key(op, PLAIN), {}), times.get(Key(op, wire), {})
     sizes = sorted(plain.keys() & quantized.keys())
     if sizes and sizes[0] <= nbytes <= sizes[-1]:
         at, logs = math.log(nbytes), [math.log(n) for n in sizes]
         before, after = (np.interp(at, logs, [math.log(t[n]) for n in sizes]) for t in (plain, quantized))
         return math.exp(before - after)
-    model = fit(op, link.ranks, times)
+    model = None if wire in LOSSLESS else fit(op, link.ranks, times)
     return None if model is None else model.plain_us(nbytes) / model.quantized_us(nbytes, wire)

@@ -2,7 +2,8 @@
 
 A link is what joins the ranks of a process group: its backend, the kind of device, how many ranks and on how many hosts.
 Tables lie in ``$INTSCALE_LINKS`` (a folder), or in ``~/.cache/intscale/links``. A table is a JSON object: ``version`` (1),
-``link``, ``torch``, ``date``, and ``entries``: ``{"op", "wire", "bytes", "us"}``. ``wire`` is a wire format or ``"plain"``,
+``link``, ``torch``, ``date``, and ``entries``: ``{"op", "wire", "bytes", "us"}``. ``wire`` is a wire format, ``"plain"``,
+``"one_shot"`` or ``"two_shot"`` (of an all-reduce on symmetric memory),
 ``bytes`` the whole tensor in bf16: the input of an all-reduce or a reduce-scatter, the output of an all-gather.
 """
 
@@ -27,6 +28,7 @@ from .message import WireFormat
 VERSION = 1
 VARIABLE = "INTSCALE_LINKS"
 PLAIN = "plain"
+ONE_SHOT, TWO_SHOT = LOSSLESS = ("one_shot", "two_shot")  # on symmetric memory, of an all-reduce
 OPS = ("all_reduce", "reduce_scatter", "all_gather")
 
 
@@ -104,7 +106,7 @@ def _entry(entry: Any) -> tuple[Key, int, float]:
     op, wire, nbytes, us = (entry[name] for name in ("op", "wire", "bytes", "us"))
     if op not in OPS:
         raise ValueError(f"op is one of {OPS}, not {op!r}")
-    if wire != PLAIN:
+    if wire != PLAIN and not (wire in LOSSLESS and op == "all_reduce"):
         wire = str(WireFormat.parse(wire))
     if not isinstance(nbytes, int) or isinstance(nbytes, bool) or nbytes < 1:
         raise ValueError(f"bytes is a positive integer, not {nbytes!r}")

@@ -27,13 +27,30 @@ from torch import Tensor
 
 from ..errors import CommunicationError, ConfigError, IntScaleError
 from ..reasons import log_once
+from . import symmetric
+from .choice import Allowed, plan
 from .link_cost import thresholds
-from .link_table import OPS, PLAIN, Key, Link, Times, check_table, link_of, read_table, table_path, write_table
+from .link_table import (
+    LOSSLESS,
+    ONE_SHOT,
+    OPS,
+    PLAIN,
+    TWO_SHOT,
+    Key,
+    Link,
+    Times,
+    check_table,
+    link_of,
+    read_table,
+    table_path,
+    write_table,
+)
 from .message import WireFormat
 from .ops import ALL_GATHER_OP, ALL_REDUCE_OP, REDUCE_SCATTER_OP
 from .transport import all_gather_tensor, reduce_scatter_tensor
 
-SIZES = tuple(1 << power for power in range(16, 29))  # bytes: 64 KB to 256 MB
+SIZES = tuple(1 << power for power in range(13, 29))  # bytes: 8 KB to 256 MB
+MOST_ONE_SHOT = 8 << 20  # bytes; above, one step with all of the message to every rank cannot win
 WIRES = ("int8", "int6", "int5", "int4")
 REPEATS = 5  # of which the median counts
 REPEAT_SECONDS = 0.02  # of calls in one repeat, at most MOST_CALLS of them
@@ -172,9 +189,10 @@ class _Bench:
             raise ConfigError("tune_link: another rank cannot write its table of this link: its own message says why.")
 
     def times(self, op: str, wires: Sequence[str], nbytes: int) -> dict[str, float]:
-        """Median microseconds of the plain collective and of each wire format, measured in turn."""
+        """Median microseconds of the plain collective, the lossless ones where they can run and each wire format, in turn."""
         self._restore = lambda: None
-        calls = {PLAIN: self._plain(op, nbytes), **{wire: self._quantized(op, wire, nbytes) for wire in wires}}
+        calls = {PLAIN: self._plain(op, nbytes), **self._lossless(op, nbytes)}
+        calls |= {wire: self._quantized(op, wire, nbytes) for wire in wires}
         repeats = {form: self._repeat(call) for form, call in calls.items()}
         rounds = [{form: repeat() for form, repeat in repeats.items()} for _ in range(REPEATS)]
         return {form: statistics.median(one[form] for one in rounds) * 1e6 for form in calls}
@@ -245,6 +263,13 @@ class _Bench:
             return lambda: reduce_scatter_tensor(part, whole, group=group)
         return lambda: all_gather_tensor(whole, part, group=group)
 
+    def _lossless(self, op: str, nbytes: int) -> dict[str, Callable[[], Any]]:
+        if op != "all_reduce" or self.device.type != "cuda" or not symmetric.usable(self.group, self.device):
+            return {}
+        whole = self._tensor(nbytes)
+        calls = {TWO_SHOT: lambda: symmetric.two_shot(whole, self.group)}
+        return {ONE_SHOT: lambda: symmetric.one_shot(whole, self.group), **calls} if nbytes <= MOST_ONE_SHOT else calls
+
     def _quantized(self, op: str, wire: str, nbytes: int) -> Callable[[], Any]:
         ranks, name = self.group.size(), self.group.group_name
         if op == "all_gather":
@@ -268,7 +293,13 @@ def _line(op: str, nbytes: int, found: dict[str, float]) -> str:
 
 def _summary(link: Link, left: list[int], seconds: Optional[float], target: Path) -> None:
     """What compiled models go by from now on: the whole table, with what it held before."""
-    found = thresholds(link, read_table(target)[1])
+    times = read_table(target)[1]
+    found = thresholds(link, times)
+    if any(key.wire in LOSSLESS for key in times):
+        print(
+            f'tune_link: an all-reduce with communication="auto": {plan(link, times, Allowed.parse("auto"))}',
+            flush=True,
+        )
     for op in dict.fromkeys(key.op for key in found):
         words = ", ".join(f"{key.wire} {least}" for key, least in found.items() if key.op == op)
         print(f"tune_link: {op} is quantized from so many bytes on: {words}", flush=True)

@@ -83,8 +83,27 @@ class WireFormat:
 
 
 @dataclass(frozen=True)
+class Elements:
+    """The form of a lossless collective: a message holds elements of 16 bits as they are (bf16 or fp16), without parameters.
+
+    Stands where the fused kernel takes a :class:`WireFormat`.
+    """
+
+    bits: int = 16
+    group_size: int = GROUP_SIZE
+
+    def slice_elements(self, elements: int, ranks: int) -> int:
+        """Elements of the slice that one rank sums: whole groups; the last slices may be partial or empty."""
+        return -(-elements // (ranks * self.group_size)) * self.group_size
+
+    def layout(self, groups: int) -> MessageLayout:
+        """Layout of a message of so many groups, in either leg."""
+        return MessageLayout(groups, self.bits, False)
+
+
+@dataclass(frozen=True)
 class MessageLayout:
-    """Offsets in bytes of the parts of one message of ``groups`` groups."""
+    """Offsets in bytes of the parts of one message of ``groups`` groups; of 16 bits: the elements alone."""
 
     groups: int
     bits: int
@@ -128,5 +147,7 @@ class MessageLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole message, a multiple of 16."""
+        if self.bits == 16:
+            return self.code_bytes
         end = self.spike_positions + 2 * self.groups if self.spikes else self.spike_values
         return -(-end // ALIGNMENT) * ALIGNMENT

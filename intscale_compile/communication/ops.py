@@ -130,14 +130,15 @@ def _all_gather_fake(x: Tensor, wire: str, ranks: int, group_name: str) -> Tenso
     return x.new_empty((x.shape[0] * ranks, *x.shape[1:]) if x.dim() else (ranks,))
 
 
-def _no_gradient(ctx, grad):
+def no_gradient(ctx, grad):
+    """What a gradient meets."""
     raise UnsupportedOpError(
         "quantized collectives have no gradient: train with the plain collectives (leave out the communication option)."
     )
 
 
 for _name in ("quantized_all_reduce", "quantized_reduce_scatter", "quantized_all_gather"):
-    torch.library.register_autograd(f"intscale::{_name}", _no_gradient)
+    torch.library.register_autograd(f"intscale::{_name}", no_gradient)
 
 
 def _group(group: Optional[Union[dist.ProcessGroup, str]]) -> dist.ProcessGroup:

@@ -227,3 +227,11 @@ def simulate_all_reduce(inputs: Sequence[Tensor], wire: WireFormat) -> Tensor:
     length = wire.slice_elements(elements, len(inputs))
     sums = simulate_reduce_scatter([x.reshape(-1) for x in inputs], wire, length, torch.float32)
     return simulate_all_gather(sums, wire, length, elements, dtype).view(inputs[0].shape)
+
+
+def simulate_lossless_all_reduce(inputs: Sequence[Tensor]) -> Tensor:
+    """The result of a lossless all-reduce on every rank: fp32 sum from 0.0 on in rank order, rounded once to the dtype."""
+    total = torch.zeros_like(inputs[0], dtype=torch.float32)
+    for x in inputs:
+        total += x.float()
+    return total.to(inputs[0].dtype)

@@ -1,4 +1,6 @@
-"""Quantized all-reduce over NVLink: one kernel on symmetric memory (``torch.distributed._symmetric_memory``), no multicast.
+"""All-reduce over NVLink: one kernel on symmetric memory (``torch.distributed._symmetric_memory``), no multicast.
+
+Quantized, or lossless: in two steps (``fused_kernel``) or, for small messages, in one (``one_shot_kernel``).
 
 Used where all ranks of a group are GPUs of one host that can map each other's memory; every rank must come to the same answer,
 so they vote, once per group. Everything else goes through the process group.
@@ -13,14 +15,14 @@ import socket
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..reasons import log_once
-from .message import WireFormat
+from .message import Elements, WireFormat
 
 VARIABLE = "INTSCALE_SYMMETRIC_MEMORY"  # 0: never
 LEAST_WORKSPACE = 1 << 20
@@ -49,12 +51,45 @@ class Workspace:
 class _Member:
     usable: bool
     spaces: list[Workspace]  # the largest is the last; captured graphs hold on to earlier ones
+    one_shot: Optional[Workspace] = None
 
 
 _members: weakref.WeakKeyDictionary[dist.ProcessGroup, _Member] = weakref.WeakKeyDictionary()
 
 
-def all_reduce(x: Tensor, wire: WireFormat, group: dist.ProcessGroup) -> Optional[Tensor]:
+LOSSLESS_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def two_shot(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
+    """Lossless sum of the 1-D ``x``, bf16 or fp16: fp32 in rank order, rounded once; None: not possible here."""
+    return all_reduce(x, Elements(), group) if x.dtype in LOSSLESS_DTYPES else None
+
+
+def one_shot(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
+    """The bits of :func:`two_shot` in one step, for small messages of an even number of elements; None: not possible here."""
+    # Imports Triton, which only GPUs need.
+    from .one_shot_kernel import MOST_PROGRAMS, WARPS, WORDS, one_shot_kernel, programs, workspace_bytes
+
+    if x.dtype not in LOSSLESS_DTYPES or x.numel() % 2:
+        return None
+    if x.data_ptr() % 4:  # never an answer that differs among ranks
+        x = x.clone()
+    space = _one_shot_workspace(group, x.device, workspace_bytes(group.size()), MOST_PROGRAMS)
+    if space is None:
+        return None
+    words, launched = x.numel() // 2, programs(x.numel())
+    out = torch.empty_like(x)
+    with torch.cuda.device(x.device):
+        _follow(space)
+        one_shot_kernel[(launched,)](
+            x, out, space.buffer, space.peers, space.counts, words, -(-words // (launched * WORDS)),
+            RANK=group.rank(), RANKS=group.size(), WORDS=WORDS, PROGRAMS=MOST_PROGRAMS, num_warps=WARPS,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def all_reduce(x: Tensor, wire: Union[WireFormat, Elements], group: dist.ProcessGroup) -> Optional[Tensor]:
     """Sum of the 1-D ``x`` over the ranks, the same bits on each and as through the process group; None: not possible here."""
     # Imports Triton, which only GPUs need.
     from .fused_kernel import MOST_PROGRAMS, fused_all_reduce_kernel, gather_slots
@@ -76,7 +111,9 @@ def all_reduce(x: Tensor, wire: WireFormat, group: dist.ProcessGroup) -> Optiona
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(elements: int, wire: WireFormat, ranks: int, multiprocessors: int) -> tuple[tuple[int, ...], dict, int, int]:
+def _plan(
+    elements: int, wire: Union[WireFormat, Elements], ranks: int, multiprocessors: int
+) -> tuple[tuple[int, ...], dict, int, int]:
     """Of a launch: sizes, from ``elements`` to ``out_nbytes``; constants and options; programs; bytes of the workspace."""
     # Imports Triton, which only GPUs need.
     from .fused_kernel import schedule, workspace_bytes
@@ -113,7 +150,7 @@ def usable(group: dist.ProcessGroup, device: torch.device) -> bool:
 def _vote(group: dist.ProcessGroup, device: torch.device) -> bool:
     """The common answer of all ranks."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
-    mine = (socket.gethostname(), _boot(), device.index, _reason_against(device), multiprocessors)
+    mine = (socket.gethostname(), _boot(), device.index, _reason_against(group, device), multiprocessors)
     answers: list[Any] = [None] * group.size()
     dist.all_gather_object(answers, mine, group=group)
     against = next((answer[3] for answer in answers if answer[3]), None)
@@ -127,13 +164,16 @@ def _vote(group: dist.ProcessGroup, device: torch.device) -> bool:
     )
     against = next((answer for answer in answers if answer), None)
     if against:
-        log_once(
-            logging.INFO, f"group {group.group_name!r}: quantized messages go through the process group: {against}"
-        )
+        log_once(logging.INFO, f"group {group.group_name!r}: messages go through the process group: {against}")
     return against is None
 
 
-def _reason_against(device: torch.device) -> Optional[str]:
+def _reason_against(group: dist.ProcessGroup, device: torch.device) -> Optional[str]:
+    # Imports Triton, which only GPUs need.
+    from .fused_kernel import MOST_RANKS
+
+    if group.size() > MOST_RANKS:
+        return f"the kernels on symmetric memory take at most {MOST_RANKS} ranks"
     if os.environ.get(VARIABLE) == "0":
         return f"{VARIABLE}=0"
     if os.environ.get("NCCL_P2P_DISABLE") == "1":
@@ -153,6 +193,9 @@ def _boot() -> str:
 
 def _workspace(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Optional[Workspace]:
     """A workspace of at least ``nbytes``; making one is a collective, which all ranks reach with the same size."""
+    # Imports Triton, which only GPUs need.
+    from .fused_kernel import MOST_PROGRAMS
+
     if not usable(group, device):
         return None
     spaces = _members[group].spaces
@@ -165,22 +208,35 @@ def _workspace(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> O
         size = max(LEAST_WORKSPACE, 1 << (nbytes - 1).bit_length())
         # Another thread and its stream: a warm-up of CUDA graphs takes what this one allocates for part of its graph.
         with ThreadPoolExecutor(1) as thread:
-            spaces.append(thread.submit(_make, group, device, size).result())
+            spaces.append(thread.submit(_make, group, device, size, MOST_PROGRAMS).result())
     return spaces[-1]
 
 
-def _make(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Workspace:
+def _one_shot_workspace(
+    group: dist.ProcessGroup, device: torch.device, nbytes: int, programs: int
+) -> Optional[Workspace]:
+    """The workspace of the one-shot kernel, made at the first call, which is a collective."""
+    if not usable(group, device):
+        return None
+    member = _members[group]
+    if member.one_shot is None:
+        if torch.cuda.is_current_stream_capturing():
+            log_once(logging.INFO, "a graph is captured before a message was sent once: it goes through the group")
+            return None
+        with ThreadPoolExecutor(1) as thread:
+            member.one_shot = thread.submit(_make, group, device, nbytes, programs).result()
+    return member.one_shot
+
+
+def _make(group: dist.ProcessGroup, device: torch.device, nbytes: int, programs: int) -> Workspace:
     # Slow to import.
     import torch.distributed._symmetric_memory as symmetric_memory
-
-    # Imports Triton, which only GPUs need.
-    from .fused_kernel import MOST_PROGRAMS
 
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
         buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
         handle = symmetric_memory.rendezvous(buffer, group)
         buffer.zero_()
-        counts = torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device)
+        counts = torch.zeros(programs, dtype=torch.int32, device=device)
         offsets = [pointer - buffer.data_ptr() for pointer in handle.buffer_ptrs]
         peers = torch.tensor(offsets, dtype=torch.int64, device=device)
         handle.barrier()  # no rank raises a flag before all flags are zero

@@ -177,35 +177,46 @@ def _write_codes(
 
 
 @triton.jit
-def _read(message, first, groups, BITS: tl.constexpr, HALF: tl.constexpr, SPIKES: tl.constexpr, GROUPS: tl.constexpr):
-    """fp32 halves ``[GROUPS, g/2]`` of the groups ``first, first + 1, ...`` of a message; of no meaning behind its last."""
+def _read(
+    message, first, groups, BITS: tl.constexpr, HALF: tl.constexpr, SPIKES: tl.constexpr, GROUPS: tl.constexpr,
+    CACHE: tl.constexpr = "",
+):  # fmt: skip
+    """fp32 halves ``[GROUPS, g/2]`` of the groups ``first, first + 1, ...`` of a message; of no meaning behind its last.
+
+    ``CACHE``: modifier of the loads; other GPUs may have written the message while this kernel ran.
+    """
     g = tl.arange(0, GROUPS)
     place = tl.arange(0, HALF)[None, :]
     here = g < groups - first
     mask = here[:, None]
     if BITS == 8:
         codes = message + first * (2 * HALF) + (g[:, None] * (2 * HALF) + place)
-        lo, hi = tl.load(codes, mask, 0).to(tl.int32), tl.load(codes + HALF, mask, 0).to(tl.int32)
+        lo, hi = (
+            tl.load(codes, mask, 0, cache_modifier=CACHE).to(tl.int32),
+            tl.load(codes + HALF, mask, 0, cache_modifier=CACHE).to(tl.int32),
+        )
     else:
-        packed = tl.load(message + first * HALF + (g[:, None] * HALF + place), mask, 0).to(tl.int32)
+        packed = tl.load(message + first * HALF + (g[:, None] * HALF + place), mask, 0, cache_modifier=CACHE).to(
+            tl.int32
+        )
         lo, hi = packed & 15, packed >> 4
     if BITS == 5 or BITS == 6:
         BYTES: tl.constexpr = HALF * (BITS - 4) // 4
         byte = g[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-        plane = tl.load(message + (groups * HALF + first * BYTES) + byte, mask, 0).to(tl.int32)
+        plane = tl.load(message + (groups * HALF + first * BYTES) + byte, mask, 0, cache_modifier=CACHE).to(tl.int32)
         lo = lo | _from_half_plane(plane, BITS, GROUPS, HALF)
         hi = hi | _from_half_plane(plane >> 4, BITS, GROUPS, HALF)
     parameters = (message + groups * (2 * HALF * BITS // 8)).to(tl.pointer_type(tl.int16), bitcast=True) + first
-    scale = _from_bf16(tl.load(parameters + g, here, 0))[:, None]
-    minimum = _from_bf16(tl.load(parameters + groups + g, here, 0))[:, None]
+    scale = _from_bf16(tl.load(parameters + g, here, 0, cache_modifier=CACHE))[:, None]
+    minimum = _from_bf16(tl.load(parameters + groups + g, here, 0, cache_modifier=CACHE))[:, None]
     lo = minimum + _code_value(lo) * scale
     hi = minimum + _code_value(hi) * scale
     if SPIKES:
         values = parameters + 2 * groups + first + 2 * g
         places = message + groups * (2 * HALF * BITS // 8 + 8) + 2 * first + 2 * g
         for end in tl.static_range(2):
-            value = _from_bf16(tl.load(values + end, here, 0))[:, None]
-            spike = tl.load(places + end, here, 0).to(tl.int32)[:, None]
+            value = _from_bf16(tl.load(values + end, here, 0, cache_modifier=CACHE))[:, None]
+            spike = tl.load(places + end, here, 0, cache_modifier=CACHE).to(tl.int32)[:, None]
             lo, hi = tl.where(place == spike, value, lo), tl.where(place + HALF == spike, value, hi)
     return lo, hi
 

@@ -18,6 +18,7 @@ interpret()
 
 import torch  # noqa: E402
 
+from intscale_compile.communication import one_shot_kernel  # noqa: E402
 from intscale_compile.communication.fused_kernel import (  # noqa: E402
     LARGE_CHUNK,
     MOST_PROGRAMS,
@@ -26,8 +27,8 @@ from intscale_compile.communication.fused_kernel import (  # noqa: E402
     gather_slots,
     workspace_bytes,
 )
-from intscale_compile.communication.message import WireFormat  # noqa: E402
-from intscale_compile.communication.reference import simulate_all_reduce  # noqa: E402
+from intscale_compile.communication.message import Elements, WireFormat  # noqa: E402
+from intscale_compile.communication.reference import simulate_all_reduce, simulate_lossless_all_reduce  # noqa: E402
 
 # ranks, wire, dtype, elements, programs, chunks a round: fewer programs than chunks make several rounds, the last of them not
 # full; a last slice that is partial, or empty
@@ -36,7 +37,11 @@ CASES = (
     (2, "int4", "float32", 2 * 2 * 4096 + 300, 1, 2),
     (3, "int6-spikes", "float32", 5000, 1, 1),
     (3, "int5", "float16", 257, 1, 4),
+    (2, "elements", "float16", 2 * 2 * 4096 + 300, 1, 2),
+    (3, "elements", "float16", 5000, 2, 1),
 )
+# elements, programs: ragged, several steps for a program, a program that has nothing in its last step
+ONE_SHOT = ((6, 1), (1024 * 3 + 10, 2), (2048, 1), (1024 * 5, 3), (130, 1))
 CALLS = 2  # one after the other on one workspace
 
 
@@ -48,7 +53,7 @@ def rank_main(folder: Path, rank: int, ranks: int) -> None:
 def run(folder: Path, rank: int, case: tuple) -> list:
     """What ``CALLS`` launches of the kernel give."""
     ranks, wire, dtype, elements, programs, per_round = case
-    form = WireFormat.parse(wire)
+    form = form_of(wire)
     length = form.slice_elements(elements, ranks)
     groups = length // form.group_size
     layout = out_layout = form.layout(groups)
@@ -68,7 +73,32 @@ def run(folder: Path, rank: int, case: tuple) -> list:
             **Schedule(LARGE_CHUNK, per_round, programs).constants(layout),
         )  # fmt: skip
         results.append(out)
+    return results + (one_shot(folder, rank, ranks) if folder.name == "0" else [])
+
+
+def one_shot(folder: Path, rank: int, ranks: int) -> list:
+    """What calls of the one-shot kernel give, of sizes that change, one behind the other on one workspace."""
+    nbytes = one_shot_kernel.workspace_bytes(ranks)
+    spaces = [
+        torch.from_file(str(folder / f"one_shot{r}"), shared=True, size=nbytes, dtype=torch.uint8) for r in range(ranks)
+    ]
+    peers = torch.tensor([space.data_ptr() - spaces[rank].data_ptr() for space in spaces])
+    counts = torch.zeros(one_shot_kernel.MOST_PROGRAMS, dtype=torch.int32)
+    results = []
+    for call, (elements, programs) in enumerate(ONE_SHOT):
+        x = inputs(call, elements, "float16", ranks)[rank]
+        out, words = torch.empty_like(x), elements // 2
+        one_shot_kernel.one_shot_kernel[(programs,)](
+            x, out, spaces[rank], peers, counts, words, -(-words // (programs * one_shot_kernel.WORDS)),
+            RANK=rank, RANKS=ranks, WORDS=one_shot_kernel.WORDS, PROGRAMS=one_shot_kernel.MOST_PROGRAMS,
+        )  # fmt: skip
+        results.append(out)
     return results
+
+
+def form_of(wire: str):
+    """The form of a message."""
+    return Elements() if wire == "elements" else WireFormat.parse(wire)
 
 
 def cases(ranks: int) -> list[tuple]:
@@ -92,6 +122,7 @@ def check(ranks: int) -> None:
             (folder / str(i)).mkdir()
             for r in range(ranks):
                 (folder / str(i) / f"space{r}").write_bytes(bytes(1 << 20))
+                (folder / str(i) / f"one_shot{r}").write_bytes(bytes(one_shot_kernel.workspace_bytes(ranks)))
         started = [context.Process(target=rank_main, args=(folder, r, ranks)) for r in range(ranks)]
         for process in started:
             process.start()
@@ -102,10 +133,17 @@ def check(ranks: int) -> None:
         results = [torch.load(folder / f"result{r}") for r in range(ranks)]
     for i, (_, wire, dtype, elements, *_) in enumerate(cases(ranks)):
         for call in range(CALLS):
-            wanted = simulate_all_reduce(inputs(call, elements, dtype, ranks), WireFormat.parse(wire))
+            given = inputs(call, elements, dtype, ranks)
+            lossless = wire == "elements"
+            wanted = simulate_lossless_all_reduce(given) if lossless else simulate_all_reduce(given, form_of(wire))
             for rank in range(ranks):
                 message = f"{wire} {dtype} {elements}, call {call}, rank {rank}"
                 torch.testing.assert_close(results[rank][i][call], wanted, rtol=0, atol=0, msg=message)
+    for call, (elements, _) in enumerate(ONE_SHOT):
+        wanted = simulate_lossless_all_reduce(inputs(call, elements, "float16", ranks))
+        for rank in range(ranks):
+            found = results[rank][0][CALLS + call]
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0, msg=f"one shot {elements}, rank {rank}")
 
 
 if __name__ == "__main__":

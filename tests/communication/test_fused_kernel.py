@@ -38,7 +38,7 @@ def test_resident_and_published_to_the_system(arch, ranks, bits, resident, spill
     signature = pointers | dict.fromkeys((*aligned, "groups", "per_round"), "i32")
     constants = dict(BITS=bits, OUT_BITS=bits, HALF=64, SPIKES=False, GROUPS=LARGE_CHUNK // 128)
     constants |= dict(RANK=1, RANKS=ranks, PROGRAMS=MOST_PROGRAMS)
-    options = dict(num_warps=WARPS, enable_fp_fusion=False)
+    options = dict(num_warps=WARPS, enable_fp_fusion=False, maxnreg=128)
     target = GPUTarget("cuda", arch, 32)
     compiled = assemble(fused_all_reduce_kernel, signature, constants, target, aligned=[*pointers, *aligned], **options)
     code = disassemble(compiled, tmp_path)
