@@ -94,6 +94,13 @@ class Reason(enum.Enum):
         "collective of fewer bytes than the threshold of its link, below which quantizing does not pay: it stays plain; set "
         "intscale.communication_min_bytes, or measure the link with intscale_compile.communication.tune_link"
     )
+    COLLECTIVE_PLAIN = (
+        "all_reduce whose plain form is the fastest that may be taken at its size, or the only one: the lossless kernels take "
+        "bf16 and fp16 on GPUs of one host"
+    )
+    COLLECTIVE_NO_LOSSLESS_FORM = (
+        "reduce_scatter or all_gather: only an all-reduce has other lossless forms, it stays plain"
+    )
     COLLECTIVE_GATHERS_INPUT = (
         "all_gather of an input of the graph, which may be a sharded weight: only activations are quantized"
     )

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from intscale_compile.communication import ops as quantized
+from intscale_compile import communication
 from intscale_compile.communication import reference, symmetric, transport
 from intscale_compile.communication.message import WireFormat
 
@@ -134,7 +134,7 @@ def _ways(device: torch.device, link: str) -> dict[str, Callable[[Tensor, WireFo
     """How a call can go. On a CPU through the operator, which compares the ranks' arguments, on a GPU straight to the kernels."""
     group = dist.group.WORLD
     if device.type == "cpu":
-        return {"operator": lambda x, wire: quantized.all_reduce(x, str(wire))}
+        return {"operator": lambda x, wire: communication.all_reduce(x, str(wire))}
     ways = {"group": lambda x, wire: transport.all_reduce(x, wire, group)}
     if link == "nvlink" and symmetric.usable(group, device):
         ways["fused"] = lambda x, wire: symmetric.all_reduce(x, wire, group)

@@ -4,7 +4,8 @@ from .link_cost import Threshold, threshold
 from .link_table import Key, Link
 from .link_tuning import tune_link
 from .message import WireFormat
-from .ops import all_gather, all_reduce, reduce_scatter
+from .ops import all_gather, reduce_scatter
+from .planned import all_reduce
 from .reference import simulate_all_reduce
 
 __all__ = [

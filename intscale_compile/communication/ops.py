@@ -141,7 +141,8 @@ for _name in ("quantized_all_reduce", "quantized_reduce_scatter", "quantized_all
     torch.library.register_autograd(f"intscale::{_name}", no_gradient)
 
 
-def _group(group: Optional[Union[dist.ProcessGroup, str]]) -> dist.ProcessGroup:
+def group_or_default(group: Optional[Union[dist.ProcessGroup, str]]) -> dist.ProcessGroup:
+    """The group of an argument; ``CommunicationError`` where there is none."""
     if isinstance(group, str):
         return resolve(group)
     if not dist.is_initialized():
@@ -155,32 +156,13 @@ def _group(group: Optional[Union[dist.ProcessGroup, str]]) -> dist.ProcessGroup:
     return dist.distributed_c10d._get_default_group() if group is None else group
 
 
-def all_reduce(x: Tensor, wire: str, group: Optional[Union[dist.ProcessGroup, str]] = None) -> Tensor:
-    """Sum of ``x`` over the ranks of a group through quantized messages (two-step all-reduce, arXiv 2412.04964).
-
-    Every rank gets the same bits. NaN and Inf stay visible: their group of elements becomes NaN on every rank.
-
-    Args:
-        x: fp32, bf16 or fp16, any shape, the same on every rank.
-        wire: name of a wire format, as ``"int8"`` (see :meth:`WireFormat.parse`).
-        group: process group or its name; the default group if None.
-
-    Returns:
-        a new contiguous tensor of the shape and dtype of ``x``.
-
-    Raises:
-        InputError: another dtype. ConfigError: not a wire format. CommunicationError: no such group, or the ranks disagree.
-    """
-    return ALL_REDUCE_OP(x, str(wire), _group(group).group_name)
-
-
 def reduce_scatter(x: Tensor, wire: str, group: Optional[Union[dist.ProcessGroup, str]] = None) -> Tensor:
-    """This rank's part, along dimension 0, of the sum of ``x`` over the ranks; arguments and errors as :func:`all_reduce`."""
-    resolved = _group(group)
+    """This rank's part, along dimension 0, of the sum of ``x`` over the ranks; arguments and errors as :func:`~.planned.all_reduce`."""
+    resolved = group_or_default(group)
     return REDUCE_SCATTER_OP(x, str(wire), resolved.size(), resolved.group_name)
 
 
 def all_gather(x: Tensor, wire: str, group: Optional[Union[dist.ProcessGroup, str]] = None) -> Tensor:
-    """``x`` of every rank along dimension 0, each through a quantized message; arguments and errors as :func:`all_reduce`."""
-    resolved = _group(group)
+    """``x`` of every rank along dimension 0, each through a quantized message; arguments and errors as :func:`~.planned.all_reduce`."""
+    resolved = group_or_default(group)
     return ALL_GATHER_OP(x, str(wire), resolved.size(), resolved.group_name)

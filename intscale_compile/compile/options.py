@@ -8,14 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-from ..communication.message import WireFormat
+from ..communication.choice import Allowed
 from ..config import IntScaleConfig
 from ..errors import ConfigError
 from ..passes import PASSES, POST_GRAD_PASSES
 from ..passes.settings import FORCIBLE, Settings
 
 PREFIX = "intscale."
-WIRE_FORMATS = '"int8", "int6", "int5" or "int4", with "-spikes" after it where wanted, or None'
+WIRE_FORMATS = '"int8", "int6", "int5" or "int4", with "-spikes" after it where wanted, "auto" (lossless), "auto+int8" and so on, or None'
 _CONFIG_FIELDS = tuple(f.name for f in dataclasses.fields(IntScaleConfig) if f.name != "version")
 
 
@@ -112,9 +112,9 @@ def _positions(value: Any) -> int:
 
 
 def _wire_format(name: Any) -> Optional[str]:
-    """The value of the option that names a wire format, checked."""
+    """The value of the option that names a wire format or ``"auto"``, checked."""
     try:
-        return None if name is None else str(WireFormat.parse(name))
+        return None if name is None else str(Allowed.parse(name))
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"option 'intscale.communication'={name!r} is not supported: use {WIRE_FORMATS}.") from error
 

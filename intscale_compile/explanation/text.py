@@ -57,7 +57,9 @@ def collective_totals(report: Records) -> list[str]:
     if not report.collectives:
         return []
     done = sum(one.quantized for one in report.collectives)
-    words = f"{done} of {len(report.collectives)} collectives quantized ({report.collectives[0].wire})."
+    forms = dict.fromkeys(one.wire for one in report.collectives if one.quantized) or {report.collectives[0].wire: None}
+    verb = "replaced" if any(one.plan for one in report.collectives) else "quantized"
+    words = f"{done} of {len(report.collectives)} collectives {verb} ({', '.join(forms)})."
     if any(one.threshold_source == "built-in" for one in report.collectives):
         words += " Thresholds marked built-in are guesses: intscale_compile.communication.tune_link measures the link."
     return [words]

@@ -33,7 +33,9 @@ def is_product(node: fx.Node) -> bool:
     """Whether a node multiplies matrices, in high precision or quantized; what quantizes an activation counts too."""
     name = op_name(node)
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "intscale":
-        return not name.startswith(("quantized_all", "quantized_reduce")) and not name.endswith("_by_size")
+        return not name.startswith(("quantized_all", "quantized_reduce", "planned_all")) and not name.endswith(
+            "_by_size"
+        )
     return name in PRODUCTS or ATTENTION in name
 
 

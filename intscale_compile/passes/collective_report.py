@@ -19,7 +19,8 @@ class CollectiveReport:
             an all-gather.
         dtype: of the tensor.
         nbytes: of the whole tensor; None where it depends on a symbol.
-        wire: the wire format that was asked for.
+        wire: the wire format that was asked for; with ``"auto"`` the form that was chosen (``"one_shot"``, ``"two_shot"``, a wire
+            format or ``"plain"``), or ``"auto"`` and what it allows where the size of each message chooses.
         threshold: from how many bytes on it is quantized; None where another reason came first.
         threshold_source: ``"option"``, or as in ``communication.link_cost.Threshold``.
         predicted_gain: time of the plain collective over that of the quantized one, from times measured on this link.
@@ -27,6 +28,7 @@ class CollectiveReport:
         explanation: the reason in words, with the mend.
         link: what joins the ranks: backend, device, ranks and hosts.
         graph: number of the graph, from 1.
+        plan: the form by bytes, of an all-reduce with ``"auto"``.
     """
 
     name: str
@@ -44,15 +46,16 @@ class CollectiveReport:
     explanation: str = ""
     link: str = ""
     graph: int = 0
+    plan: str = ""
 
     @property
     def quantized(self) -> bool:
-        """Whether it became a quantized collective, or one that decides by the size of each message."""
+        """Whether it became another than the plain collective, or one that decides by the size of each message."""
         return self.reason is None
 
     @property
     def decision(self) -> str:
-        """``int8``, ``int8 by size``, or the name of the reason."""
+        """``int8``, ``one_shot``, ``int8 by size``, or the name of the reason."""
         if self.reason is not None:
             return self.reason
         return self.wire if self.nbytes is not None else f"{self.wire} by size"

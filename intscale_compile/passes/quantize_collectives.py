@@ -3,6 +3,7 @@
     wait_tensor(_c10d_functional.all_reduce(x, "sum", group))       =>  intscale.quantized_all_reduce(x, wire, group)
     wait_tensor(_c10d_functional.reduce_scatter_tensor(x, "sum", ranks, group))  =>  intscale.quantized_reduce_scatter(...)
     wait_tensor(_c10d_functional.all_gather_into_tensor(x, ranks, group))        =>  intscale.quantized_all_gather(...)
+    with "auto": wait_tensor(_c10d_functional.all_reduce(x, "sum", group))       =>  intscale.planned_all_reduce(x, plan, group)
 
 A pass over Inductor's post-grad graph, where the collectives of DTensor, functional ones and raw in-place ones all have this
 form; off unless the option ``intscale.communication`` asks for it. Coalesced collectives become one op for each tensor, all
@@ -30,8 +31,11 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..communication import by_size, link_cost, ops
-from ..communication.link_table import Link, Times, link_of, times_of
+from ..communication.choice import Allowed, Plan, plan
+from ..communication.link_table import LOSSLESS, PLAIN, Link, Times, link_of, times_of
 from ..communication.message import WireFormat
+from ..communication.planned import PLANNED_ALL_REDUCE
+from ..communication.symmetric import LOSSLESS_DTYPES
 from ..kernels.abi import KERNEL_ABI
 from ..reasons import Reason, log_once
 from .base import module_path
@@ -74,7 +78,7 @@ class QuantizeCollectives(CustomGraphPass):
     """The pass, for one compilation.
 
     Args:
-        wire: the wire format.
+        wire: the wire format, or what else ``communication.choice.Allowed`` parses.
         min_bytes: threshold for all collectives; None: that of each link (``link_cost``).
         disabled: whether it only reports.
         graphs: whether the compilation is for CUDA graphs.
@@ -92,8 +96,9 @@ class QuantizeCollectives(CustomGraphPass):
     name = NAME
 
     def __init__(self, wire: str, min_bytes: Optional[int] = None, disabled: bool = False, graphs: bool = True):
-        self.form, self.min_bytes, self.disabled, self.graphs = WireFormat.parse(wire), min_bytes, disabled, graphs
-        self.wire = str(self.form)
+        self.allowed, self.min_bytes, self.disabled, self.graphs = Allowed.parse(wire), min_bytes, disabled, graphs
+        self.form = WireFormat.parse(self.allowed.wire) if self.allowed.wire else None
+        self.wire = str(self.allowed)
         self.links = _links()
         self.reports: list[CollectiveReport] = []
         self.ran, self.seconds = False, 0.0
@@ -122,7 +127,7 @@ class QuantizeCollectives(CustomGraphPass):
     @staticmethod
     def calls_in(files: Sequence[str]) -> int:
         """How many quantized collectives the code calls that Inductor generated."""
-        names = [str(op) for op in (*QUANTIZED.values(), *BY_SIZE.values())]
+        names = [str(op) for op in (*QUANTIZED.values(), *BY_SIZE.values(), PLANNED_ALL_REDUCE)]
         texts = [Path(file).read_text(encoding="utf-8") for file in files]
         return sum(text.count(f"torch.ops.{name}(") for text in texts for name in names)
 
@@ -151,10 +156,14 @@ class QuantizeCollectives(CustomGraphPass):
         nbytes = numel * x.element_size()
         report = CollectiveReport(
             _name(node), kind, str(group), ranks, _shape(x, kind, ranks), str(x.dtype).removeprefix("torch."),
-            nbytes if isinstance(nbytes, int) else None, self.wire, link="" if link is None else str(link),
+            nbytes if isinstance(nbytes, int) else None, self.allowed.wire or self.wire,
+            link="" if link is None else str(link),
         )  # fmt: skip
         reason = self._refusal(node, member, x, ranks, backward)
-        if reason is None and link is not None:
+        if reason is None and link is not None and self.allowed.lossless and kind == "all_reduce":
+            report = self._with_plan(report, x, link, times)
+            reason = Reason.COLLECTIVE_PLAIN if report.wire == PLAIN else None
+        elif reason is None and link is not None:
             report = self._with_threshold(report, link, times)
             least, size = int(report.threshold or 0), report.nbytes
             if least == link_cost.NEVER or (size is not None and size < least):
@@ -174,6 +183,7 @@ class QuantizeCollectives(CustomGraphPass):
         """Why a collective stays plain whatever its size."""
         gathers = KINDS[node.target] == "all_gather"
         scatters = KINDS[node.target] == "reduce_scatter"
+        planned = self.allowed.lossless and not gathers and not scatters
         elements = x.numel() // (ranks or 1) if scatters else x.numel()  # of the message that the op would quantize
         checks = (
             (self.disabled, Reason.PASS_DISABLED),
@@ -183,30 +193,52 @@ class QuantizeCollectives(CustomGraphPass):
             (_arguments(node).get("reduce_op", "sum") != "sum", Reason.COLLECTIVE_REDUCE_OP),
             (x.dtype not in ops.FLOAT_DTYPES, Reason.COLLECTIVE_DTYPE),
             (ranks == 1, Reason.COLLECTIVE_ONE_RANK),
+            (self.form is None and not planned, Reason.COLLECTIVE_NO_LOSSLESS_FORM),
             (gathers and gathers_input(member.x), Reason.COLLECTIVE_GATHERS_INPUT),
             (gathers and not reaches_product(member.waits), Reason.COLLECTIVE_NOT_MULTIPLIED),
-            (isinstance(elements, int) and elements < self.form.group_size, Reason.COLLECTIVE_TOO_SMALL),
+            (
+                self.form is not None and not planned and isinstance(elements, int) and elements < self.form.group_size,
+                Reason.COLLECTIVE_TOO_SMALL,
+            ),
         )
         return next((reason for refused, reason in checks if refused), None)
+
+    def _with_plan(self, report: CollectiveReport, x: Tensor, link: Link, times: Times) -> CollectiveReport:
+        """The form of an all-reduce, or all forms that its size will choose from."""
+        allowed = Allowed(x.dtype in LOSSLESS_DTYPES and x.device.type != "cpu", self.allowed.wire)
+        found = plan(link, times, allowed, self.graphs, self.min_bytes)
+        if report.nbytes is None:
+            form = found.forms[0] if len(found.forms) == 1 else self.wire
+            return _with(report, wire=form, plan=str(found), threshold=0, threshold_source=found.source)
+        form = found.form(report.nbytes)
+        if form not in (PLAIN, *LOSSLESS) and x.numel() < WireFormat.parse(form).group_size:
+            form = PLAIN
+        least = max(n for n, _ in found.steps if n <= report.nbytes)
+        gain = None if form == PLAIN else link_cost.predicted_gain(link, times, report.kind, form, report.nbytes)
+        return _with(
+            report, wire=form, plan=str(Plan(((0, form),))), threshold=least, threshold_source=found.source, predicted_gain=gain,
+        )  # fmt: skip
 
     def _with_threshold(self, report: CollectiveReport, link: Link, times: Times) -> CollectiveReport:
         if self.min_bytes is not None:
             least = link_cost.Threshold(self.min_bytes, "option")
         else:
-            least = link_cost.threshold(link, times, report.kind, self.wire, self.graphs)
+            least = link_cost.threshold(link, times, report.kind, report.wire, self.graphs)
         gain = None
         if report.nbytes:
-            gain = link_cost.predicted_gain(link, times, report.kind, self.wire, report.nbytes)
+            gain = link_cost.predicted_gain(link, times, report.kind, report.wire, report.nbytes)
         return _with(report, threshold=least.nbytes, threshold_source=least.source, predicted_gain=gain)
 
     def _replace(self, graph: fx.Graph, node: fx.Node, member: Member, report: CollectiveReport) -> None:
         ranks: tuple = () if report.kind == "all_reduce" else (report.ranks,)
-        if report.nbytes is None:
-            target, least = BY_SIZE[report.kind], [report.threshold]
+        if report.plan:
+            target, chosen = PLANNED_ALL_REDUCE, (report.plan,)
+        elif report.nbytes is None:
+            target, chosen = BY_SIZE[report.kind], (report.wire, report.threshold)
         else:
-            target, least = QUANTIZED[report.kind], []
+            target, chosen = QUANTIZED[report.kind], (report.wire,)
         with graph.inserting_before(node):
-            new = graph.call_function(target, (member.x, self.wire, *least, *ranks, report.group))
+            new = graph.call_function(target, (member.x, *chosen, *ranks, report.group))
         kept = member.waits[0].meta
         new.meta.update({key: kept[key] for key in KEPT if key in kept})
         for wait in member.waits:

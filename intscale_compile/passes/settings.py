@@ -23,8 +23,9 @@ class Settings:
         disable_passes: names of passes that do not run, forced or not.
         force_passes: names of passes in ``FORCIBLE`` that rewrite also where it would not pay: without a GPU, or where
             Inductor would not call the op.
-        communication: wire format of collectives, such as ``"int8"`` or ``"int4-spikes"`` (``communication.WireFormat``); None:
-            they stay plain.
+        communication: wire format of collectives, such as ``"int8"`` or ``"int4-spikes"`` (``communication.WireFormat``);
+            ``"auto"``: all-reduces take the fastest lossless form, with ``"auto+int8"`` also that wire format; None: they stay
+            plain.
         communication_min_bytes: from how many bytes on a collective is quantized, where ``communication`` asks for it. The
             default is the threshold of the link that joins the ranks (``communication.link_cost``).
         whole_prompt: the caller promises that the graph is a whole prompt without padding, with nothing in the cache before

@@ -33,6 +33,8 @@ COLLECTIVES = {
     Reason.COLLECTIVE_ONE_RANK: lambda x, w: fc.all_reduce(x + 1, "sum", ALONE[0]),
     Reason.COLLECTIVE_TOO_SMALL: lambda x, w: fc.all_reduce(x[0] + 1, "sum", dist.group.WORLD),
     Reason.COLLECTIVE_BELOW_THRESHOLD: lambda x, w: fc.all_reduce(x[:2] + 1, "sum", dist.group.WORLD),
+    Reason.COLLECTIVE_PLAIN: lambda x, w: fc.all_reduce(x + 1, "sum", dist.group.WORLD),
+    Reason.COLLECTIVE_NO_LOSSLESS_FORM: lambda x, w: fc.all_gather_tensor(x + 1, 0, dist.group.WORLD) @ w.t(),
     Reason.COLLECTIVE_GATHERS_INPUT: lambda x, w: F.linear(
         x, fc.all_gather_tensor(w.bfloat16(), 0, dist.group.WORLD).float()
     ),
@@ -76,6 +78,8 @@ def test_explain_shows_why_a_collective_stays_plain(ranks, reason):
     options = {"intscale.communication": "int8", "intscale.communication_min_bytes": 1000}
     if reason is Reason.PASS_DISABLED:
         options["intscale.disable_passes"] = ["quantize_collectives"]
+    if reason in (Reason.COLLECTIVE_PLAIN, Reason.COLLECTIVE_NO_LOSSLESS_FORM):
+        options["intscale.communication"] = "auto"
     report = explain(Holder(COLLECTIVES[reason], torch.randn(32, 64)), torch.randn(16, 64), options=options)
     (one,) = report.collectives
     assert (one.reason, one.explanation) == (reason.name, reason.value) and not one.quantized
