@@ -157,12 +157,12 @@ def group_or_default(group: Optional[Union[dist.ProcessGroup, str]]) -> dist.Pro
 
 
 def reduce_scatter(x: Tensor, wire: str, group: Optional[Union[dist.ProcessGroup, str]] = None) -> Tensor:
-    """This rank's part, along dimension 0, of the sum of ``x`` over the ranks; arguments and errors as :func:`~.planned.all_reduce`."""
+    """This rank's part, along dimension 0, of the sum of ``x`` over the ranks, quantized; arguments as of ``all_reduce``."""
     resolved = group_or_default(group)
     return REDUCE_SCATTER_OP(x, str(wire), resolved.size(), resolved.group_name)
 
 
 def all_gather(x: Tensor, wire: str, group: Optional[Union[dist.ProcessGroup, str]] = None) -> Tensor:
-    """``x`` of every rank along dimension 0, each through a quantized message; arguments and errors as :func:`~.planned.all_reduce`."""
+    """``x`` of every rank along dimension 0, each through a quantized message; arguments as of ``all_reduce``."""
     resolved = group_or_default(group)
     return ALL_GATHER_OP(x, str(wire), resolved.size(), resolved.group_name)

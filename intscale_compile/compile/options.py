@@ -15,7 +15,10 @@ from ..passes import PASSES, POST_GRAD_PASSES
 from ..passes.settings import FORCIBLE, Settings
 
 PREFIX = "intscale."
-WIRE_FORMATS = '"int8", "int6", "int5" or "int4", with "-spikes" after it where wanted, "auto" (lossless), "auto+int8" and so on, or None'
+WIRE_FORMATS = (
+    '"int8", "int6", "int5" or "int4", with "-spikes" after it where wanted, "auto" (lossless forms), "auto+int8" and so on '
+    "(both), or None"
+)
 _CONFIG_FIELDS = tuple(f.name for f in dataclasses.fields(IntScaleConfig) if f.name != "version")
 
 

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
+from intscale_compile.communication import one_shot_kernel
 from intscale_compile.communication.fused_kernel import (
     LARGE_CHUNK,
     MOST_PROGRAMS,
@@ -45,9 +46,24 @@ def test_resident_and_published_to_the_system(arch, ranks, bits, resident, spill
     assert code.spill_bytes <= spill_bytes
     assert code.registers * 32 * WARPS * resident <= 65536
     ptx = compiled.asm["ptx"]
-    assert "sys.release" in ptx and "sys.acquire" in ptx
+    assert ptx.count("atom.global.sys.release.exch.b32") == 2, "all flags of a leg at once"
+    assert "ld.volatile.global.b32" in ptx and "ld.global.cg" in ptx
     if arch == 90:
         assert "ld.global.b8" not in ptx and "st.global.b8" not in ptx
+
+
+def test_one_shot_words_travel_whole(tmp_path):
+    """A word of two elements and its number is one store and one load of eight bytes, two of them at a time."""
+    pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "own_ptr": "*u8", "peers_ptr": "*i64", "counts_ptr": "*i32"}
+    kernel, ranks = one_shot_kernel, 8
+    constants = dict(RANK=1, RANKS=ranks, WORDS=kernel.WORDS, PROGRAMS=kernel.MOST_PROGRAMS)
+    signature, target = pointers | dict.fromkeys(("words", "rounds"), "i32"), GPUTarget("cuda", 90, 32)
+    options = dict(num_warps=kernel.WARPS, enable_fp_fusion=False)
+    compiled = assemble(kernel.one_shot_kernel, signature, constants, target, aligned=[*pointers, "words"], **options)
+    assert disassemble(compiled, tmp_path).spill_bytes == 0
+    ptx = compiled.asm["ptx"]
+    assert ptx.count("st.global.v2.b64") == 2 * (ranks - 1) == ptx.count("ld.volatile.global.v2.b64")
+    assert "fence" not in ptx and "atom" not in ptx
 
 
 def test_schedule_covers_all_chunks_with_few_flags():
