@@ -1,6 +1,6 @@
-"""All-reduce of bf16 over several ranks: the backend's own, two-shot on symmetric memory, and ours in low-bit messages.
+"""All-reduce of bf16 over several ranks: the backend's own, those on symmetric memory, and ours in low-bit messages.
 
-    python benchmarks/allreduce.py                                     # 2 GPUs over NVLink, 64 KB to 256 MB
+    python benchmarks/allreduce.py                                     # 2 GPUs over NVLink, 8 KB to 256 MB
     python benchmarks/allreduce.py --ranks 4 --link host --json OUT.json --svg OUT.svg
     python benchmarks/allreduce.py --backend gloo --sizes 8M 16M       # on CPUs
     python benchmarks/allreduce.py --stress 10000 --sizes              # random collectives, each compared with the reference
@@ -27,7 +27,7 @@ from ranks import LINKS, agreed, check_ranks_and_wires, is_rank, join, launch, l
 from timing import environment, release
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-SIZES = tuple(1 << power for power in range(16, 29))
+SIZES = tuple(1 << power for power in range(13, 29))
 WIRES = ("int8", "int6", "int5", "int4")
 
 
@@ -50,12 +50,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--wires", nargs="+", default=list(WIRES), metavar="FORMAT", help="as int8 or int6-spikes")
     parser.add_argument(
-        "--peers", nargs="+", metavar="PEER", help="plain, two_shot, FORMAT, 'FORMAT fused'; default all"
+        "--peers",
+        nargs="+",
+        metavar="PEER",
+        help="plain, two_shot, 'one_shot fp32', auto, FORMAT, 'FORMAT fused' ...; default all",
     )
     parser.add_argument("--replay-ms", type=float, help="how long each peer is timed at each size")
     parser.add_argument("--stress", type=int, metavar="N", default=0, help="first run N random collectives")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=stress.DTYPES, help="of --stress")
     parser.add_argument("--most", type=size, help="bytes of the largest message of --stress")
+    parser.add_argument("--stress-seconds", type=float, help="after which --stress ends")
     parser.add_argument("--seed", type=int, default=0, help="of --stress")
     parser.add_argument("--seconds", type=float, default=540.0, help="after which the ranks are killed")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
@@ -127,7 +131,9 @@ def rank_main(args: argparse.Namespace) -> int:
     first, status = dist.get_rank() == 0, 0
     try:
         if args.stress:
-            outcome = stress.run(args.stress, args.wires, args.dtypes, args.most, args.seed, args.link, device)
+            outcome = stress.run(
+                args.stress, args.wires, args.dtypes, args.most, args.seed, args.link, device, args.stress_seconds
+            )
             status = int(outcome.wrong > 0)
             if first:
                 print(outcome, flush=True)

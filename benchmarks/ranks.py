@@ -31,12 +31,16 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
-def check_ranks_and_wires(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End the program unless there are at least two ranks and ``--wires`` names wire formats; those by their own names."""
+def check_ranks_and_wires(parser: argparse.ArgumentParser, args: argparse.Namespace, auto: bool = False) -> None:
+    """End the program unless there are at least two ranks and ``--wires`` names wire formats; those by their own names.
+
+    ``auto``: whether ``"auto"`` and ``"auto+FORMAT"`` are allowed, too.
+    """
+    from intscale_compile.communication.choice import Allowed
     from intscale_compile.communication.message import WireFormat
 
     try:
-        args.wires = [str(WireFormat.parse(wire)) for wire in args.wires]
+        args.wires = [str((Allowed if auto else WireFormat).parse(wire)) for wire in args.wires]
     except ValueError as error:
         parser.error(str(error))
     if args.ranks < 2:

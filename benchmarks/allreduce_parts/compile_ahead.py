@@ -67,12 +67,14 @@ def compile_rank(rank: int, wire: str, dtype: str, ranks: int, elements: list[in
         torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device="cuda"),
         None,
     )
-    symmetric._workspace = lambda group, device, nbytes: space
+    symmetric._workspace = symmetric._one_shot_workspace = lambda group, device, *sizes: space
     try:
         for number in elements:
             x = torch.empty(number, dtype=getattr(torch, dtype), device="cuda")
             transport.all_reduce(x, parsed, dist.group.WORLD)
             if fused:
                 symmetric.all_reduce(x, parsed, dist.group.WORLD)
+                symmetric.one_shot(x, dist.group.WORLD)
+                symmetric.two_shot(x, dist.group.WORLD)
     finally:
         JITFunction.run = launch

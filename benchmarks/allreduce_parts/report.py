@@ -5,11 +5,25 @@ from __future__ import annotations
 from reporting import along, line, path, picture, size_name, text
 from reporting import table as markdown
 
-from .peers import FUSED, PLAIN
+from .peers import FUSED, OUR_ONE_SHOT, OUR_TWO_SHOT, PLAIN, TORCH_ONE_SHOT, TWO_SHOT
 from .results import Results
 
-TITLES = {PLAIN: "plain", "two_shot": "two-shot, symmetric memory"}
-COLOURS = {"two_shot": "#444444", "int8": "#0072b2", "int6": "#009e73", "int5": "#e69f00", "int4": "#d55e00"}
+TITLES = {
+    PLAIN: "plain",
+    TWO_SHOT: "two-shot of PyTorch",
+    TORCH_ONE_SHOT: "one-shot of PyTorch",
+    OUR_ONE_SHOT: "one_shot",
+    OUR_TWO_SHOT: "two_shot",
+}
+COLOURS = {
+    TWO_SHOT: "#444444",
+    OUR_ONE_SHOT: "#56b4e9",
+    OUR_TWO_SHOT: "#999999",
+    "int8": "#0072b2",
+    "int6": "#009e73",
+    "int5": "#e69f00",
+    "int4": "#d55e00",
+}
 OTHER = "#cc79a7"
 
 

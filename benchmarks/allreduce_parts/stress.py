@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from ranks import largest
 from torch import Tensor
 
 from intscale_compile import communication
 from intscale_compile.communication import reference, symmetric, transport
+from intscale_compile.communication.link_table import LOSSLESS, ONE_SHOT, TWO_SHOT
 from intscale_compile.communication.message import WireFormat
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -76,6 +78,12 @@ class Case:
             values[self.number % shape[0], place] = self.bad
         return list(values.to(self.dtype))
 
+    def wanted(self, inputs: list[Tensor], way: str) -> Tensor:
+        """The reference of what every rank gets."""
+        if way in LOSSLESS:
+            return reference.simulate_lossless_all_reduce(inputs)
+        return reference.simulate_all_reduce(inputs, self.wire)
+
 
 def draw(source: random.Random, number: int, wires: Sequence[WireFormat], dtypes: Sequence[str], most: int) -> Case:
     """A random call; small and large messages are as likely."""
@@ -100,8 +108,9 @@ def run(
     seed: int,
     link: str,
     device: torch.device,
+    seconds: float | None = None,
 ) -> Outcome:
-    """Run so many collectives on the default group; the outcome is the same on every rank."""
+    """Run so many collectives on the default group, or as many as go into ``seconds``; the outcome is the same on every rank."""
     source, group = random.Random(seed), dist.group.WORLD
     parsed = [WireFormat.parse(wire) for wire in wires]
     most = most or MOST_BYTES[device.type]
@@ -114,13 +123,19 @@ def run(
     wrong = torch.zeros(calls, dtype=torch.int32, device=device)
     for number in range(calls):
         case = draw(source, seed * calls + number, parsed, dtypes, most)
-        way = "fused" if "fused" in ways and source.random() < FUSED_SHARE else next(iter(ways))
+        way = next(iter(ways))
+        if "fused" in ways and source.random() < FUSED_SHARE:
+            lossless = case.dtype.itemsize == 2 and case.elements % 2 == 0
+            way = source.choice(["fused", *LOSSLESS] if lossless else ["fused"])
         inputs = case.inputs(device)
         out = ways[way](inputs[group.rank()], case.wire)
-        wrong[number] = differs(out, reference.simulate_all_reduce(inputs, case.wire))
+        wrong[number] = differs(out, case.wanted(inputs, way))
         outcome.by[way] += 1
         outcome.bytes += case.elements * case.dtype.itemsize
         if number % SYNCHRONIZE == SYNCHRONIZE - 1:
+            if seconds is not None and largest(time.monotonic() - start, device) > seconds:
+                outcome.calls = number + 1
+                break
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if number % (10 * SYNCHRONIZE) == 10 * SYNCHRONIZE - 1 and group.rank() == 0:
@@ -138,4 +153,6 @@ def _ways(device: torch.device, link: str) -> dict[str, Callable[[Tensor, WireFo
     ways = {"group": lambda x, wire: transport.all_reduce(x, wire, group)}
     if link == "nvlink" and symmetric.usable(group, device):
         ways["fused"] = lambda x, wire: symmetric.all_reduce(x, wire, group)
+        ways[ONE_SHOT] = lambda x, wire: symmetric.one_shot(x, group)
+        ways[TWO_SHOT] = lambda x, wire: symmetric.two_shot(x, group)
     return ways

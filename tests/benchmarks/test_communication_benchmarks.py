@@ -143,7 +143,7 @@ def test_sizes(bench):
         1 << 16,
     ]
     assert bench.allreduce.parse(["--sizes", "1M", "64K", "1m"]).sizes == [1 << 16, 1 << 20]
-    assert bench.allreduce.parse([]).sizes == [1 << power for power in range(16, 29)]
+    assert bench.allreduce.parse([]).sizes == [1 << power for power in range(13, 29)]
 
 
 def test_a_rank_that_fails_ends_the_others(bench):
@@ -162,6 +162,24 @@ def test_first_token_table(bench):
     ]
     run = bench.e2e_parallel.Run({}, "tiny", points, ["a note"])
     assert "| 128 | 20.00 | 8.00 (**2.50x**), 10.00% |" in run.table() and "- a note" in run.table()
+    assert "tokens of each prompt" in run.table()
+    run.decode = True
+    assert "| sequences |" in run.table() and "of a decoded token" in run.table()
+
+
+def test_parts_of_the_command_for_many_gpus(tmp_path):
+    """Every part is a command that its own parser takes; a part that fails is told and does not stop the others."""
+    modules = load(("many_gpus", "allreduce", "e2e_parallel"))
+    names = []
+    for part in modules.many_gpus.parts(4, tmp_path):
+        names.append(part.name)
+        script = next((one for one in ("allreduce", "e2e_parallel") if part.command[0].endswith(f"{one}.py")), None)
+        if script:
+            assert getattr(modules, script).parse(part.command[1:]).ranks == (2 if part.name == "two" else 4)
+    assert names[:4] == ["stress", "tests", "times", "tune"]
+    failing = modules.many_gpus.Part("failing", 20, ["-c", "print('said'); raise SystemExit(3)"])
+    assert modules.many_gpus.run(failing, tmp_path, 20).startswith("exit status 3")
+    assert (tmp_path / "failing.txt").read_text() == "said\n"
 
 
 @pytest.mark.slow

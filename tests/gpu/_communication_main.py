@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from intscale_compile.communication import all_gather, all_reduce, reduce_scatter, symmetric, transport
 from intscale_compile.communication.message import WireFormat
-from intscale_compile.communication.reference import simulate_all_reduce
+from intscale_compile.communication.reference import simulate_all_reduce, simulate_lossless_all_reduce
 from tests.communication.inputs import contributions, same_bits
 
 FORMS = [(wire, torch.bfloat16) for wire in ("int8", "int6", "int5", "int4", "int4-spikes")]
@@ -95,6 +95,45 @@ def captured() -> bool:
     return good
 
 
+def lossless() -> dict[str, str]:
+    """One-shot and two-shot against the reference, bit for bit: alone, queued with changing sizes, and in a graph on new data."""
+    rank, ranks, group, wrong = dist.get_rank(), dist.get_world_size(), dist.group.WORLD, {}
+    ways = {"one_shot": symmetric.one_shot, "two_shot": symmetric.two_shot}
+    sizes = (2, 130, 1024, 12_290, 65_536, 300_002, 2_000_000)
+    cases = [(dtype, n) for dtype in (torch.bfloat16, torch.float16) for n in sizes]
+    inputs = {
+        case: [x.cuda() for x in contributions(case[1], ranks, case[0], special=case[1] == 300_002)] for case in cases
+    }
+    wanted = {case: simulate_lossless_all_reduce([x.cpu() for x in given]) for case, given in inputs.items()}
+    for case in cases:
+        for name, way in ways.items():
+            if not same_bits(way(inputs[case][rank], group).cpu(), wanted[case]):
+                wrong[f"{name} {case}"] = "differs"
+    order = torch.randint(len(cases) * 2, (500,), generator=torch.Generator().manual_seed(1)).tolist()
+    dist.barrier()
+    found = []
+    for place, i in enumerate(order):
+        if place % 7 == rank:  # now one rank is late, now the other
+            torch.cuda._sleep(100_000)
+        found.append(list(ways.values())[i % 2](inputs[cases[i // 2]][rank], group))
+    for place, (i, out) in enumerate(zip(order, found)):
+        if not same_bits(out.cpu(), wanted[cases[i // 2]]):
+            wrong[f"queued {place} {i % 2} {cases[i // 2]}"] = "differs"
+    x = torch.empty(12_290, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [symmetric.one_shot(x, group), symmetric.two_shot(x, group), symmetric.one_shot(x, group)]
+    for seed in range(50):
+        given = contributions(x.numel() + 2 * seed, ranks, torch.bfloat16)
+        x.copy_(given[rank][: x.numel()])
+        graph.replay()
+        expected = simulate_lossless_all_reduce([one[: x.numel()] for one in given])
+        if not all(same_bits(out.cpu(), expected) for out in outs):
+            wrong[f"graph {seed}"] = "differs"
+    return wrong
+
+
 def others() -> dict[str, float]:
     """Relative errors of reduce-scatter and all-gather."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -105,7 +144,7 @@ def others() -> dict[str, float]:
     return {name: ((found - expected).norm() / expected.norm()).item() for name, (found, expected) in wanted.items()}
 
 
-def compiled() -> dict[str, object]:
+def compiled(wire: str = "int8") -> dict[str, object]:
     """A model with an all-reduce through the backend, in CUDA graphs."""
     import torch.distributed._functional_collectives as functional
 
@@ -118,7 +157,7 @@ def compiled() -> dict[str, object]:
         return functional.all_reduce(layer(x), "sum", dist.group.WORLD) * 2
 
     x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
-    options = {"intscale.communication": "int8", "intscale.communication_min_bytes": 0, "triton.cudagraphs": True}
+    options = {"intscale.communication": wire, "intscale.communication_min_bytes": 0, "triton.cudagraphs": True}
     plain = torch.compile(model, backend="intscale", options={"triton.cudagraphs": False}, fullgraph=True)(x)
     run = torch.compile(model, backend="intscale", options=options, fullgraph=True)
     for _ in range(4):
@@ -126,7 +165,8 @@ def compiled() -> dict[str, object]:
     error = ((found - plain).float().norm() / plain.float().norm()).item()
     shared = [torch.empty_like(found) for _ in range(dist.get_world_size())]
     dist.all_gather(shared, found)
-    return {"error": error, "same": all(torch.equal(shared[0], other) for other in shared)}
+    forms = [one.decision for one in intscale_compile.debug.last_compilation()[-1].collectives or ()]
+    return {"error": error, "forms": forms, "same": all(torch.equal(shared[0], other) for other in shared)}
 
 
 def main() -> None:
