@@ -148,7 +148,8 @@ def _product(x: Tensor, matrix: Matrix, group_size: int, fold: bool) -> Tensor:
     if fold:
         return _int8_product(x, weight[:, :in_features])
     if group_size == -1:
-        return _int8_product(x, weight[:, :in_features]) * plain_scale.view(-1).to(torch.int32)
+        acc, factors = _int8_product(x, weight[:, :in_features]), plain_scale.view(-1)
+        return acc if bool((factors == 1).all()) else acc.mul_(factors.to(torch.int32))
     acc = x.new_zeros((x.shape[0], weight.shape[0]), dtype=torch.int32)
     for g in range(plain_scale.shape[-1]):
         part = slice(g * group_size, min((g + 1) * group_size, in_features))

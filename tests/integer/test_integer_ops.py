@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from intscale_compile.kernels.integer import arithmetic, attention, cpu_attention, linear, pointwise, rows
+from intscale_compile.kernels.integer import arithmetic, attention, cpu_attention, linear, pointwise, rows, scalar
 from intscale_compile.ops import KERNEL_ABI, register_inductor
 from tests.support import integers as oracle
 
@@ -98,6 +98,24 @@ def test_division_of_rows_by_multiplication():
         assert found.tolist() == [oracle.rdiv(v, b) for v in a.tolist()], b
 
 
+def test_long_division_of_rows():
+    """Quotients up to 2**28, at both sides of every rounding."""
+    for b in (1, 2, 3, 127, 2**15, 2**26 - 1, 2**30 + 1):
+        quotients = torch.tensor([0, 1, 2, 2**14 - 1, 2**14, 2**15, 99_999, 2**20 + 1, 2**28 - 1])
+        a = (quotients.unsqueeze(1) * b + torch.tensor([0, b // 2 - 1, b // 2, b // 2 + 1, b - 1])).flatten().clamp(0)
+        a = torch.cat([a, -a])
+        expected = [oracle.rdiv(v, b) for v in a.tolist()]
+        assert arithmetic.long_quotient(a, torch.tensor([b])).tolist() == expected, b
+
+
+def test_division_of_the_sigmoid():
+    """For every divisor that there is, at both sides of the quotient."""
+    d = torch.arange(2**16, 2**17 + 1)
+    for q in (0, 1, 2, 5000, 2**13, 2**14 - 1, 2**14):
+        for n in (q * d, q * d + 1, q * d + d - 1):
+            assert torch.equal(scalar._divided_near_one(scalar.OnTensors, n, d), torch.full_like(d, q))
+
+
 def test_functions_inside_of_kernels():
     """One compiled kernel with every function gives what they give alone."""
     register_inductor()
@@ -110,6 +128,8 @@ def test_functions_inside_of_kernels():
         yield from (arithmetic.mantissa(a >> 30), arithmetic.exponent(a >> 30))
         yield from arithmetic.quantize_rows(a >> 8, 16)
         yield arithmetic.divide_rows(a >> 40, torch.full_like(b, 2**8 + 1))
+        yield arithmetic.long_quotient(a >> 30, torch.full_like(b, 2**8 + 1))
+        yield arithmetic.row_rdiv(a, b)
 
     run = lambda *args: tuple(every(*args))  # noqa: E731
     for found, expected in zip(torch.compile(run)(a, b, z), run(a, b, z)):

@@ -16,10 +16,12 @@ from .scalar import (
     ILOG2,
     INVERSE,
     ISQRT,
+    LONG_QUOTIENT,
     LONGEST_SHIFT,
     MANTISSA,
     MANTISSA_OP,
     RDIV,
+    ROW_RDIV,
     RSH,
     SHIFT,
     SIGMOID,
@@ -28,12 +30,21 @@ from .scalar import (
 
 __all__ = [
     "CODE", "FRACTION", "LONGEST_SHIFT", "MANTISSA", "divide_rows", "dyadic_number", "dyadic_of", "exp2neg", "exponent",
-    "hadamard", "ilog2", "isqrt", "mantissa", "pack_dyadic", "quantize_rows", "rdiv", "rotate_quantize", "rsh", "rsh_by",
+    "hadamard", "ilog2", "isqrt", "long_quotient", "mantissa", "pack_dyadic", "quantize_rows", "rdiv", "rotate_quantize", "row_rdiv", "rsh", "rsh_by",
     "saturate", "shift", "sigmoid",
 ]  # fmt: skip
 
 CODE = 127  # largest magnitude of a code
-rdiv, rsh_by, shift, ilog2, isqrt, exp2neg, sigmoid = RDIV, RSH, SHIFT, ILOG2, ISQRT, EXP2NEG, SIGMOID
+rdiv, row_rdiv, rsh_by, shift, ilog2, isqrt, exp2neg, sigmoid = (
+    RDIV,
+    ROW_RDIV,
+    RSH,
+    SHIFT,
+    ILOG2,
+    ISQRT,
+    EXP2NEG,
+    SIGMOID,
+)
 
 
 def rsh(a: Tensor, k: int) -> Tensor:
@@ -44,6 +55,11 @@ def rsh(a: Tensor, k: int) -> Tensor:
 def divide_rows(a: Tensor, b: Tensor) -> Tensor:
     """``rdiv(a, b)`` of rows that share a divisor ``b [..., 1]`` below ``2**61``, where the quotients are below ``2**15``."""
     return DIVIDED(a, b, INVERSE(b))
+
+
+def long_quotient(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`divide_rows` where the quotients are below ``2**29``."""
+    return LONG_QUOTIENT(a, b, INVERSE(b))
 
 
 def saturate(a: Tensor) -> Tensor:

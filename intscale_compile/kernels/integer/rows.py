@@ -17,9 +17,10 @@ from .arithmetic import (
     exponent,
     ilog2,
     isqrt,
+    long_quotient,
     mantissa,
-    rdiv,
     rotate_quantize,
+    row_rdiv,
     rsh,
     rsh_by,
     saturate,
@@ -60,13 +61,13 @@ def normed(h: Tensor, gamma: Tensor, beta: Tensor | None, eps: int, center: bool
     x, n = h.to(torch.int64), h.shape[-1]
     if center:
         x = x << CENTERED
-        x = x - rdiv(x.sum(-1, keepdim=True), x.new_full((1,), n))
+        x = x - row_rdiv(x.sum(-1, keepdim=True), x.new_full((1,), n))
     s = highest_bit(n) - ilog2(x.abs().amax(-1, keepdim=True).clamp(min=1))
     s = s.clamp(max=(60 - eps.bit_length()) // 2)  # beyond, eps alone decides
     x = shift(x, s)
     scaled_eps = torch.where(s >= 0, eps << (2 * s).clamp(0, 60), eps >> (-2 * s).clamp(0, 62))
-    squares = rdiv((x * x).sum(-1, keepdim=True), x.new_full((1,), n)) + scaled_eps
-    y = rdiv(x << 15, isqrt(squares.clamp(min=1))) * mantissa(gamma)
+    squares = row_rdiv((x * x).sum(-1, keepdim=True), x.new_full((1,), n)) + scaled_eps
+    y = long_quotient(x << 15, isqrt(squares.clamp(min=1))) * mantissa(gamma)
     return y if beta is None else y + beta, 15 + exponent(gamma.narrow(0, 0, 1))
 
 

@@ -8,13 +8,16 @@
     int_exp2neg(z)   2**-z with 15 fraction bits, z >= 0 with 16
     int_sigmoid(x)   1 / (1 + e**-x) with 14 fraction bits, x with 16
     int_inverse(b)   of a divisor that a row shares, 1 <= b < 2**61, for
-    int_divided(a, b, inverse)  int_rdiv(a, b) where it is below 2**15: by multiplication, and exact all the same
+    int_divided(a, b, inverse)   int_rdiv(a, b) where it is below 2**15: by multiplication, and exact all the same
+    int_quotient(a, b, inverse)  the same below 2**29: two such steps
+    int_row_rdiv(a, b)           int_rdiv of one number per row
     int_mantissa(d), int_exponent(d)   m and k of dyadic numbers k * 2**18 + m
     int_token_scale(amax, f)           the dyadic number amax / 127 * 2**-f with 16 bits, amax >= 1
     int_scaled(acc, token, row)        acc * m m, shifted to Q16
     int_score(acc, key, query, k)      scores of attention as Q16
 
-Each is written once, for tensors and for what Inductor's kernels hold. All operands and results are int64.
+Each is written once, for tensors and for what Inductor's kernels hold. All operands and results are int64. A division of each
+element would take most of a kernel's time, on a CPU and on a GPU: there is none, only of one number per row.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ KEPT: set[Any] = (
 )  # ops of one number per row: Inductor stores their results rather than compute them for each element
 QUOTIENT = 15  # bits of the quotients of int_divided
 INVERSE_BITS = 63 - 31 - QUOTIENT
+NEWTON_START = 48 * 2**24 // 17  # 1 / x ~ (48 - 32 x) / 17 on [0.5, 1]
 
 
 class OnTensors:
@@ -87,12 +91,20 @@ def _rsh(o: Any, a: Any, k: Any) -> Any:
     return (a + (o.one(k) << (k - 1))) >> k
 
 
+def _minus(a: Any) -> Any:
+    return (a - a) - a
+
+
+def _twice(a: Any) -> Any:
+    return a + a
+
+
 def _half_up(a: Any, k: int) -> Any:
     return (a + (1 << (k - 1))) >> k
 
 
 def _rdiv_positive(o: Any, a: Any, b: Any) -> Any:
-    return o.div(a * 2 + b, b * 2)
+    return o.div(a + a + b, b + b)
 
 
 def _ilog2(o: Any, a: Any) -> Any:
@@ -122,27 +134,49 @@ def _exp2neg(o: Any, z: Any) -> Any:
 def RDIV(o: Any, a: Any, b: Any) -> Any:
     """Rounded quotient."""
     magnitude = _rdiv_positive(o, o.abs(a), b)
-    return o.where(a >= 0, magnitude, magnitude * -1)
+    return o.where(a >= 0, magnitude, _minus(magnitude))
 
 
 @scalar_op("int_inverse(Tensor b) -> Tensor", kept=True)
 def INVERSE(o: Any, b: Any) -> Any:
     """``floor(2**(30 + INVERSE_BITS) / d)`` of ``d = 2 b``, shifted to 31 bits and rounded up; the shift is in the high bits."""
-    d = b * 2
+    d = b + b
     t = _ilog2(o, d) - 30
     right = o.clamp(t, 0, LONGEST_SHIFT)
-    shifted = ((d >> right) << o.clamp(t * -1, 0, LONGEST_SHIFT)) + o.where(t >= 1, o.one(t), t * 0)
+    shifted = ((d >> right) << o.clamp(_minus(t), 0, LONGEST_SHIFT)) + o.where(t >= 1, o.one(t), t * 0)
     return ((t + 64) << 32) + o.div(o.one(d) << (30 + INVERSE_BITS), shifted)
+
+
+def _floor_divided(o: Any, n: Any, d: Any, inverse: Any) -> Any:
+    """``floor(n / d)`` below ``2**15`` of an even divisor, whose half has this inverse: the estimate is that or one less, and
+    the remainder tells which."""
+    t = (inverse >> 32) - 64
+    shifted = (n >> o.clamp(t, 0, LONGEST_SHIFT)) << o.clamp(_minus(t), 0, LONGEST_SHIFT)
+    q = (shifted * (inverse & 0xFFFFFFFF)) >> (30 + INVERSE_BITS)
+    return o.where(n - q * d >= d, q + 1, q)
 
 
 @scalar_op("int_divided(Tensor a, Tensor b, Tensor inverse) -> Tensor")
 def DIVIDED(o: Any, a: Any, b: Any, inverse: Any) -> Any:
-    """Rounded quotient: the estimate is the floor or one less, and the remainder tells which."""
-    d, n, t = b * 2, o.abs(a) * 2 + b, (inverse >> 32) - 64
-    shifted = (n >> o.clamp(t, 0, LONGEST_SHIFT)) << o.clamp(t * -1, 0, LONGEST_SHIFT)
-    q = (shifted * (inverse & 0xFFFFFFFF)) >> (30 + INVERSE_BITS)
-    q = o.where(n - q * d >= d, q + 1, q)
-    return o.where(a >= 0, q, q * -1)
+    """Rounded quotient below ``2**15``."""
+    q = _floor_divided(o, _twice(o.abs(a)) + b, b + b, inverse)
+    return o.where(a >= 0, q, _minus(q))
+
+
+@scalar_op("int_quotient(Tensor a, Tensor b, Tensor inverse) -> Tensor")
+def LONG_QUOTIENT(o: Any, a: Any, b: Any, inverse: Any) -> Any:
+    """Rounded quotient below ``2**29``: its high bits, then 14 more of the remainder."""
+    n, d = _twice(o.abs(a)) + b, b + b
+    high = _floor_divided(o, n >> 14, d, inverse)
+    q = (high << 14) + _floor_divided(o, n - ((high * d) << 14), d, inverse)
+    return o.where(a >= 0, q, _minus(q))
+
+
+@scalar_op("int_row_rdiv(Tensor a, Tensor b) -> Tensor", kept=True)
+def ROW_RDIV(o: Any, a: Any, b: Any) -> Any:
+    """Rounded quotient of one number per row."""
+    magnitude = _rdiv_positive(o, o.abs(a), b)
+    return o.where(a >= 0, magnitude, _minus(magnitude))
 
 
 @scalar_op("int_rsh(Tensor a, Tensor k) -> Tensor")
@@ -154,7 +188,7 @@ def RSH(o: Any, a: Any, k: Any) -> Any:
 @scalar_op("int_shift(Tensor a, Tensor k) -> Tensor")
 def SHIFT(o: Any, a: Any, k: Any) -> Any:
     """Shift to the left, or to the right where k is negative."""
-    return o.where(k >= 0, a << o.clamp(k, 0, LONGEST_SHIFT), _rsh(o, a, k * -1))
+    return o.where(k >= 0, a << o.clamp(k, 0, LONGEST_SHIFT), _rsh(o, a, _minus(k)))
 
 
 @scalar_op("int_ilog2(Tensor a) -> Tensor", kept=True)
@@ -179,12 +213,26 @@ def EXP2NEG(o: Any, z: Any) -> Any:
     return _exp2neg(o, z)
 
 
+def _divided_near_one(o: Any, n: Any, d: Any) -> Any:
+    """``floor(n / d)`` below ``2**15`` for ``2**16 <= d <= 2**17``.
+
+    Two steps of Newton's method for ``2**41 / d``, from a line that is within 1 / 17: then 2**-16 too small at the most, so that
+    the estimate is the quotient or one less.
+    """
+    y = (d * -15420 >> 6) + NEWTON_START
+    for _ in range(2):
+        y = (y * (_minus(d * y >> 17) + ((1 << 25) - 1))) >> 24  # rounded down, as all of it
+    q = (n * y) >> 41
+    return o.where(n - q * d >= d, q + 1, q)
+
+
 @scalar_op("int_sigmoid(Tensor x) -> Tensor")
 def SIGMOID(o: Any, x: Any) -> Any:
     """Logistic function."""
     e = _exp2neg(o, _half_up(o.abs(x) * LOG2_E, 14))
     one = o.one(e) << 15
-    return _rdiv_positive(o, o.where(x >= 0, one, e) << 14, e + one)
+    sum_ = e + one
+    return _divided_near_one(o, (o.where(x >= 0, one, e) << 15) + sum_, sum_ + sum_)
 
 
 @scalar_op("int_mantissa(Tensor d) -> Tensor")
