@@ -30,8 +30,8 @@ from .scalar import (
 
 __all__ = [
     "CODE", "FRACTION", "LONGEST_SHIFT", "MANTISSA", "divide_rows", "dyadic_number", "dyadic_of", "exp2neg", "exponent",
-    "hadamard", "ilog2", "isqrt", "long_quotient", "mantissa", "pack_dyadic", "quantize_rows", "rdiv", "rotate_quantize", "row_rdiv", "rsh", "rsh_by",
-    "saturate", "shift", "sigmoid",
+    "hadamard", "ilog2", "isqrt", "long_quotient", "mantissa", "pack_dyadic", "quantize_rows", "rdiv", "rotate_quantize",
+    "row_rdiv", "rsh", "rsh_by", "saturate", "shift", "sigmoid",
 ]  # fmt: skip
 
 CODE = 127  # largest magnitude of a code
