@@ -42,7 +42,7 @@ def parts(ranks: int, folder: Path) -> list[Part]:
     """All parts, in their order."""
     n = ["--ranks", str(ranks)]
     allreduce, e2e = str(HERE / "allreduce.py"), str(HERE / "e2e_parallel.py")
-    wires = ["--wires", "int8", "int6", "int4"]
+    sweep, wires = str(HERE / "allreduce_sweep.py"), ["--wires", "int8", "int6", "int4"]
 
     def json(name: str) -> list[str]:
         return ["--json", str(folder / f"{name}.json")]
@@ -62,6 +62,7 @@ def parts(ranks: int, folder: Path) -> list[Part]:
         "int4-spikes",
     ]
     tests = ["-m", "pytest", "-n", "0", "-q", "-m", "gpu", str(HERE.parent / "tests/gpu/test_communication_gpu.py")]
+    tests += ["-k", f"lossless and {ranks}"]
     decode = [e2e, *n, "--bf16", "--layers", "8", "--context", "2048", "--wires", "auto", "auto+int8"]
     first = [e2e, *n, "--bf16", "--layers", "4", "--prompts", "2048", "8192", "--wires", "int8", "int4", "auto+int8"]
     large = [
@@ -79,36 +80,23 @@ def parts(ranks: int, folder: Path) -> list[Part]:
         "auto+int8",
     ]
     tune = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "intscale_compile.communication"]
+    two = [allreduce, "--ranks", "2", "--sizes", *SIZES[::2], *wires, "--peers", *PEERS]
     return [
-        Part("stress", 130, [*stress, "--stress-seconds", "70", "--seconds", "120"]),
-        Part("tests", 120, [*tests, "-k", "several_ranks or lossless"]),
+        Part("stress", 110, [*stress, "--stress-seconds", "45", "--seconds", "105"]),
+        Part("tests", 80, tests),
         Part(
             "times",
             130,
-            [allreduce, *n, "--sizes", *SIZES, *wires, "--peers", *PEERS, *json("times"), "--seconds", "120"],
+            [allreduce, *n, "--sizes", *SIZES, *wires, "--peers", *PEERS, *json("times"), "--seconds", "125"],
         ),
         Part("tune", 60, [*tune, "--seconds", "30", "--ops", "all_reduce", "--wires", "int8", "int4"]),
-        Part("decode", 160, [*decode, "--decode", "1", "16", *json("decode"), "--seconds", "150"]),
-        Part(
-            "two",
-            80,
-            [
-                allreduce,
-                "--ranks",
-                "2",
-                "--sizes",
-                *SIZES[::2],
-                *wires,
-                "--peers",
-                *PEERS,
-                *json("two"),
-                "--seconds",
-                "75",
-            ],
-        ),
-        Part("first", 120, [*first, *json("first"), "--min-bytes", "-1", "--seconds", "110"]),
-        Part("large", 120, [*large, "--decode", "1", "16", *json("large"), "--seconds", "110"]),
-        Part("batch64", 100, [*decode, "--decode", "64", *json("batch64"), "--seconds", "90"]),
+        Part("decode", 150, [*decode, "--decode", "1", "16", *json("decode"), "--seconds", "145"]),
+        Part("sweep", 80, [sweep, *n, *json("sweep"), "--seconds", "75"]),
+        Part("two", 70, [*two, *json("two"), "--seconds", "65"]),
+        Part("sweep2048", 60, [sweep, *n, "--chunk", "2048", "--programs", "4", *json("sweep2048"), "--seconds", "55"]),
+        Part("first", 110, [*first, *json("first"), "--min-bytes", "-1", "--seconds", "105"]),
+        Part("large", 110, [*large, "--decode", "1", "16", *json("large"), "--seconds", "105"]),
+        Part("batch64", 90, [*decode, "--decode", "64", *json("batch64"), "--seconds", "85"]),
     ]
 
 

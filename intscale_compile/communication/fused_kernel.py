@@ -62,7 +62,11 @@ class Schedule:
 
     def constants(self, layout: MessageLayout) -> dict:
         """Constants and launch options of the kernel for messages of this layout."""
-        limit = {"maxnreg": 65536 // (32 * WARPS * PROGRAMS_PER_MULTIPROCESSOR)} if self.chunk > ELEMENTS else {}
+        limit = (
+            {"maxnreg": min(255, 65536 // (32 * WARPS * PROGRAMS_PER_MULTIPROCESSOR) // 8 * 8)}
+            if self.chunk > ELEMENTS
+            else {}
+        )
         return {**_constants(layout), "GROUPS": self.chunk // layout.group_size, **limit}
 
 

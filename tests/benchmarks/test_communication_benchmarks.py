@@ -169,11 +169,14 @@ def test_first_token_table(bench):
 
 def test_parts_of_the_command_for_many_gpus(tmp_path):
     """Every part is a command that its own parser takes; a part that fails is told and does not stop the others."""
-    modules = load(("many_gpus", "allreduce", "e2e_parallel"))
+    modules = load(("many_gpus", "allreduce", "allreduce_sweep", "e2e_parallel"))
     names = []
     for part in modules.many_gpus.parts(4, tmp_path):
         names.append(part.name)
-        script = next((one for one in ("allreduce", "e2e_parallel") if part.command[0].endswith(f"{one}.py")), None)
+        script = next(
+            (one for one in ("allreduce", "allreduce_sweep", "e2e_parallel") if part.command[0].endswith(f"{one}.py")),
+            None,
+        )
         if script:
             assert getattr(modules, script).parse(part.command[1:]).ranks == (2 if part.name == "two" else 4)
     assert names[:4] == ["stress", "tests", "times", "tune"]
