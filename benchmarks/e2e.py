@@ -3,12 +3,14 @@
     python benchmarks/e2e.py                                   # Llama-3-8B, all peers
     python benchmarks/e2e.py --model mixtral-8x7b --peers bf16 intscale --batches 1 16 --prompts 2048
     python benchmarks/e2e.py --model llama-3-70b --layers 1
+    python benchmarks/e2e.py --contexts 128 2048 8192 32768 --batches 1 16 --prompts    # decoding behind long texts
     python benchmarks/e2e.py --model tiny --device cpu         # does everything run
 
 Random weights at real shapes, transformers' own model code, ``torch.compile`` with CUDA graphs. Each peer has a process of
-its own; they compile side by side and are timed one after the other. Decoding starts behind 128 tokens in a static cache of
-256; prefill is one prompt without a cache, logits of its last token. Ratios are speeds over bf16 in the same run.
-A step of a few layers may be sooner computed than submitted; ``--skip-guards`` spares the host its guards, for all peers alike.
+its own; they compile side by side and are timed one after the other. Decoding starts behind 128 tokens (or ``--contexts``) in
+a static cache of 128 more; prefill is one prompt without a cache, logits of its last token. Ratios are speeds over bf16 in
+the same run. A step of a few layers may be sooner computed than submitted; ``--skip-guards`` spares the host its guards, for
+all peers alike.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from e2e_parts.measure import PeerResult, Point, Turns, run_peer
+from e2e_parts.measure import PROMPT, PeerResult, Point, Turns, run_peer
 from e2e_parts.models import CONFIGS
 from e2e_parts.peers import PEERS
 from e2e_parts.report import as_json, svg, table, traces
@@ -39,6 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="number of layers; the model's own by default")
     parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), default=list(DEFAULT_PEERS), metavar="PEER")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 4], help="batch sizes of decoding")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[PROMPT], help="tokens in the cache before a step")
     parser.add_argument("--prompts", type=int, nargs="*", default=[2048, 512, 8192], help="tokens of prefill")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--skip-guards", action="store_true", help="all peers without Dynamo's guards on modules")
@@ -49,9 +52,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def interleaved(batches: list[int], prompts: list[int]) -> list[Point]:
+def interleaved(batches: list[int], prompts: list[int], contexts: list[int]) -> list[Point]:
     """Points in the order in which they are measured: the most telling of both kinds first."""
-    decode, prefill = [Point("decode", b) for b in batches], [Point("prefill", t) for t in prompts]
+    decode = [Point("decode", b, c) for c in contexts for b in batches]
+    prefill = [Point("prefill", t) for t in prompts]
     mixed = [p for pair in zip(decode, prefill) for p in pair]
     return mixed + decode[len(prefill) :] + prefill[len(decode) :]
 
@@ -96,8 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("e2e: no CUDA device; --model tiny --device cpu shows that everything runs")
-    points = interleaved(args.batches, args.prompts)
-    ordered = sorted(points, key=lambda p: (p.kind, p.size))
+    points = interleaved(args.batches, args.prompts, args.contexts)
+    ordered = sorted(points, key=lambda p: (p.kind, p.context, p.size))
     facts = environment()
 
     def save(results: dict[str, PeerResult]) -> None:

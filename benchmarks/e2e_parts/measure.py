@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-PROMPT, CONTEXT = 128, 256  # tokens in the cache before decoding begins, and its length
+PROMPT = 128  # tokens in the cache before decoding begins, unless a point says more
+ROOM = 128  # tokens that the cache can take then
 ROUNDS = 7  # the median of so many means
 STEPS = {"decode": 8, "prefill": 2}  # calls in each mean
 LATE = "not timed: --budget was over"
@@ -27,15 +28,16 @@ ALONE = "timed out of step with the other processes, since one of them died"
 
 @dataclass(frozen=True)
 class Point:
-    """``decode`` of one token at a batch size, or ``prefill`` of a number of tokens."""
+    """``decode`` of one token at a batch size behind ``context`` tokens, or ``prefill`` of a number of tokens."""
 
     kind: str
     size: int
+    context: int = PROMPT
 
     @property
     def name(self) -> str:
-        """Such as ``decode 16``."""
-        return f"{self.kind} {self.size}"
+        """Such as ``decode 16``, or ``decode 16 behind 8192``."""
+        return f"{self.kind} {self.size}" + (f" behind {self.context}" if self.context != PROMPT else "")
 
 
 @dataclass
@@ -178,7 +180,10 @@ def _compile(result: PeerResult, peer: Any, model: Any, point: Point, device: st
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     forward = compiled(peer, model)
-    step = (_decode_step if point.kind == "decode" else _prefill_step)(model, forward, point.size, device)
+    if point.kind == "decode":
+        step = _decode_step(model, forward, point.size, point.context, device)
+    else:
+        step = _prefill_step(model, forward, point.size, device)
     start = time.perf_counter()
     out = step()
     _synchronize(device)
@@ -190,17 +195,21 @@ def _compile(result: PeerResult, peer: Any, model: Any, point: Point, device: st
     return step
 
 
-def _decode_step(model: Any, forward: Callable, batch: int, device: str) -> Callable[[], Any]:
+def _decode_step(model: Any, forward: Callable, batch: int, context: int, device: str) -> Callable[[], Any]:
+    """One token behind ``context``: the first :data:`PROMPT` of them went through the model, the others are random."""
     import torch
     from transformers import StaticCache
 
-    cache = StaticCache(config=model.config, max_batch_size=batch, max_cache_len=CONTEXT)
+    cache = StaticCache(config=model.config, max_batch_size=batch, max_cache_len=context + ROOM)
     vocabulary = model.config.vocab_size
     prompt = torch.randint(0, vocabulary, (1, PROMPT), device=device).expand(batch, -1)
     with torch.no_grad():
         model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for layer in cache.layers:
+            for part in (layer.keys, layer.values):
+                part[:, :, PROMPT:context].normal_()
     token = torch.randint(0, vocabulary, (batch, 1), device=device)
-    position = torch.full((1, 1), PROMPT, device=device)
+    position = torch.full((1, 1), context, device=device)
 
     def step() -> Any:
         with torch.no_grad():
@@ -210,8 +219,9 @@ def _decode_step(model: Any, forward: Callable, batch: int, device: str) -> Call
         """The cache holds the prompt only, so that any number of steps fits in."""
         for layer in cache.layers:
             if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
-                layer.cumulative_length.fill_(PROMPT)
+                layer.cumulative_length.fill_(context)
 
+    rewind()
     step.rewind = rewind  # type: ignore[attr-defined]
     return step
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 ATTENTION = "grouped_sdpa"
-LLAMA_3 = dict(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=16384, rope_theta=500000.0)
+LLAMA_3 = dict(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=65536, rope_theta=500000.0)
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3-8b": dict(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **LLAMA_3
@@ -19,19 +19,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "mixtral-8x7b": dict(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=32000, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=16384,
+        vocab_size=32000, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=65536,
     ),
     "tiny": dict(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=512, max_position_embeddings=16384,
+        vocab_size=512, max_position_embeddings=65536,
     ),
     "narrow": dict(  # few operations for each byte that sharded layers sum: a link is the larger part of the time
         hidden_size=1024, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=64, vocab_size=512, max_position_embeddings=16384,
+        head_dim=64, vocab_size=512, max_position_embeddings=65536,
     ),
     "tiny-mixtral": dict(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=512, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=16384,
+        vocab_size=512, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=65536,
     ),
 }  # fmt: skip
 NORMAL = 0.02  # standard deviation of the weights

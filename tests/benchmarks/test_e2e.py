@@ -26,13 +26,28 @@ def test_a_tiny_model_runs_from_end_to_end(tmp_path):
     """Two peers in processes of their own, both kinds of points, table, JSON and picture."""
     out, picture = tmp_path / "run.json", tmp_path / "run.svg"
     command = [sys.executable, "e2e.py", "--model", "tiny", "--device", "cpu", "--peers", "bf16", "intscale"]
-    command += ["--batches", "2", "--prompts", "16", "--json", str(out), "--svg", str(picture)]
+    command += [
+        "--batches",
+        "2",
+        "--contexts",
+        "128",
+        "300",
+        "--prompts",
+        "16",
+        "--json",
+        str(out),
+        "--svg",
+        str(picture),
+    ]
     done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     run = json.loads(out.read_text())
     assert set(run["peers"]) == {"bf16", "intscale"}
     for result in run["peers"].values():
-        assert set(result["times_us"]) == {"decode 2", "prefill 16"} and min(result["times_us"].values()) > 0
+        assert (
+            set(result["times_us"]) == {"decode 2", "decode 2 behind 300", "prefill 16"}
+            and min(result["times_us"].values()) > 0
+        )
         assert not result["errors"]
     assert run["peers"]["bf16"]["quantized_fraction"] == 0 and run["peers"]["intscale"]["quantized_fraction"] > 0.8
     assert "tok/s (" in done.stdout and " ms (" in done.stdout
