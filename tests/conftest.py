@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from pathlib import Path
@@ -18,6 +19,13 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo.guards  # noqa: E402
+
+# pytest 9 listens to every logger that does not propagate, also to the one for which torch makes a JSON record of each step of a
+# compilation if somebody listens: no test reads it in this process.
+logging.root.manager.loggerDict.pop("torch.__trace", None)
+# Dynamo empties the processor's caches after each compilation to time the guards once, for its own statistics: 20 to 40 ms.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr-defined]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -45,6 +53,11 @@ def models_dir() -> Path:
     if not (folder / "tiny-llama" / "config.json").is_file():
         pytest.skip(f"no trained models in {folder}: set INTSCALE_MODELS to the folder that holds tiny-llama")
     return folder
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One process more than processors: they wait for compilers and for processes that tests start."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_addoption(parser):
