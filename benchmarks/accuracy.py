@@ -5,14 +5,17 @@
     python benchmarks/accuracy.py tiny-llama --outliers --rows 4
     python benchmarks/accuracy.py HUB_NAME --json result.json
     python benchmarks/accuracy.py tiny-llama --presets gptq --rows float 8 4 --seeds 4 --jitter 3
+    python benchmarks/accuracy.py tiny-llama --presets gptq --rows float 128 512 1024 4096 --set group_size=64
+    python benchmarks/accuracy.py tiny-llama --presets fptq-paper --rows 4 --random   # random token ids for data
 
 Text held out: the standard library modules named in ``heldout_stdlib_modules.txt``, as in perplexity.py. Calibration text:
 modules of the running Python's standard library that are not named there.
 
-Rows of a preset: ``float`` group scales (fake quantized); ``1024`` and ``layer``: the codes of that run, scales rounded as
-Integer Scale (arXiv 2405.14597) published it; ``8``: the codes of that run, integer scales of 8 bits row by row; ``4``: the
-preset as it ships, codes rounded for integer scales of 4 bits. Logit error is the signal to noise of the logits less their
-mean, in dB, and the mean Kullback-Leibler divergence of the next-token distributions from the original model's.
+Rows of a preset: ``float`` group scales (fake quantized); ``1024`` (128, 512, 4096) and ``layer``: the codes of that run,
+scales rounded as Integer Scale (arXiv 2405.14597) published it; ``8``: the codes of that run, integer scales of 8 bits row by
+row; ``4``: the preset as it ships, codes rounded for integer scales of 4 bits. Logit error is the signal to noise of the
+logits less their mean, in dB, and the mean Kullback-Leibler divergence of the next-token distributions from the original
+model's.
 
 ``--seeds`` calibrates on several samples of text (and injects other outliers), ``--jitter`` measures each row again with row
 scales changed by 1e-6, which is how much of a figure is chance; either ends with the table of paired.py.
@@ -44,7 +47,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intscale_compile import CalibrationConfig, calibrate
-from intscale_compile.calibration import PRESETS
+from intscale_compile.calibration import PRESETS, random_token_ids
 from intscale_compile.calibration.pipeline import make_integer
 from intscale_compile.calibration.solve import FloatScaleWeight, frozen
 from intscale_compile.errors import OverflowProofError
@@ -52,11 +55,12 @@ from intscale_compile.tensors.intscale_tensor import IntScaleTensor
 
 ROWS = {
     "float": (paired.FLOAT, None),
-    "1024": ("integer, amplifier 1024", {"amplifier": 1024}),
+    **{str(a): (f"integer, amplifier {a}", {"amplifier": a}) for a in (128, 512, 1024, 4096)},
     "layer": ("integer, Listing 1", {"amplifier": "layer"}),
     "8": ("integer, 8 bits", {"scale_bits": 8}),
     "4": ("integer, 4 bits", None),
 }
+DEFAULT_ROWS = ("float", "1024", "layer", "8", "4")
 JITTER = 1e-6  # relative: a few units in the last place of fp32
 BATCH = 8  # sequences
 # No programs, or tables rather than programs.
@@ -237,10 +241,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="tiny-llama", help="small model, folder or hub name")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=PRESETS, metavar="PRESET")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument(
+        "--rows", nargs="+", default=list(DEFAULT_ROWS), choices=ROWS, metavar="ROW", help=", ".join(ROWS)
+    )
     parser.add_argument("--outliers", action="store_true", help="first put outlier channels into the model")
     parser.add_argument("--sequences", type=int, default=24, help="held-out sequences")
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--random", action="store_true", help="calibrate on random token ids")
     parser.add_argument("--calibration", type=int, default=128, help="calibration sequences")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration text, and of outliers")
     parser.add_argument("--seeds", type=int, default=1, help="how many samples of calibration text, from --seed on")
@@ -280,6 +287,8 @@ def main(argv: list[str] | None = None) -> None:
     facts, kept = {"model": title, **environment(), "arguments": settings}, []
     for seed in range(args.seed, args.seed + args.seeds):
         data = calibration_sequences(tokenizer, args.module_list, args.calibration, args.tokens, seed)
+        if args.random:
+            data = random_token_ids(model, args.calibration, args.tokens, seed)
         one = copy.deepcopy(model)
         if args.outliers:
             inject_outliers(one, seed=seed)

@@ -22,6 +22,7 @@ MODULES = (  # each lists its public names in __all__
     "intscale_compile.passes",
     "intscale_compile.reasons",
     "intscale_compile.integer_only",
+    "intscale_compile.kv_cache",
     "intscale_compile.tensor_parallel",
 )
 HEAD = """# Public names

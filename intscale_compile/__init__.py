@@ -20,7 +20,7 @@ from .integrations.torch_names import check_import
 
 check_import()
 
-from . import communication, errors, integer_only, lora, tensor_parallel  # noqa: F401  (public modules)
+from . import communication, errors, integer_only, kv_cache, lora, tensor_parallel  # noqa: F401  (public modules)
 from .calibration.config import CalibrationConfig
 from .calibration.pipeline import calibrate
 from .compile.export import compile_package, export_program

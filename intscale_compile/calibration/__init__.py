@@ -2,6 +2,7 @@
 
 from .config import PRESETS
 from .pipeline import CalibrationReport
+from .random_data import random_token_ids
 from .sensitivity import LayerSensitivity, SensitivityReport, auto_overrides, measure_sensitivity
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "SensitivityReport",
     "auto_overrides",
     "measure_sensitivity",
+    "random_token_ids",
 ]

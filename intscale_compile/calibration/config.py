@@ -13,10 +13,10 @@ from ..errors import ConfigError
 
 CHOICES = {
     "rounding": ("nearest", "gptq"),
-    "clipping": ("none", "search", "learned"),
+    "clipping": ("none", "search", "learned", "block"),
     "smoothing": ("none", "fptq", "outliers", "awq"),
     "rotation": ("none", "hadamard", "auto"),
-    "activation": ("dynamic", "fptq"),
+    "activation": ("dynamic", "fptq", "fptq-paper"),
     "scales": ("integer", "float"),
 }
 
@@ -39,14 +39,16 @@ class CalibrationConfig:
         clipping: ``"none"``: scales as ``base_config.scale_search`` says, without looking at activations; ``"search"``: the
             same search with the error of each column weighted by its mean square activation; ``"learned"``: from there
             on by gradient descent on the layer's output error (OmniQuant, arXiv 2308.13137, in the symmetric form of
-            OdysseyLLM, arXiv 2311.09550).
+            OdysseyLLM, arXiv 2311.09550); ``"block"``: by gradient descent on the output of the whole block, as these
+            papers do it, which takes longer.
         smoothing: ``"fptq"`` (arXiv 2308.15987), ``"outliers"`` (by FPTQ's policy, but only channels above twice the
             median are scaled) or ``"awq"`` (arXiv 2306.00978): channel scales folded into what comes before the layer.
         rotation: ``"hadamard"``: the residual stream is rotated by a Hadamard matrix folded into the weights, and the
             input of the down projections by an online transform (QuaRot, arXiv 2404.00456). ``"auto"``: so where the
             model is of a kind that can be rotated, else not, with the reason in the log.
         activation: ``"dynamic"``: one scale per token; ``"fptq"``: static per tensor where FPTQ's policy says so, of the
-            least squared error.
+            least squared error; ``"fptq-paper"``: static scales from the largest magnitude, and activations above 150 not
+            equalized, as it was published.
         scales: ``"integer"``, or ``"float"``: group scales stay floats and the model is fake quantized; slow, and only
             there to be compared with.
         tuning_steps: steps of gradient descent on row scales and norm weights of each block, to match the output of
@@ -190,6 +192,7 @@ PRESETS: dict[str, CalibrationConfig] = {
         CalibrationConfig("gptq", sweeps=2),
         CalibrationConfig("odyssey", IntScaleConfig(group_size=-1), clipping="learned"),
         CalibrationConfig("fptq", smoothing="outliers", activation="fptq", sweeps=2),
+        CalibrationConfig("fptq-paper", rounding="nearest", clipping="none", smoothing="fptq", activation="fptq-paper"),
         CalibrationConfig("llama3", overrides={"down_proj": W8A8}, rotation="hadamard"),
         CalibrationConfig("mixtral", clipping="none", match_original=True, sweeps=2),
         CalibrationConfig("robust", match_original=True, damping=0.2, sweeps=2, rotation="auto"),

@@ -20,6 +20,7 @@ from ..tensors.expert_layers import expert_stacks
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import linears_and_experts, mark_decided, model_weights
 from ..tensors.weight_checks import check_module
+from .block_clipping import learn_block_steps
 from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, relative_error, statistics
 from .changes import announce, changes_of, size_of
 from .clipping import on_integer_grid
@@ -253,6 +254,7 @@ class _Block:
     replay: Optional[Replay] = None
     original_replay: Optional[Replay] = None
     policies: dict[str, ActivationPolicy] = field(default_factory=dict)
+    learned: dict[str, Tensor] = field(default_factory=dict)
 
     def process(self) -> None:
         """Quantize the block and move both streams of hidden states behind it."""
@@ -263,7 +265,7 @@ class _Block:
             stored.apply(self.block)
             names = list(stored.weights)
         else:
-            names = self._quantize()
+            names = self._quantize(target)
             if self.options.tuning_steps:
                 self.replay = None  # what it knows changes
                 self._tune(target)
@@ -280,7 +282,8 @@ class _Block:
     def _smooth(self) -> None:
         batches = _Lazy(self._runs(self.streams.quantized))
         if self.options.smoothing in EQUALIZATIONS:
-            self.policies = smooth_fptq(self.block, batches, EQUALIZATIONS[self.options.smoothing])
+            published = self.options.activation == "fptq-paper"
+            self.policies = smooth_fptq(self.block, batches, EQUALIZATIONS[self.options.smoothing], published)
         elif self.options.smoothing == "awq":
             smooth_awq(self.block, batches, self.options.base_config)
 
@@ -291,10 +294,12 @@ class _Block:
                 outputs.append(run_block(self.block, inputs()).cpu())
         return outputs
 
-    def _quantize(self) -> list[str]:
+    def _quantize(self, target: list[Tensor]) -> list[str]:
         self._smooth()
         names = []
         first = self._runs(self.streams.quantized)[0]()
+        if self.options.clipping == "block":
+            self._learn(first, target)
         self.replay = Replay(self.block)
         if self.options.match_original:
             self.original = copy.deepcopy(self.block)
@@ -311,6 +316,13 @@ class _Block:
                 names.append(weight.qualified)
         return names
 
+    def _learn(self, first: Inputs, target: list[Tensor]) -> None:
+        weights = [w for stage in stages(self.block, first) for w in stage if not w.router]
+        weights = [w for w in weights if (id(w.module), w.parameter) not in self.left_alone]
+        configs = {w.name: self.options.config_of(f"{self.name}.{w.name}") for w in weights}
+        runs = self._runs(self.streams.quantized)
+        self.learned = learn_block_steps(self.block, weights, configs, runs, target, self.options.seed)
+
     def _statistics(self, weight: LinearWeight) -> Statistics:
         runs, original = self._runs(self.streams.quantized), None
         if self.original is not None and weight.weight.dim() == 2:
@@ -322,9 +334,9 @@ class _Block:
         name = f"{self.name}.{weight.qualified}"
         config = self.options.config_of(f"{self.name}.{weight.name}")
         hessian, lost = (None, None) if seen is None else (seen.hessian, seen.lost)
-        solved = solve(weight.weight, config, self.options, hessian, name, lost)
+        solved = solve(weight.weight, config, self.options, hessian, name, lost, self.learned.get(weight.name))
         policy = self.policies.get(weight.name)
-        if self.options.activation == "fptq" and policy is not None and policy.static:
+        if self.options.activation != "dynamic" and policy is not None and policy.static:
             solved.activation_scale = max(policy.limit, 1e-12) / 127
         solved.rotation = self.rotations.get(f"{self.name}.{weight.name}", 0)
         put(weight, solved, name, float_scales=self.options.scales == "float" or not on_integer_grid(config))

@@ -141,6 +141,7 @@ def equalize(
     static_limit: float = STATIC_LIMIT,
     equalize_limit: float = EQUALIZE_LIMIT,
     scale_of: Callable[[Tensor], Tensor] = logarithmic_scale,
+    published: bool = False,
 ) -> tuple[list[tuple[ScalingGroup, Tensor]], dict[str, ActivationPolicy]]:
     """FPTQ's policy for the weights of a block: which scales to fold, and how each activation is quantized then.
 
@@ -149,7 +150,8 @@ def equalize(
     ``static_limit`` on is per token too. Only norms absorb scales here, as in the paper. Other than in the paper, an
     activation above ``equalize_limit`` is equalized as well where that is free: int8 per token, too, loses the small
     channels beside such outliers. And a static scale does not reach to the largest magnitude, which one token may have
-    alone, but to where the squared error of the sampled tokens is least (without samples: to the largest).
+    alone, but to where the squared error of the sampled tokens is least (without samples: to the largest). With
+    ``published`` both are as in the paper.
 
     Returns:
         Pairs for ``fold_scale``, and a policy for each weight that was seen, by name; routers have none.
@@ -165,13 +167,13 @@ def equalize(
         known = known if group is None else merged(group, statistics)
         largest = float(known.absmax.max())
         scale = torch.ones_like(known.absmax)
-        equalized = largest >= static_limit and group is not None
+        equalized = largest >= static_limit and group is not None and not (published and largest > equalize_limit)
         if group is not None and equalized:
             scale = scale_of(known.absmax)
             folds[id(group)] = (group, scale)
         static = largest < static_limit or (equalized and largest <= equalize_limit)
         absmax = float((known.absmax / scale).max())
-        rows = [part.float() / scale for part in known.sample.values()] if static else []
+        rows = [part.float() / scale for part in known.sample.values()] if static and not published else []
         limit = least_error_limit(torch.cat(rows), absmax) if rows else absmax
         policies[weight.name] = ActivationPolicy(static, absmax, limit, equalized)
     return list(folds.values()), policies
@@ -253,14 +255,17 @@ def search_scale(
 
 
 def smooth_fptq(
-    block: nn.Module, batches: Sequence[Inputs], scale_of: Callable[[Tensor], Tensor] = logarithmic_scale
+    block: nn.Module,
+    batches: Sequence[Inputs],
+    scale_of: Callable[[Tensor], Tensor] = logarithmic_scale,
+    published: bool = False,
 ) -> dict[str, ActivationPolicy]:
-    """Equalize a block as FPTQ does, in place; returns how the input of each weight is to be quantized."""
+    """Equalize a block as FPTQ does (see :func:`equalize`), in place; returns how each weight's input is to be quantized."""
     with torch.no_grad():
         groups = scaling_groups(block, batches[0])
         weights = [weight for stage in stages(block, batches[0]) for weight in stage]
         statistics = collect_statistics(block, weights, batches, STATIC_TOKENS)
-        folds, policies = equalize(groups, weights, statistics, scale_of=scale_of)
+        folds, policies = equalize(groups, weights, statistics, scale_of=scale_of, published=published)
         for group, scale in folds:
             fold_scale(group, scale)
     return policies

@@ -160,6 +160,7 @@ def solve(
     hessian: Optional[Tensor],
     name: str,
     lost: Optional[Tensor] = None,
+    learned: Optional[Tensor] = None,
 ) -> Codes:
     """Choose scales and codes of a weight.
 
@@ -171,6 +172,7 @@ def solve(
         name: named in errors.
         lost: fp32 ``[K, K]``, sums of ``(original x - x) x^T``; codes are then chosen for the weight that comes closest
             to the original output on the inputs as they are now, ``W + W lost H^-1``.
+        learned: steps that were learned for it, fp32 ``[..., N, G]``; None: they are chosen here.
 
     Raises:
         WeightError: the weight cannot be quantized.
@@ -179,9 +181,12 @@ def solve(
     check_weight(weight, name)
     if weight.dim() == 3:
         parts = [
-            solve(expert, config, options, None if hessian is None else hessian[e], f"{name}[{e}]")
+            solve(
+                expert, config, options, None if hessian is None else hessian[e], f"{name}[{e}]",
+                learned=None if learned is None else learned[e],
+            )
             for e, expert in enumerate(weight)
-        ]
+        ]  # fmt: skip
         codes, steps = torch.stack([p.codes for p in parts]), torch.stack([p.steps for p in parts])
         return Codes(codes, steps, config, weight.dtype)
     columns, size = weight.shape[-1], config.effective_group_size
@@ -193,11 +198,11 @@ def solve(
         wide = compensated(wide, hessian, F.pad(lost, (0, extra, 0, extra)), options.damping)
     integer = options.scales == "integer" and on_integer_grid(config)
     importance = None if hessian is None or options.clipping == "none" else importance_of(hessian)
-    steps = choose_steps(wide, config, importance, integer=integer)
-    if options.clipping == "learned" and config.weight_bits == 4 and hessian is not None:
-        steps = learn_steps(wide, steps, hessian, config)
-        if integer:
-            steps = nearest_integer_steps(wide, steps, config, importance_of(hessian))
+    steps = choose_steps(wide, config, importance, integer=integer) if learned is None else learned
+    if learned is None and options.clipping == "learned" and config.weight_bits == 4 and hessian is not None:
+        learned = steps = learn_steps(wide, steps, hessian, config)
+    if learned is not None and integer and hessian is not None:
+        steps = nearest_integer_steps(wide, steps, config, importance_of(hessian))
     return Codes(_round(wide, steps, config, options, hessian)[:, :columns], steps, config, weight.dtype)
 
 

@@ -23,7 +23,7 @@ def test_rows_of_a_preset(bench, models_dir, tmp_path, capsys):
     sizes = ["--sequences", "2", "--tokens", "128", "--calibration", "4", "--jitter", "1", "--json", str(path)]
     bench.accuracy.main([str(models_dir / "tiny-llama"), "--presets", "rtn", *sizes])
     rows = {row["scales"]: row for row in json.loads(path.read_text())["rows"]}
-    labels = [label for label, _ in bench.accuracy.ROWS.values()]
+    labels = [bench.accuracy.ROWS[name][0] for name in bench.accuracy.DEFAULT_ROWS]
     assert list(rows) == ["", *labels]
     table = capsys.readouterr().out
     assert all(f"| rtn | {label} |" in table for label in labels)

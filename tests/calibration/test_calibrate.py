@@ -12,7 +12,7 @@ import transformers.integrations.moe  # noqa: F401 (defines an op)
 from torch import nn
 
 from intscale_compile import CalibrationConfig, IntScaleConfig, IntScaleTensor, calibrate
-from intscale_compile.calibration import pipeline
+from intscale_compile.calibration import pipeline, random_token_ids
 from intscale_compile.calibration.capture import StackInputs, capture, statistics
 from intscale_compile.calibration.layers import blocks, stacks, weights_of
 from intscale_compile.calibration.pipeline import make_integer
@@ -158,15 +158,24 @@ def test_matching_the_original_helps(model, data):
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("preset", ["fptq", "llama3"])
+@pytest.mark.parametrize("preset", ["fptq", "fptq-paper", "llama3"])
 def test_presets_that_change_the_model_first(model, data, preset):
     found = calibrated(model, data, preset)
     assert snr(model, found, data) > snr(model, calibrated(model, data, "rtn"), data) - 1.5
     layer = found.model.layers[0]
-    if preset == "fptq":
+    if preset.startswith("fptq"):
         assert layer.self_attn.q_proj.weight.activation_scale is not None
     else:
         assert layer.mlp.down_proj.weight.rotation > 0 and layer.mlp.down_proj.weight.weight_bits == 8
+
+
+def test_random_token_ids(model):
+    ids = random_token_ids(model, 3, 5, seed=1)
+    assert ids.shape == (3, 5) and torch.equal(ids, random_token_ids(model, 3, 5, seed=1))
+    many = random_token_ids(model, 64, 512)
+    assert int(many.min()) == 0 and int(many.max()) == model.config.vocab_size - 1
+    with pytest.raises(CalibrationError, match="Linear has no vocabulary to draw from"):
+        random_token_ids(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "opt_plain", "gemma", "gpt2", "bert"])

@@ -15,7 +15,9 @@ from_preset = CalibrationConfig.from_preset
 W8A8 = IntScaleConfig(weight_bits=8, group_size=-1)
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq", "odyssey", "fptq", "llama3", "mixtral", "robust", "best"])
+@pytest.mark.parametrize(
+    "name", ["rtn", "gptq", "odyssey", "fptq", "fptq-paper", "llama3", "mixtral", "robust", "best"]
+)
 def test_presets_survive_json(name):
     preset = from_preset(name)
     assert preset.name == name and PRESETS[name] == preset
@@ -26,6 +28,13 @@ def test_presets_are_what_their_papers_say():
     assert from_preset("odyssey").base_config.group_size == -1 and from_preset("odyssey").clipping == "learned"
     assert from_preset("fptq").activation == "fptq" and from_preset("fptq").smoothing == "outliers"
     assert from_preset("fptq", smoothing="fptq").rounding == from_preset("fptq").rounding == "gptq"
+    paper = from_preset("fptq-paper")
+    assert (paper.smoothing, paper.activation, paper.rounding, paper.clipping) == (
+        "fptq",
+        "fptq-paper",
+        "nearest",
+        "none",
+    )
     llama3 = from_preset("llama3")
     assert llama3.rotation == "hadamard" and llama3.base_config.group_size == 128
     assert llama3.config_of("model.layers.0.mlp.down_proj").weight_bits == 8
@@ -69,6 +78,7 @@ def test_says_what_differs():
         {"rotation": "random"},
         {"activation": "static"},
         {"activation": "fptq"},  # without its smoothing
+        {"activation": "fptq-paper"},
         {"scales": "fp8"},
         {"damping": 0.0},
         {"damping": 1},

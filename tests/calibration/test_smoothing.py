@@ -87,6 +87,10 @@ def test_fptq_policy_follows_the_range_of_each_layer():
     folds, policies = policies_for(151.0)
     assert not any(policy.static for policy in policies.values())
     assert policies["mlp.gate_proj"].equalized and len(folds) == 2
+    folds, policies = smoothing.equalize(
+        groups, weights, found, published=True
+    )  # the paper leaves these to their tokens
+    assert not folds and not any(policy.static or policy.equalized for policy in policies.values())
 
 
 @pytest.mark.parametrize("scale", smoothing.EQUALIZATIONS)
@@ -137,6 +141,8 @@ def test_static_limits_come_from_the_equalized_input():
             assert policy.limit == pytest.approx(expected, rel=1e-4), name
     assert policies["self_attn.q_proj"].equalized and policies["self_attn.q_proj"].static
     assert policies["self_attn.q_proj"].limit == policies["self_attn.v_proj"].limit  # siblings share a quantization
+    published = smoothing.smooth_fptq(block, [recorded], published=True)
+    assert all(policy.limit == policy.absmax for policy in published.values())
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
