@@ -180,7 +180,7 @@ def main(argv=None) -> None:
     """Train, quantize, compare."""
     parser = argparse.ArgumentParser(prog="text_classifier", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="file with lines of label, tab, text")
-    for name, default in (("steps", 500), ("per-label", 20), ("seed", 0)):
+    for name, default in (("steps", 400), ("per-label", 20), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--attack", choices=ATTACKS, default="fgm", help="in training; default: fgm")
     args = parser.parse_args(argv)

@@ -3,7 +3,8 @@
     kv_cache.measure_cache(model, token_ids)
     model.generate(**inputs, past_key_values=kv_cache.int8_cache(model))
 
-The form of FPTQ (arXiv 2308.15987): scales are measured once, on calibration data, and kept in the model's configuration.
+Newer releases of transformers call that argument ``cache``. The form is FPTQ's (arXiv 2308.15987): scales are measured once, on
+calibration data, and kept in the model's configuration.
 A cache with dynamic scales, for integer-only models, is :class:`intscale_compile.integer_only.IntegerCache`.
 """
 

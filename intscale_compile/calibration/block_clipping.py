@@ -21,8 +21,8 @@ from ..tensors.scale_search import SMALLEST_STEP
 from .clipping import ODYSSEY_STEP, code_range, into_groups
 from .layers import LinearWeight
 
-LEARNING_STEPS = 256  # batches; OmniQuant takes 20 passes over its data
-LEARNING_RATE = 1e-2
+LEARNING_STEPS = 256  # batches; OmniQuant takes 20 passes over its data with a rate of 0.01
+LEARNING_RATE = 5e-2  # falls to 0
 START = 4.0  # sigmoid: 0.982 of the range
 
 
@@ -54,8 +54,7 @@ class _Clipped:
 
 def learn_block_steps(
     block: nn.Module,
-    weights: Sequence[LinearWeight],
-    configs: Mapping[str, IntScaleConfig],
+    weights: Mapping[LinearWeight, IntScaleConfig],
     runs: Sequence[Callable],
     target: Sequence[Tensor],
     seed: int,
@@ -66,8 +65,7 @@ def learn_block_steps(
 
     Args:
         block: not quantized, or in part.
-        weights: those to learn for; 8-bit ones are left out.
-        configs: the format of each, by name.
+        weights: those to learn for, with their formats; 8-bit ones are left out.
         runs: callables that give the block's inputs, batch by batch.
         target: what the original block returned for each batch.
         seed: of the order of the batches.
@@ -75,10 +73,11 @@ def learn_block_steps(
     Returns:
         fp32 ``[..., N, G]`` by the name of the weight.
     """
-    parts = {w: _Clipped(w, configs[w.name]) for w in weights if configs[w.name].weight_bits == 4}
+    parts = {w: _Clipped(w, config) for w, config in weights.items() if config.weight_bits == 4}
     if not parts:
         return {}
     optimizer = torch.optim.Adam([part.logits for part in parts.values()], lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, LEARNING_STEPS)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     with torch.enable_grad():
@@ -93,4 +92,5 @@ def learn_block_steps(
             wanted = target[batch].to(result.device).float()
             ((result.float() - wanted).square().mean() / wanted.square().mean().clamp(min=1e-12)).backward()
             optimizer.step()
+            schedule.step()
     return {w.name: part.steps().detach() for w, part in parts.items()}

@@ -1,4 +1,4 @@
-"""What a calibration changes in a model besides the codes of its weights: parameters, bytes, layers of other widths."""
+"""What a model must be before a calibration, and what that changes besides codes: parameters, bytes, layers of other widths."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..errors import CalibrationError
 from ..tensors.intscale_tensor import IntScaleTensor
 from .config import CalibrationConfig
+from .solve import FloatScaleWeight
 
 log = logging.getLogger("intscale_compile")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ``CalibrationError`` unless ``model`` is a module in eval mode without quantized weights."""
+    if not isinstance(model, nn.Module):
+        raise CalibrationError(f"model is a {type(model).__name__}: pass a transformers model.")
+    if model.training:
+        raise CalibrationError("the model is in training mode, where dropout may be active: call model.eval() first.")
+    quantized = [n for n, p in model.named_parameters() if isinstance(p, (IntScaleTensor, FloatScaleWeight))]
+    if quantized:
+        raise CalibrationError(f"{quantized[0]} is quantized already: calibrate the original model.")
 
 
 class Size(NamedTuple):

@@ -17,12 +17,11 @@ from ..errors import CalibrationError
 from ..progress import block_bar
 from ..reasons import log_once
 from ..tensors.expert_layers import expert_stacks
-from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import linears_and_experts, mark_decided, model_weights
 from ..tensors.weight_checks import check_module
 from .block_clipping import learn_block_steps
 from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, relative_error, statistics
-from .changes import announce, changes_of, size_of
+from .changes import announce, changes_of, check_model, size_of
 from .clipping import on_integer_grid
 from .config import CalibrationConfig, as_calibration_config
 from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stages, weights_of
@@ -100,7 +99,7 @@ def calibrate(
     """
     chosen = as_calibration_config(config)
     batches = batches_of(data)
-    _check_model(model)
+    check_model(model)
     report = CalibrationReport(chosen)
     store = Checkpoint.open(checkpoint_dir, chosen, digest_of(batches), model) if checkpoint_dir is not None else None
     before = size_of(model)
@@ -282,8 +281,8 @@ class _Block:
     def _smooth(self) -> None:
         batches = _Lazy(self._runs(self.streams.quantized))
         if self.options.smoothing in EQUALIZATIONS:
-            published = self.options.activation == "fptq-paper"
-            self.policies = smooth_fptq(self.block, batches, EQUALIZATIONS[self.options.smoothing], published)
+            how = EQUALIZATIONS[self.options.smoothing], self.options.activation == "fptq-paper"
+            self.policies = smooth_fptq(self.block, batches, *how)
         elif self.options.smoothing == "awq":
             smooth_awq(self.block, batches, self.options.base_config)
 
@@ -317,11 +316,11 @@ class _Block:
         return names
 
     def _learn(self, first: Inputs, target: list[Tensor]) -> None:
-        weights = [w for stage in stages(self.block, first) for w in stage if not w.router]
-        weights = [w for w in weights if (id(w.module), w.parameter) not in self.left_alone]
-        configs = {w.name: self.options.config_of(f"{self.name}.{w.name}") for w in weights}
+        found = [w for stage in stages(self.block, first) for w in stage if not w.router]
+        chosen = [w for w in found if (id(w.module), w.parameter) not in self.left_alone]
+        weights = {w: self.options.config_of(f"{self.name}.{w.name}") for w in chosen}
         runs = self._runs(self.streams.quantized)
-        self.learned = learn_block_steps(self.block, weights, configs, runs, target, self.options.seed)
+        self.learned = learn_block_steps(self.block, weights, runs, target, self.options.seed)
 
     def _statistics(self, weight: LinearWeight) -> Statistics:
         runs, original = self._runs(self.streams.quantized), None
@@ -385,16 +384,6 @@ def make_integer(model: nn.Module, **changes: Any) -> nn.Module:
                 tensor = value.source.tensor(f"{name}.{parameter}", config)
                 set_integer(module, parameter, tensor.transpose(-2, -1) if value.kept_transposed else tensor)
     return model
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise CalibrationError(f"model is a {type(model).__name__}: pass a transformers model.")
-    if model.training:
-        raise CalibrationError("the model is in training mode, where dropout may be active: call model.eval() first.")
-    quantized = [n for n, p in model.named_parameters() if isinstance(p, (IntScaleTensor, FloatScaleWeight))]
-    if quantized:
-        raise CalibrationError(f"{quantized[0]} is quantized already: calibrate the original model.")
 
 
 def _finish(model: nn.Module, chosen: CalibrationConfig) -> None:

@@ -7,6 +7,7 @@ offloading, CUDA graphs over a static cache) works on int8 as it does on floats.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -15,13 +16,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from ..errors import InputError
+from .transformers_layers import CACHE_NAMES
 
 
 class _Coded:
     """Before a layer of transformers: what is stored is int8, what attention gets is floating point."""
 
     scales: tuple[Tensor, Tensor]  # of keys and of values, fp32 [1, H, 1, 1]
-    _layer_type = None  # not the layer that transformers makes by itself
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values ``[B, H, T, D]``; returns all that is stored, as attention takes it.
@@ -46,6 +47,8 @@ class _Coded:
 class Int8Layer(_Coded, DynamicLayer):
     """Keys and values of one layer, which grow with the text: int8 ``[B, H, S, D]``."""
 
+    _layer_type = None  # not the layer that transformers makes by itself
+
     def __init__(self, scales: tuple[Tensor, Tensor]) -> None:
         super().__init__()
         self.scales = scales
@@ -53,6 +56,8 @@ class Int8Layer(_Coded, DynamicLayer):
 
 class Int8StaticLayer(_Coded, StaticLayer):
     """Keys and values of one layer at addresses that stay: int8 ``[B, H, max_cache_len, D]``."""
+
+    _layer_type = None
 
     def __init__(self, scales: tuple[Tensor, Tensor], max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
@@ -85,8 +90,10 @@ class CodedCache(Cache):
         super().__init__(layers=layers)
 
 
-def floats_of_cache(model: Any, batch: dict[str, Any]) -> list[Optional[tuple[Tensor, Tensor]]]:
+def floats_of_cache(model: Any, batch: dict[str, Any]) -> list[Optional[tuple[Any, Any]]]:
     """Keys and values ``[B, H, T, D]`` of each layer after ``model`` ran on ``batch``; None: a layer of another kind."""
     cache = DynamicCache(config=model.config)
-    model(**batch, past_key_values=cache, use_cache=True)
+    names = inspect.signature(model.forward).parameters
+    name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[-1])
+    model(**batch, **{name: cache}, use_cache=True)
     return [(layer.keys, layer.values) if type(layer) is DynamicLayer else None for layer in cache.layers]
