@@ -15,6 +15,7 @@ from torch import fx
 
 from ..kernels.integer import attention, linear, pointwise, rows
 from ..kernels.integer.rows import CENTERED, GATED, highest_bit
+from ..kernels.w4a8_linear import ACCUMULATE_OP
 from ..passes.base import example
 
 Q16 = 2**31  # magnitude of an int32 activation
@@ -82,6 +83,11 @@ def _of_linear(node: fx.Node) -> list[tuple[str, float, int]]:
     return [("accumulator", _bits(acc), INT32), ("acc * m * m", _bits(acc * SCALE * ROW * 1.5), INT64)]
 
 
+def _of_accumulate(node: fx.Node) -> list[tuple[str, float, int]]:
+    weight = node.meta["intscale_tensor"]
+    return [("accumulator of this rank", _bits(int(weight.accumulator_bound().amax())), INT32)]
+
+
 def _of_attention(node: fx.Node) -> list[tuple[str, float, int]]:
     arguments: Any = node.args
     q, k, c_m = example(arguments[0]), example(arguments[2]), int(arguments[8])
@@ -98,8 +104,18 @@ def _of_attention(node: fx.Node) -> list[tuple[str, float, int]]:
 
 
 def _of_gate(node: fx.Node) -> list[tuple[str, float, int]]:
-    gate = [("g * sigmoid(g)", _bits(Q16 * 2**14), INT64), ("act(g) * u", _bits(Q16 * Q16), INT64)]
-    return gate + _rows(2.0 ** (62 - 32 + GATED) * _rotation(node, 3))
+    return [("g * sigmoid(g)", _bits(Q16 * 2**14), INT64), ("act(g) * u", _bits(Q16 * Q16), INT64)]
+
+
+GATED_LARGEST = 2.0 ** (62 - 32 + GATED)
+
+
+def _of_gate_quantize(node: fx.Node) -> list[tuple[str, float, int]]:
+    return _of_gate(node) + _rows(GATED_LARGEST * _rotation(node, 3))
+
+
+def _of_quantize_to(node: fx.Node) -> list[tuple[str, float, int]]:
+    return _rows((GATED_LARGEST if node.args[2] == GATED else Q16) * _rotation(node, 3))
 
 
 def _of_activation(node: fx.Node) -> list[tuple[str, float, int]]:
@@ -112,7 +128,13 @@ FORMULAS: dict[Any, Callable[[fx.Node], list[tuple[str, float, int]]]] = {
     rows.QUANTIZE_OP: lambda node: _rows(Q16 * _rotation(node, 1)),
     rows.NORM_OP: _of_norm,
     rows.NORM_QUANTIZE_OP: _of_norm_quantize,
-    rows.GATE_QUANTIZE_OP: _of_gate,
+    rows.GATE_QUANTIZE_OP: _of_gate_quantize,
+    rows.GATE_OP: _of_gate,
+    rows.ACTIVATED_OP: _of_activation,
+    rows.LARGEST_OP: lambda node: [],
+    rows.QUANTIZE_TO_OP: _of_quantize_to,
+    ACCUMULATE_OP: _of_accumulate,
+    linear.EPILOGUE_OP: lambda node: [("acc * m * m", _bits(Q16 * SCALE * ROW * 1.5), INT64)],
     rows.ACTIVATION_QUANTIZE_OP: lambda node: _of_activation(node) + _rows(Q16 * _rotation(node, 2)),
     pointwise.ACTIVATION_OP: _of_activation,
     pointwise.ROPE_OP: lambda node: [("x cos + x sin", _bits(2 * Q16 * 2**15), INT64)],

@@ -1,6 +1,7 @@
 """Integer-only models on a GPU: the bits of the CPU, in every way to compute them."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from intscale_compile.kernels.integer.rows import QUANTIZE_OP
 from tests.integer.test_integer_models import GOLDEN, in_chunks, load
 from tests.integer.test_integer_ops import EDGES, numbers
 from tests.support.benchmarks import load as load_benchmark
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
 transformers = pytest.importorskip("transformers")
+RANKS = Path(__file__).parents[1] / "integer" / "_ranks_main.py"
 bench = load_benchmark(("perplexity",)).perplexity
 
 
@@ -103,3 +106,10 @@ def test_bits_of_a_linear_of_every_schedule():
 def test_proof(short, ids):
     proof = integer_only.prove(copy.deepcopy(short).cuda(), ids.cuda(), use_cache=False)
     assert proof.holds and proof.kernels > 5, str(proof)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks_have_the_bits_of_one(tmp_path):
+    """Over NCCL; what one rank computes on a CPU is expected."""
+    for seen in run_ranks(RANKS, 2, tmp_path, "cuda", "compiled", fork=False):
+        assert {name: value for name, value in seen.items() if value is False} == {} and len(seen) == 7

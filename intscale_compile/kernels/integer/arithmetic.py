@@ -30,7 +30,7 @@ from .scalar import (
 
 __all__ = [
     "CODE", "FRACTION", "LONGEST_SHIFT", "MANTISSA", "divide_rows", "dyadic_number", "dyadic_of", "exp2neg", "exponent",
-    "hadamard", "ilog2", "isqrt", "long_quotient", "mantissa", "pack_dyadic", "quantize_rows", "rdiv", "rotate_quantize",
+    "hadamard", "ilog2", "isqrt", "largest", "long_quotient", "mantissa", "pack_dyadic", "quantize_rows", "quantize_to", "rdiv", "rotate_quantize",
     "row_rdiv", "rsh", "rsh_by", "saturate", "shift", "sigmoid",
 ]  # fmt: skip
 
@@ -116,7 +116,16 @@ def quantize_rows(x: Tensor, fraction: Union[Tensor, int]) -> tuple[Tensor, Tens
     Returns:
         int8 ``[..., K]`` in [-127, 127], and dyadic int32 ``[..., 1]``.
     """
-    amax = x.abs().amax(-1, keepdim=True).clamp(min=1)
+    return quantize_to(x, largest(x), fraction)
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest magnitude of each row of int64 ``[..., K]``, at least 1: ``[..., 1]``."""
+    return x.abs().amax(-1, keepdim=True).clamp(min=1)
+
+
+def quantize_to(x: Tensor, amax: Tensor, fraction: Union[Tensor, int]) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_rows` where the largest magnitudes ``[..., 1]`` are known."""
     bits = fraction if isinstance(fraction, Tensor) else x.new_full((1,), fraction)
     return divide_rows(CODE * x, amax).to(torch.int8), TOKEN_SCALE(amax, bits).to(torch.int32)
 
@@ -138,6 +147,11 @@ def rotate_quantize(x: Tensor, fraction: Union[Tensor, int], rotation: int) -> t
     if not rotation:
         return quantize_rows(x, fraction)
     codes, scale = quantize_rows(hadamard(x, rotation), fraction)
+    return codes, rotated_scale(scale, rotation)
+
+
+def rotated_scale(scale: Tensor, rotation: int) -> Tensor:
+    """Token scales of rows after :func:`hadamard`, with its factor."""
     m, k, log2 = mantissa(scale), exponent(scale), rotation.bit_length() - 1
     m = rsh(m * 23170, 15) if log2 % 2 else m  # 2**-0.5
-    return codes, pack_dyadic(m, k + log2 // 2)
+    return pack_dyadic(m, k + log2 // 2)

@@ -24,6 +24,18 @@ def _fake(xq: Tensor, token_scale: Tensor, qdata: Tensor, scale: Tensor, row_sca
     return xq.new_empty((*xq.shape[:-1], out_features), dtype=torch.int32)
 
 
+def epilogue(acc: Tensor, token_scale: Tensor, row_scale: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """The accumulator int32 ``[..., N]`` as Q16; the other arguments as of ``int_linear``."""
+    y = SCALED(acc.to(torch.int64), token_scale.to(torch.int64), row_scale.to(torch.int64))
+    return saturate(y if bias is None else y + bias.to(torch.int64))
+
+
+EPILOGUE_OP = integer_op(
+    "int_epilogue(Tensor acc, Tensor token_scale, Tensor row_scale, Tensor? bias) -> Tensor",
+    lambda acc, *_: acc.new_empty(acc.shape, dtype=torch.int32),
+)(epilogue)  # of an accumulator that was summed over ranks
+
+
 @integer_op(
     "int_linear(Tensor xq, Tensor token_scale, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias, int out_features, "
     "int group_size, int scale_bits, str packing, int abi, Tensor? zero_point=None) -> Tensor",
@@ -44,6 +56,5 @@ def LINEAR_OP(
     Returns:
         int32 Q16 ``[..., N]``.
     """
-    acc = ACCUMULATE(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point).to(torch.int64)
-    y = SCALED(acc, token_scale.to(torch.int64), row_scale.to(torch.int64))
-    return saturate(y if bias is None else y + bias.to(torch.int64))
+    acc = ACCUMULATE(xq, qdata, scale, out_features, group_size, scale_bits, packing, abi, zero_point)
+    return epilogue(acc, token_scale, row_scale, bias)

@@ -3,6 +3,7 @@
     int_quantize(x)                    Q16 to codes
     int_norm(h), int_norm_quantize(h)  RMSNorm or LayerNorm, to Q16 or to codes
     int_gate_quantize(g, u)            act(g) * u, to codes;   int_activation_quantize(x): act(x), to codes
+    int_gate, int_activated            the same before it is quantized;   int_largest, int_quantize_to: quantization in two parts
 
 ``rotation``: the weight behind was multiplied by a Hadamard transform of blocks of this size; 0: it was not.
 """
@@ -15,11 +16,15 @@ from torch import Tensor
 from .arithmetic import (
     FRACTION,
     exponent,
+    hadamard,
     ilog2,
     isqrt,
+    largest,
     long_quotient,
     mantissa,
+    quantize_to,
     rotate_quantize,
+    rotated_scale,
     row_rdiv,
     rsh,
     rsh_by,
@@ -87,14 +92,51 @@ def NORM_OP(h: Tensor, gamma: Tensor, beta: Tensor | None, eps: int, center: boo
     return saturate(rsh_by(y, fraction - FRACTION))
 
 
+def gate(g: Tensor, u: Tensor, kind: str) -> Tensor:
+    """``act(g) * u`` of two int32 ``[..., K]``: int64 with 20 fraction bits."""
+    return rsh(activated(g.to(torch.int64), kind) * u.to(torch.int64), 2 * FRACTION - GATED)
+
+
 @integer_op("int_gate_quantize(Tensor g, Tensor u, str kind, int rotation=0) -> (Tensor, Tensor)", _codes)
 def GATE_QUANTIZE_OP(g: Tensor, u: Tensor, kind: str, rotation: int = 0) -> Codes:
     """``act(g) * u`` of two int32 ``[..., K]`` with 20 fraction bits, quantized."""
-    a = rsh(activated(g.to(torch.int64), kind) * u.to(torch.int64), 2 * FRACTION - GATED)
-    return rotate_quantize(a, GATED, rotation)
+    return rotate_quantize(gate(g, u, kind), GATED, rotation)
 
 
 @integer_op("int_activation_quantize(Tensor x, str kind, int rotation=0) -> (Tensor, Tensor)", _codes)
 def ACTIVATION_QUANTIZE_OP(x: Tensor, kind: str, rotation: int = 0) -> Codes:
     """``act(x)`` of int32 ``[..., K]``, quantized."""
     return rotate_quantize(activated(x.to(torch.int64), kind), FRACTION, rotation)
+
+
+# --- the same in parts, for rows that are divided among ranks ---------------------------------------------------------
+
+
+GATE_OP = integer_op(
+    "int_gate(Tensor g, Tensor u, str kind) -> Tensor", lambda g, u, kind: g.new_empty(g.shape, dtype=torch.int64)
+)(gate)
+
+
+@integer_op("int_activated(Tensor x, str kind) -> Tensor", lambda x, kind: x.new_empty(x.shape, dtype=torch.int64))
+def ACTIVATED_OP(x: Tensor, kind: str) -> Tensor:
+    """``act(x)`` of int32 ``[..., K]``: int64 with 16 fraction bits."""
+    return activated(x.to(torch.int64), kind)
+
+
+@integer_op(
+    "int_largest(Tensor x, int rotation) -> Tensor", lambda x, _: x.new_empty((*x.shape[:-1], 1), dtype=torch.int64)
+)
+def LARGEST_OP(x: Tensor, rotation: int) -> Tensor:
+    """The largest magnitude of each row of integers ``[..., K]``, after its Hadamard transform: int64 ``[..., 1]``."""
+    wide = x.to(torch.int64)
+    return largest(hadamard(wide, rotation) if rotation else wide)
+
+
+@integer_op("int_quantize_to(Tensor x, Tensor amax, int fraction, int rotation) -> (Tensor, Tensor)", _codes)
+def QUANTIZE_TO_OP(x: Tensor, amax: Tensor, fraction: int, rotation: int) -> Codes:
+    """Codes and scales of rows of integers ``[..., K]`` whose largest magnitude is known."""
+    wide = x.to(torch.int64)
+    if not rotation:
+        return quantize_to(wide, amax, fraction)
+    codes, scale = quantize_to(hadamard(wide, rotation), amax, fraction)
+    return codes, rotated_scale(scale, rotation)

@@ -24,12 +24,12 @@ def integer_gates(rewrite: GraphRewrite) -> int:
     """Replace every match; returns how many."""
     done = 0
     for node in list(rewrite.graph.nodes):
-        gate = either(node, "mul", _gated) if is_float(example(node)) else None
+        gate = either(node, "mul", gated) if is_float(example(node)) else None
         if gate is not None:
             done += codes_for_readers(rewrite, node, emitter(rewrite, GATE_QUANTIZE_OP, gate, node))
             erase_unread(node)
     for node in list(rewrite.graph.nodes):
-        kind = _kind(node)
+        kind = kind_of(node)
         if kind is not None:
             _activation(rewrite, node, kind)
             done += 1
@@ -39,13 +39,15 @@ def integer_gates(rewrite: GraphRewrite) -> int:
 INTEGER_GATES = Pass("integer_gates", integer_gates)
 
 
-def _kind(node: Any) -> Optional[str]:
+def kind_of(node: Any) -> Optional[str]:
+    """Which activation a node applies, or None."""
     kind = KINDS.get(name_of(node))
     return None if kind is None or writes_in_place(node) or not is_float(example(node)) else kind
 
 
-def _gated(act: Any, up: Any) -> Optional[tuple[fx.Node, fx.Node, str]]:
-    kind = _kind(act)
+def gated(act: Any, up: Any) -> Optional[tuple[fx.Node, fx.Node, str]]:
+    """``(gate, up, activation)`` of the operands of ``act(gate) * up``, or None."""
+    kind = kind_of(act)
     alike = kind is not None and isinstance(up, fx.Node) and is_float(example(up))
     return (act.args[0], up, kind) if alike and example(up).shape == example(act).shape else None  # type: ignore[return-value]
 

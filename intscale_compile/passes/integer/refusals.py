@@ -63,6 +63,8 @@ def _mend(node: fx.Node) -> str:
         return "dropout: call model.eval()"
     if "autocast" in name:
         return "autocast: leave it out, an integer-only model has one type"
+    if name.removeprefix("prim").strip("_ ") in ("from_local", "to_local", "redistribute", "from_shard"):
+        return "a DTensor: divide the model with intscale_compile.tensor_parallel.parallelize"
     if name == "topk":
         return "a router of experts: models with one have no integer-only form yet"
     inputs = [n.name for n in node.all_input_nodes if n.op == "placeholder" and is_float(example(n))]

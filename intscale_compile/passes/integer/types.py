@@ -22,7 +22,7 @@ from .refusals import describe
 MOVES = {
     "view", "reshape", "transpose", "permute", "contiguous", "getitem", "split", "chunk", "expand", "unsqueeze", "squeeze",
     "flatten", "unflatten", "cat", "clone", "narrow", "select", "repeat_interleave", "tensor_split", "unbind", "index_select",
-    "swapaxes", "detach", "t", "movedim", "stack", "view_as", "slice",
+    "swapaxes", "detach", "t", "movedim", "stack", "view_as", "slice", "all_gather_into_tensor", "wait_tensor",
 }  # fmt: skip
 
 
