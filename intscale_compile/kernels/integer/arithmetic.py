@@ -29,10 +29,33 @@ from .scalar import (
 )
 
 __all__ = [
-    "CODE", "FRACTION", "LONGEST_SHIFT", "MANTISSA", "divide_rows", "dyadic_number", "dyadic_of", "exp2neg", "exponent",
-    "hadamard", "ilog2", "isqrt", "largest", "long_quotient", "mantissa", "pack_dyadic", "quantize_rows", "quantize_to", "rdiv", "rotate_quantize",
-    "row_rdiv", "rsh", "rsh_by", "saturate", "shift", "sigmoid",
-]  # fmt: skip
+    "CODE",
+    "FRACTION",
+    "LONGEST_SHIFT",
+    "MANTISSA",
+    "divide_rows",
+    "dyadic_number",
+    "dyadic_of",
+    "exp2neg",
+    "exponent",
+    "hadamard",
+    "ilog2",
+    "isqrt",
+    "largest",
+    "long_quotient",
+    "mantissa",
+    "pack_dyadic",
+    "quantize_rows",
+    "quantize_to",
+    "rdiv",
+    "rotate_quantize",
+    "row_rdiv",
+    "rsh",
+    "rsh_by",
+    "saturate",
+    "shift",
+    "sigmoid",
+]
 
 CODE = 127  # largest magnitude of a code
 rdiv, row_rdiv, rsh_by, shift, ilog2, isqrt, exp2neg, sigmoid = (

@@ -6,7 +6,7 @@
 | integer_ends | embedding, output embedding, results | ``int_embedding``, a W8A8 linear, ``int_to_float`` |
 | integer_positions | rotary position embedding | ``int_rope`` |
 | integer_attention | attention with a mask of type bool or a flag, int8 caches | ``int_quantize``, ``int_attention`` |
-| integer_ranks | layers whose input features are divided among ranks | ``int_largest``, ``int_quantize_to``, ``int_epilogue``, sums |
+| integer_ranks | layers whose input features are divided among ranks | ``int_quantize_to``, ``int_epilogue``, sums over ranks |
 | integer_norms | RMSNorm, LayerNorm, a quantization behind | ``int_norm``, ``int_norm_quantize`` |
 | integer_gates | SiLU, GELU, gated or not, a quantization behind | ``int_gate_quantize``, ``int_activation(_quantize)`` |
 | integer_linears | quantizations, ``w4a8_linear`` | ``int_quantize``, ``int_linear`` |
