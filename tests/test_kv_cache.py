@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig, kv_cache, save_pretrained
@@ -126,3 +127,25 @@ def test_what_is_refused():
     with pytest.raises(CalibrationError, match="keys or values of layer 0 are not finite"):
         kv_cache.measure_cache(model, IDS)
     assert model.config.intscale_cache_scales  # as they were
+
+
+@pytest.mark.slow
+def test_compiled_steps_over_a_static_cache(model):
+    """A prompt eagerly, then steps compiled once: the logits of eager steps, and codes written in place."""
+    model, _ = model
+    kv_cache.measure_cache(model, IDS)
+    caches = [kv_cache.int8_cache(model, 24) for _ in range(2)]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("intscale")
+    compiled = torch.compile(model, backend=counter, dynamic=False)
+    with torch.no_grad():
+        for cache in caches:
+            model(IDS, past_key_values=cache)
+        memory = caches[1].layers[0].keys.data_ptr()
+        for step in range(4):
+            token = IDS[:, step : step + 1]
+            wanted, found = (f(token, past_key_values=c).logits for f, c in zip((model, compiled), caches))
+            assert (found - wanted).norm() < 0.02 * wanted.norm()
+    assert counter.frame_count == 1 and caches[1].layers[0].keys.data_ptr() == memory
+    assert int(caches[1].layers[1].get_seq_length()) == 20
+    different = (caches[0].layers[0].values.int() - caches[1].layers[0].values.int()).abs()
+    assert int(different.max()) <= 1 and float((different > 0).double().mean()) < 0.05

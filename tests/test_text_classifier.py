@@ -121,6 +121,6 @@ def test_as_a_user_runs_it(data):
     command = [sys.executable, str(SCRIPT), "--data", str(data), "--steps", "80"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "14 of 14 linear layers quantized" in done.stdout
+    assert "13 of 14 linear layers quantized" in done.stdout  # the classifier has three rows only
     rows = re.findall(r"^(?:quantize_|calibrate) +\| +([\d.]+) % \| +([\d.]+) %", done.stdout, re.M)
     assert len(rows) == 2 and all(float(same) >= 97 for _, same in rows)

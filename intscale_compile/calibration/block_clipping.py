@@ -21,7 +21,7 @@ from ..tensors.scale_search import SMALLEST_STEP
 from .clipping import ODYSSEY_STEP, code_range, into_groups
 from .layers import LinearWeight
 
-LEARNING_STEPS = 256  # batches; OmniQuant takes 20 passes over its data with a rate of 0.01
+LEARNING_STEPS = 128  # batches; OmniQuant takes 20 passes over its data with a rate of 0.01
 LEARNING_RATE = 5e-2  # falls to 0
 START = 4.0  # sigmoid: 0.982 of the range
 
