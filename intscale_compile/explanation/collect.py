@@ -19,12 +19,14 @@ from ..integrations.registry import fallbacks
 from ..integrations.torch import local_tensor
 from ..kernels.arguments import GatedArguments, arguments_of
 from ..kernels.hadamard import HADAMARD_QUANTIZE_OP
+from ..kernels.integer.rows import QUANTIZERS as INTEGER_QUANTIZERS
 from ..kernels.quantize_per_token import OP as QUANTIZE_OP
 from ..kernels.quantize_static import STATIC_OP
 from ..kernels.w4a8_gated import GATED_OP
 from ..kernels.w4a8_residual import LINEAR_ADD_OP
 from ..output_probe import probe_result
 from ..passes import Candidate, GraphRewrite
+from ..passes.integer.bounds import Bound, bounds_of, count_ops
 from ..passes.packed_weights import Packed
 from ..passes.settings import Settings
 from ..reasons import Reason
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from ..passes.quantize_collectives import QuantizeCollectives
 
 NOT_FUSED = "not fused"  # in Q/DQ form: the pass that fuses it is turned off
-QUANTIZERS = (QUANTIZE_OP, STATIC_OP, HADAMARD_QUANTIZE_OP)
+QUANTIZERS = (QUANTIZE_OP, STATIC_OP, HADAMARD_QUANTIZE_OP, *INTEGER_QUANTIZERS)
 
 
 class SeenGraph:
@@ -198,7 +200,21 @@ def explanation(
             for number, graph in enumerate(graphs, 1)
             for one in graph.rewrite.collectives or ()
         ),
+        *_integers([graph for graph in graphs if graph.rewrite.settings.integer_only]),
     )
+
+
+def _integers(graphs: list[SeenGraph]) -> tuple[dict[str, int], tuple[Bound, ...]]:
+    """How often integer-only graphs call each op, and the largest bound of each value."""
+    ops: dict[str, int] = {}
+    bounds: dict[tuple[str, str], Bound] = {}
+    for graph in graphs:
+        for name, count in count_ops(graph.rewrite.graph).items():
+            ops[name] = ops.get(name, 0) + count
+        for bound in bounds_of(graph.rewrite.graph):
+            known = bounds.get((bound.op, bound.value), bound)
+            bounds[bound.op, bound.value] = max(bound, known, key=lambda one: one.bits)
+    return ops, tuple(bounds.values())
 
 
 def _rows(

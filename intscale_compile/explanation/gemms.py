@@ -11,9 +11,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, fx
 
+from ..kernels.integer.linear import LINEAR_OP as INTEGER_LINEAR
 from ..kernels.w4a8_gated import GATED_OP
 from ..kernels.w4a8_grouped import GROUPED_OP
-from ..kernels.w4a8_linear import LINEAR_OP
+from ..kernels.w4a8_linear import ACCUMULATE_OP, LINEAR_OP
 from ..kernels.w4a8_residual import LINEAR_ADD_OP
 from ..passes import GraphRewrite
 from ..passes.base import example
@@ -21,7 +22,7 @@ from ..tensors.intscale_tensor import IntScaleTensor
 from .records import GemmReport
 from .roofline import Gpu, predict_us
 
-PRODUCTS = (LINEAR_OP, LINEAR_ADD_OP, GATED_OP, GROUPED_OP)
+PRODUCTS = (LINEAR_OP, LINEAR_ADD_OP, GATED_OP, GROUPED_OP, INTEGER_LINEAR, ACCUMULATE_OP)
 RUNS, LEAST_SECONDS = 5, 0.02  # of a measurement; the median of at least so many runs
 
 
@@ -115,6 +116,8 @@ def _tensor(node: fx.Node, rewrite: GraphRewrite) -> Any:
     shape = [_hint(size) or 0 for size in like.shape]
     if like.dtype == torch.int8:
         return torch.randint(-127, 128, shape, dtype=torch.int8, device=like.device)
+    if like.dtype == torch.int32 and like.dim() > 1:  # dyadic scales
+        return torch.ones(shape, device=like.device, dtype=like.dtype)
     if like.dtype in (torch.int32, torch.int64):  # an order of rows
         return torch.arange(shape[0], device=like.device, dtype=like.dtype)
     return torch.rand(shape, device=like.device).to(like.dtype) * 0.01

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from ..passes.collective_report import CollectiveReport
+from ..passes.integer.bounds import Bound
 from ..reasons import Reason
 from ..versions import __version__
 
@@ -141,6 +142,8 @@ class Records:
         device: where the model is.
         settings: mode and options that were in force.
         collectives: the collectives of the graphs, where quantized communication was asked for.
+        integer_ops: how often an integer-only model calls each op.
+        integer_bounds: the bits that the values in these ops can need, and those that there are.
     """
 
     layers: tuple[LayerReport, ...]
@@ -163,6 +166,8 @@ class Records:
     device: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     collectives: tuple[CollectiveReport, ...] = ()
+    integer_ops: dict[str, int] = field(default_factory=dict)
+    integer_bounds: tuple[Bound, ...] = ()
 
     @property
     def quantized_fraction(self) -> float:

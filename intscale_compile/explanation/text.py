@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from ..passes.integer.bounds import table as integer_table
 from .folding import Fold, FoldedCollective, fold, fold_collectives
 from .records import Records
 
@@ -21,6 +22,8 @@ def table(report: Records, folded: bool) -> str:
     if report.collectives:
         rows = fold_collectives(report.collectives, report.blocks if folded else ())
         lines += ["", *_columns([COLLECTIVES, *map(collective_row, rows)])]
+    if report.integer_bounds:
+        lines += ["", *integer_table(report.integer_ops, report.integer_bounds)]
     plain = {(one.reason, one.explanation) for one in report.collectives if not one.quantized}
     reasons = sorted(
         f"{a}: {b}" for a, b in {(one.reason, one.explanation) for one in report.layers if not one.quantized} | plain

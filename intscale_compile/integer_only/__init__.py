@@ -20,7 +20,7 @@ from ..compile.binding import bind, rewrite_graph
 from ..compile.options import parse_options
 from ..errors import InputError
 from ..kernels.integer.arithmetic import FRACTION
-from .bounds import Bound
+from ..passes.integer.bounds import Bound
 from .proof import OPTIONS, IntegerProof, prove
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """``prove``: that a model is integers between ids and results, in three parts that each can fail.
 
 1. Types: after AOTAutograd and all decompositions, every node is an integer or a truth value, but the last conversion.
-2. Bounds: every intermediate value fits its type, whatever the ids (:mod:`.bounds`).
+2. Bounds: every intermediate value fits its type, whatever the ids (:mod:`..passes.integer.bounds`).
 3. Code: the generated C++ names no floating point type or function, and no operation in the TTIR of the generated Triton kernels
    has one, but those of the last conversion (:mod:`.generated`).
 """
@@ -20,7 +20,7 @@ from ..compile.inductor_settings import code_generation, inductor_defaults
 from ..compile.options import parse_options
 from ..errors import IntegerOnlyError
 from ..ops import register_inductor
-from .bounds import Bound, bounds_of
+from ..passes.integer.bounds import Bound, bounds_of, count_ops, table
 from .generated import float_code, kernels_of
 
 OPTIONS = {"intscale.integer_only": True}
@@ -49,11 +49,7 @@ class IntegerProof:
         lines = [f"{head}; no floating point but the last conversion" if self.holds else f"{head}; NOT integer-only"]
         lines += [f"  floating point node: {text}" for text in self.float_nodes]
         lines += [f"  floating point code: {text}" for text in self.float_kernels]
-        lines.append(f"{'op':<26}{'calls':>6}  {'largest value':<44}{'bits':>6} of")
-        for bound in self.bounds:
-            flag = "" if bound.holds else "  OVERFLOWS"
-            calls = self.ops.get(bound.op, 0)
-            lines.append(f"{bound.op:<26}{calls:>6}  {bound.value:<44}{bound.bits:>6.1f} {bound.limit}{flag}")
+        lines += table(self.ops, self.bounds)
         return "\n".join(lines)
 
     @property
@@ -79,6 +75,8 @@ def prove(model: Callable, *args: Any, **kwargs: Any) -> IntegerProof:
         register_inductor()
         rewrite = rewrite_graph(gm, example_inputs, settings)
         ops, bounds = count_ops(rewrite.graph), bounds_of(rewrite.graph)
+        if not all(bound.holds for bound in bounds):  # before anything is compiled
+            raise IntegerOnlyError(str(IntegerProof(ops, bounds, 0)))
         floats: list[str] = []
         patches = {
             **inductor_defaults(example_inputs, None),
@@ -91,9 +89,15 @@ def prove(model: Callable, *args: Any, **kwargs: Any) -> IntegerProof:
         return compiled
 
     torch._dynamo.reset()
-    with torch.no_grad():
-        _, modules = run_and_get_code(torch.compile(model, backend=backend, fullgraph=True), *args, **kwargs)
-    torch._dynamo.reset()
+    try:
+        with torch.no_grad():
+            _, modules = run_and_get_code(torch.compile(model, backend=backend, fullgraph=True), *args, **kwargs)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, IntegerOnlyError):
+            raise error.inner_exception from None
+        raise
+    finally:
+        torch._dynamo.reset()
     ((ops, bounds, floats),) = found
     kernels = kernels_of(modules)
     lines = [line for kernel in kernels for line in float_code(kernel)]
@@ -103,16 +107,6 @@ def prove(model: Callable, *args: Any, **kwargs: Any) -> IntegerProof:
     if not proof.holds:
         raise IntegerOnlyError(str(proof), proof.float_nodes)
     return proof
-
-
-def count_ops(graph: fx.Graph) -> dict[str, int]:
-    """How often each of our ops is called."""
-    counts: dict[str, int] = {}
-    for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "intscale":
-            name = node.target._schema.name.partition("::")[2]
-            counts[name] = counts.get(name, 0) + 1
-    return counts
 
 
 def _is_float(value: Any) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchao.quantization import quantize_
 
-from intscale_compile import IntScaleConfig, integer_only
+from intscale_compile import IntScaleConfig, explain, integer_only
 from intscale_compile.errors import IntegerOnlyError
 from intscale_compile.integer_only import generated, triton_ir
 from intscale_compile.integrations.torch import decompositions_anew
@@ -71,6 +71,15 @@ def plant(monkeypatch):
     yield put
     monkeypatch.undo()
     decompositions_anew()
+
+
+def test_explain_shows_the_bounds(block):
+    report = explain(block, IDS, options=integer_only.OPTIONS)
+    assert report.integer_ops["int_linear"] == 1 and report.gemms == 1 and report.activation_quantizations == 1
+    (row,) = [bound for bound in report.integer_bounds if (bound.op, bound.value) == ("int_linear", "accumulator")]
+    assert row.holds and 2**row.bits == pytest.approx(int(block.linear.weight.accumulator_bound().max()))
+    assert "sum of squares, doubled" in str(report) and "sum of squares, doubled" in report.to_html()
+    assert not explain(block, IDS).integer_bounds
 
 
 def test_a_planted_float_is_found_by_type_and_in_the_code(block, plant):

@@ -29,6 +29,7 @@ def page(report: Records) -> str:
         f"<h2>Layers</h2>{layers_table(report)}" if report.layers else "<p>The model has no linear layer.</p>",
         f"<h2>GEMMs: predicted and measured time</h2>{_roofline(report)}{gemms_table(report)}" if report.gemms else "",
         f"<h2>Collectives</h2>{_collectives(report)}" if report.collectives else "",
+        f"<h2>Integer-only: the bits of values</h2>{_bounds(report)}" if report.integer_bounds else "",
         f"<h2>Passes</h2>{_passes(report)}",
         f"<h2>Graphs before and after each pass</h2>{graph_parts(report)}" if report.parts else "",
         "</main>",
@@ -142,6 +143,14 @@ def _collectives(report: Records) -> str:
         rows.append([Cell(escape(name), None, "name"), times, kind, ranks, tensor, sized, shown, *rest])
     words = "".join(f'<p class="dim">{escape(line)}</p>' for line in collective_totals(report))
     return words + html_table(COLLECTIVES, rows, "collectives")
+
+
+def _bounds(report: Records) -> str:
+    rows: list[Row] = [
+        [one.op, str(report.integer_ops.get(one.op, 0)), one.value, f"{one.bits:.1f}", str(one.limit)]
+        for one in report.integer_bounds
+    ]
+    return html_table(("op", "#calls", "largest value", "#bits", "#of"), rows, "bounds")
 
 
 def _passes(report: Records) -> str:

@@ -140,3 +140,6 @@ def QUANTIZE_TO_OP(x: Tensor, amax: Tensor, fraction: int, rotation: int) -> Cod
         return quantize_to(wide, amax, fraction)
     codes, scale = quantize_to(hadamard(wide, rotation), amax, fraction)
     return codes, rotated_scale(scale, rotation)
+
+
+QUANTIZERS = (QUANTIZE_OP, NORM_QUANTIZE_OP, GATE_QUANTIZE_OP, ACTIVATION_QUANTIZE_OP, QUANTIZE_TO_OP)

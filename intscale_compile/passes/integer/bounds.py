@@ -7,16 +7,16 @@ a linear layer, factors of a norm) comes from that weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from ..kernels.integer import attention, linear, pointwise, rows
-from ..kernels.integer.rows import CENTERED, GATED, highest_bit
-from ..kernels.w4a8_linear import ACCUMULATE_OP
-from ..passes.base import example
+from ...kernels.integer import attention, linear, pointwise, rows
+from ...kernels.integer.rows import CENTERED, GATED, highest_bit
+from ...kernels.w4a8_linear import ACCUMULATE_OP
+from ..base import example, is_ours
 
 Q16 = 2**31  # magnitude of an int32 activation
 SCALE = 66053  # mantissa of a token scale: (2**23 - 1) / 127, rounded
@@ -154,3 +154,23 @@ def bounds_of(graph: fx.Graph) -> tuple[Bound, ...]:
             if (name, value) not in worst or bits > worst[name, value].bits:
                 worst[name, value] = bound
     return tuple(worst.values())
+
+
+def count_ops(graph: fx.Graph) -> dict[str, int]:
+    """How often each of our ops is called."""
+    counts: dict[str, int] = {}
+    for node in graph.nodes:
+        if is_ours(node):
+            name = node.target._schema.name.partition("::")[2]
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def table(ops: dict[str, int], bounds: Iterable[Bound]) -> list[str]:
+    """Lines: each op, how often it is called, and the bits of the values in it."""
+    lines = [f"{'op':<26}{'calls':>6}  {'largest value':<44}{'bits':>6} of"]
+    for bound in bounds:
+        flag = "" if bound.holds else "  OVERFLOWS"
+        calls = ops.get(bound.op, 0)
+        lines.append(f"{bound.op:<26}{calls:>6}  {bound.value:<44}{bound.bits:>6.1f} {bound.limit}{flag}")
+    return lines
