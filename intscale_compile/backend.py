@@ -98,7 +98,10 @@ def collectives_pass(settings: _options.Settings, cuda_graphs: bool) -> Optional
     wire = settings.communication
     if wire is None:
         return None
-    return QuantizeCollectives(wire, settings.communication_min_bytes, NAME in settings.disable_passes, cuda_graphs)
+    disabled = settings.disable_passes
+    return QuantizeCollectives(
+        wire, settings.communication_min_bytes, NAME in disabled, cuda_graphs, "collective_norm" not in disabled
+    )
 
 
 def after_users_pass(ours: QuantizeCollectives, patches: Mapping[str, Any]) -> Any:

@@ -67,7 +67,7 @@ def compile_rank(rank: int, wire: str, dtype: str, ranks: int, elements: list[in
         torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device="cuda"),
         None,
     )
-    symmetric._workspace = symmetric._one_shot_workspace = lambda group, device, *sizes: space
+    symmetric._workspace = symmetric.fixed_workspace = lambda group, device, *sizes: space
     try:
         for number in elements:
             x = torch.empty(number, dtype=getattr(torch, dtype), device="cuda")

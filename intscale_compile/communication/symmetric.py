@@ -14,7 +14,7 @@ import os
 import socket
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 import torch
@@ -51,7 +51,9 @@ class Workspace:
 class _Member:
     usable: bool
     spaces: list[Workspace]  # the largest is the last; captured graphs hold on to earlier ones
-    one_shot: Optional[Workspace] = None
+    fixed: dict[str, Workspace] = field(
+        default_factory=dict
+    )  # of kernels whose workspace does not depend on the message
 
 
 _members: weakref.WeakKeyDictionary[dist.ProcessGroup, _Member] = weakref.WeakKeyDictionary()
@@ -74,13 +76,13 @@ def one_shot(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
         return None
     if x.data_ptr() % 4:  # never an answer that differs among ranks
         x = x.clone()
-    space = _one_shot_workspace(group, x.device, workspace_bytes(group.size()), MOST_PROGRAMS)
+    space = fixed_workspace(group, x.device, "one_shot", workspace_bytes(group.size()), MOST_PROGRAMS)
     if space is None:
         return None
     words, launched = x.numel() // 2, programs(x.numel())
     out = torch.empty_like(x)
     with torch.cuda.device(x.device):
-        _follow(space)
+        follow(space)
         one_shot_kernel[(launched,)](
             x, out, space.buffer, space.peers, space.counts, words, -(-words // (launched * WORDS)),
             RANK=group.rank(), RANKS=group.size(), WORDS=WORDS, PROGRAMS=MOST_PROGRAMS, num_warps=WARPS,
@@ -102,7 +104,7 @@ def all_reduce(x: Tensor, wire: Union[WireFormat, Elements], group: dist.Process
         return None
     out = torch.empty_like(x)
     with torch.cuda.device(x.device):
-        _follow(space)
+        follow(space)
         fused_all_reduce_kernel[(programs,)](
             x, out, space.buffer, space.peers, space.counts, *sizes, gather_slots(ranks, space.buffer.numel()),
             RANK=group.rank(), RANKS=ranks, PROGRAMS=MOST_PROGRAMS, **constants,
@@ -127,7 +129,7 @@ def _plan(
     return sizes, constants, plan.programs, workspace_bytes(ranks, layout, layout)
 
 
-def _follow(space: Workspace) -> None:
+def follow(space: Workspace) -> None:
     """Let the current stream wait for the last launch on another one; in a captured graph the graph's own order holds."""
     stream = torch.cuda.current_stream()
     if torch.cuda.is_current_stream_capturing():
@@ -212,20 +214,20 @@ def _workspace(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> O
     return spaces[-1]
 
 
-def _one_shot_workspace(
-    group: dist.ProcessGroup, device: torch.device, nbytes: int, programs: int
+def fixed_workspace(
+    group: dist.ProcessGroup, device: torch.device, kernel: str, nbytes: int, programs: int
 ) -> Optional[Workspace]:
-    """The workspace of the one-shot kernel, made at the first call, which is a collective."""
+    """The workspace of a kernel for which one size serves all messages, made at its first call, which is a collective."""
     if not usable(group, device):
         return None
-    member = _members[group]
-    if member.one_shot is None:
+    made = _members[group].fixed
+    if kernel not in made:
         if torch.cuda.is_current_stream_capturing():
             log_once(logging.INFO, "a graph is captured before a message was sent once: it goes through the group")
             return None
         with ThreadPoolExecutor(1) as thread:
-            member.one_shot = thread.submit(_make, group, device, nbytes, programs).result()
-    return member.one_shot
+            made[kernel] = thread.submit(_make, group, device, nbytes, programs).result()
+    return made[kernel]
 
 
 def _make(group: dist.ProcessGroup, device: torch.device, nbytes: int, programs: int) -> Workspace:

@@ -32,6 +32,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..communication import by_size, link_cost, ops
 from ..communication.choice import Allowed, Plan, plan
+from ..communication.fused_norm import ALL_REDUCE_NORM_QUANTIZE
 from ..communication.link_table import LOSSLESS, PLAIN, Link, Times, link_of, times_of
 from ..communication.message import WireFormat
 from ..communication.planned import PLANNED_ALL_REDUCE
@@ -40,6 +41,7 @@ from ..kernels.abi import KERNEL_ABI
 from ..reasons import Reason, log_once
 from .base import module_path
 from .collective_flow import gathers_input, is_backward, reaches_product
+from .collective_norm import fuse_norms
 from .collective_report import CollectiveReport
 
 NAME = "quantize_collectives"
@@ -61,6 +63,7 @@ BY_SIZE = {
     "reduce_scatter": by_size.REDUCE_SCATTER_BY_SIZE,
     "all_gather": by_size.ALL_GATHER_BY_SIZE,
 }
+REPORT = "intscale_collective"  # meta of a new node: the name of its report
 KEPT = ("val", "tensor_meta", "stack_trace", "nn_module_stack", "source_fn_stack")  # meta of a replaced node
 
 
@@ -81,6 +84,7 @@ class QuantizeCollectives(CustomGraphPass):
         wire: the wire format, or what else ``communication.choice.Allowed`` parses.
         min_bytes: threshold for all collectives; None: that of each link (``link_cost``).
         disabled: whether it only reports.
+        fuse: whether lossless sums take what follows them along (``collective_norm``).
         graphs: whether the compilation is for CUDA graphs.
 
     Attributes:
@@ -95,17 +99,27 @@ class QuantizeCollectives(CustomGraphPass):
 
     name = NAME
 
-    def __init__(self, wire: str, min_bytes: Optional[int] = None, disabled: bool = False, graphs: bool = True):
+    def __init__(
+        self, wire: str, min_bytes: Optional[int] = None, disabled: bool = False, graphs: bool = True, fuse: bool = True
+    ):
         self.allowed, self.min_bytes, self.disabled, self.graphs = Allowed.parse(wire), min_bytes, disabled, graphs
         self.form = WireFormat.parse(self.allowed.wire) if self.allowed.wire else None
-        self.wire = str(self.allowed)
+        self.wire, self.fuse = str(self.allowed), fuse
         self.links = _links()
         self.reports: list[CollectiveReport] = []
         self.ran, self.seconds = False, 0.0
 
     def uuid(self) -> str:
         """Everything that the result depends on: our sources, the options, sizes of the groups and tables of their links."""
-        known = (KERNEL_ABI, self.wire, self.min_bytes, self.disabled, self.graphs, sorted(self.links.items()))
+        known = (
+            KERNEL_ABI,
+            self.wire,
+            self.min_bytes,
+            self.disabled,
+            self.graphs,
+            self.fuse,
+            sorted(self.links.items()),
+        )
         return "intscale.quantize_collectives." + hashlib.sha256(repr(known).encode()).hexdigest()
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -115,6 +129,9 @@ class QuantizeCollectives(CustomGraphPass):
         found = [node for node in graph.nodes if node.target in KINDS]
         backward = bool(found) and is_backward(graph)
         reports = [report for node in found for report in self._collective(graph, node, backward)]
+        if self.fuse and self.allowed.lossless:
+            fused = {node.meta[REPORT] for node in fuse_norms(graph)}
+            reports = [_with(report, with_norm=True) if report.name in fused else report for report in reports]
         self.reports += reports
         self.seconds += time.perf_counter() - start
         _log(reports)
@@ -127,7 +144,9 @@ class QuantizeCollectives(CustomGraphPass):
     @staticmethod
     def calls_in(files: Sequence[str]) -> int:
         """How many quantized collectives the code calls that Inductor generated."""
-        names = [str(op) for op in (*QUANTIZED.values(), *BY_SIZE.values(), PLANNED_ALL_REDUCE)]
+        names = [
+            str(op) for op in (*QUANTIZED.values(), *BY_SIZE.values(), PLANNED_ALL_REDUCE, ALL_REDUCE_NORM_QUANTIZE)
+        ]
         texts = [Path(file).read_text(encoding="utf-8") for file in files]
         return sum(text.count(f"torch.ops.{name}(") for text in texts for name in names)
 
@@ -240,10 +259,13 @@ class QuantizeCollectives(CustomGraphPass):
         with graph.inserting_before(node):
             new = graph.call_function(target, (member.x, *chosen, *ranks, report.group))
         kept = member.waits[0].meta
-        new.meta.update({key: kept[key] for key in KEPT if key in kept})
+        new.meta.update({key: kept[key] for key in KEPT if key in kept} | {REPORT: report.name})
         for wait in member.waits:
             wait.replace_all_uses_with(new)
             graph.erase_node(wait)
+        for again in [user for user in new.users if user.target is WAIT]:  # functional collectives may wait twice
+            again.replace_all_uses_with(new)
+            graph.erase_node(again)
         for handle in member.handles:
             graph.erase_node(handle)
 

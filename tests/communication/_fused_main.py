@@ -18,7 +18,7 @@ interpret()
 
 import torch  # noqa: E402
 
-from intscale_compile.communication import one_shot_kernel  # noqa: E402
+from intscale_compile.communication import norm_kernel, one_shot_kernel  # noqa: E402
 from intscale_compile.communication.fused_kernel import (  # noqa: E402
     LARGE_CHUNK,
     MOST_PROGRAMS,
@@ -27,6 +27,7 @@ from intscale_compile.communication.fused_kernel import (  # noqa: E402
     gather_slots,
     workspace_bytes,
 )
+from intscale_compile.communication.fused_norm import norm_quantize  # noqa: E402
 from intscale_compile.communication.message import Elements, WireFormat  # noqa: E402
 from intscale_compile.communication.reference import simulate_all_reduce, simulate_lossless_all_reduce  # noqa: E402
 
@@ -42,6 +43,8 @@ CASES = (
 )
 # elements, programs: ragged, several steps for a program, a program that has nothing in its last step
 ONE_SHOT = ((6, 1), (1024 * 3 + 10, 2), (2048, 1), (1024 * 5, 3), (130, 1))
+WITH_NORM = ((1, 256, 1), (5, 96, 2), (2, 256, 2))  # rows, features, programs
+EPS = 1e-5
 CALLS = 2  # one after the other on one workspace
 
 
@@ -73,7 +76,53 @@ def run(folder: Path, rank: int, case: tuple) -> list:
             **Schedule(LARGE_CHUNK, per_round, programs).constants(layout),
         )  # fmt: skip
         results.append(out)
-    return results + (one_shot(folder, rank, ranks) if folder.name == "0" else [])
+    return results + ([*one_shot(folder, rank, ranks), with_norm(folder, rank, ranks)] if folder.name == "0" else [])
+
+
+def with_norm(folder: Path, rank: int, ranks: int) -> list:
+    """What calls of the kernel with RMSNorm and quantization give, a program for one row or for several."""
+    nbytes = norm_kernel.workspace_bytes(ranks)
+    spaces = [
+        torch.from_file(str(folder / f"norm{r}"), shared=True, size=nbytes, dtype=torch.uint8) for r in range(ranks)
+    ]
+    peers = torch.tensor([space.data_ptr() - spaces[rank].data_ptr() for space in spaces])
+    counts = torch.zeros(norm_kernel.MOST_PROGRAMS, dtype=torch.int32)
+    results = []
+    for call, (rows, features, programs) in enumerate(WITH_NORM):
+        x, residual, weight = (part[rank] for part in norm_inputs(call, rows, features, ranks))
+        added, codes, scale = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8), torch.empty(rows, 1)
+        block, _ = norm_kernel.block(features // 2)
+        norm_kernel.all_reduce_norm_kernel[(programs,)](
+            x, residual, weight, added, codes, scale, spaces[rank], peers, counts, rows, -(-rows // programs), EPS,
+            HALF=features // 2, BLOCK=block, WORDS=norm_kernel.MOST_WORDS, RANK=rank, RANKS=ranks,
+            PROGRAMS=norm_kernel.MOST_PROGRAMS,
+        )  # fmt: skip
+        results.append((added, codes, scale))
+    return results
+
+
+def norm_inputs(call: int, rows: int, features: int, ranks: int) -> list:
+    """Contributions, residuals and weights of all ranks; the last two are the same on each. A row has an infinity."""
+    xs = [x.view(rows, features) for x in inputs(call, rows * features, "float16", ranks)]
+    xs[0][rows - 1, 3] = float("inf") if rows > 1 else 1.0
+    residual, weight = (x for x in inputs(100 + call, rows * features, "float16", 2))
+    return [xs, [residual.view(rows, features)] * ranks, [weight[:features]] * ranks]
+
+
+def check_norms(results: list, ranks: int) -> None:
+    """The sum to the bit; codes that differ by one where a half is rounded, as the mean is summed in another order."""
+    for call, (rows, features, _) in enumerate(WITH_NORM):
+        xs, residual, weight = norm_inputs(call, rows, features, ranks)
+        added, codes, scale = norm_quantize(simulate_lossless_all_reduce(xs), residual[0], weight[0], EPS)
+        for rank in range(ranks):
+            found = results[rank][call]
+            torch.testing.assert_close(found[0], added, rtol=0, atol=0)
+            torch.testing.assert_close(found[2], scale, rtol=2e-3, atol=0, equal_nan=True)
+            kept = ~scale.isnan().expand_as(codes)
+            difference = (found[1].int() - codes.int()).abs()[kept]
+            assert difference.max() <= 1 and difference.float().mean() < 0.01, (call, rank)
+            torch.testing.assert_close(found[1], results[0][call][1], rtol=0, atol=0)
+        assert scale.isnan().sum() == (rows > 1)
 
 
 def one_shot(folder: Path, rank: int, ranks: int) -> list:
@@ -122,6 +171,7 @@ def check(ranks: int) -> None:
             (folder / str(i)).mkdir()
             for r in range(ranks):
                 (folder / str(i) / f"space{r}").write_bytes(bytes(1 << 20))
+                (folder / str(i) / f"norm{r}").write_bytes(bytes(norm_kernel.workspace_bytes(ranks)))
                 (folder / str(i) / f"one_shot{r}").write_bytes(bytes(one_shot_kernel.workspace_bytes(ranks)))
         started = [context.Process(target=rank_main, args=(folder, r, ranks)) for r in range(ranks)]
         for process in started:
@@ -139,6 +189,7 @@ def check(ranks: int) -> None:
             for rank in range(ranks):
                 message = f"{wire} {dtype} {elements}, call {call}, rank {rank}"
                 torch.testing.assert_close(results[rank][i][call], wanted, rtol=0, atol=0, msg=message)
+    check_norms([result[0][-1] for result in results], ranks)
     for call, (elements, _) in enumerate(ONE_SHOT):
         wanted = simulate_lossless_all_reduce(inputs(call, elements, "float16", ranks))
         for rank in range(ranks):
