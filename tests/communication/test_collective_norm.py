@@ -89,4 +89,4 @@ def test_the_op_without_symmetric_memory(group):
     added, codes, scale = found
     assert torch.equal(added, residual + x) and codes.abs().amax(-1).eq(127).all() and scale.shape == (4, 1)
     y = torch.nn.functional.rms_norm(added.float(), (64,), eps=1e-5) * weight[0].float()
-    assert ((codes * scale - y).norm() / y.norm()) < 0.01
+    assert ((codes * scale - y).norm() / y.norm()) < 0.02
