@@ -179,7 +179,7 @@ def _write_codes(
 @triton.jit
 def _read(
     message, first, groups, BITS: tl.constexpr, HALF: tl.constexpr, SPIKES: tl.constexpr, GROUPS: tl.constexpr,
-    CACHE: tl.constexpr = "",
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     """fp32 halves ``[GROUPS, g/2]`` of the groups ``first, first + 1, ...`` of a message; of no meaning behind its last.
 
@@ -322,7 +322,7 @@ def reduce_kernel(
             more_lo, more_hi = _load(x_ptr + start, valid, HALF, GROUPS)
         else:
             message = received_ptr + tl.cast(nbytes, tl.int64) * (other - (other > RANK))
-            more_lo, more_hi = _read(message, first, groups, BITS, HALF, SPIKES, GROUPS)
+            more_lo, more_hi = _read(message, first, groups, BITS, HALF, SPIKES, GROUPS, "")
         lo, hi = lo + more_lo, hi + more_hi
     if OUT_BITS == 0:
         _store(out_ptr + (start - rank.to(tl.int64) * length), lo, hi, valid, HALF, GROUPS)
@@ -341,7 +341,7 @@ def decode_kernel(
     first = tl.program_id(0).to(tl.int64) * GROUPS
     start += first * (2 * HALF)
     message = received_ptr + row.to(tl.int64) * nbytes
-    lo, hi = _read(message, first, tl.cast(groups, tl.int64), BITS, HALF, SPIKES, GROUPS)
+    lo, hi = _read(message, first, tl.cast(groups, tl.int64), BITS, HALF, SPIKES, GROUPS, "")
     _store(out_ptr + start, lo, hi, _valid(start, stop, GROUPS * 2 * HALF), HALF, GROUPS)
 
 
