@@ -14,6 +14,8 @@ from typing import Any, Optional, Union
 
 import torch
 
+from .backend import intscale
+from .compile.options import parse_options
 from .errors import ConfigError
 from .integrations.transformers_generate import PromptState, foreign_forward, has_windows, prepare_model, restore_model
 from .integrations.transformers_layers import decoder_layers
@@ -63,6 +65,7 @@ def prepare_for_generation(
     backend: Union[str, Callable] = "intscale",
     keep_cache: bool = True,
     max_cache_len: Optional[int] = None,
+    communication: Optional[str] = None,
 ) -> GenerationSetup:
     """Set a model of transformers up for ``generate``, which compiles at its first call.
 
@@ -84,6 +87,8 @@ def prepare_for_generation(
         keep_cache: reuse the static cache of the last call where it has the same form and nobody holds it. It costs its
             memory between calls; without it CUDA graphs may be recorded again at each call.
         max_cache_len: least length of the static cache, so that longer prompts or answers do not compile again.
+        communication: the option ``intscale.communication``, for a model that is divided among ranks: ``"auto"``, ``"int8"``, ...
+            Every rank gives the same, and calls ``generate`` with the same prompts.
 
     Returns:
         What was set.
@@ -91,6 +96,8 @@ def prepare_for_generation(
     Raises:
         ConfigError: a value that is not supported, or a model without ``generate``.
     """
+    if communication is not None:
+        backend = _with_communication(backend, communication)
     if prompt not in PROMPTS:
         raise ConfigError(f"prompt={prompt!r} is not supported: use one of {PROMPTS}.")
     if not hasattr(model, "generation_config") or not hasattr(model, "generate"):
@@ -121,6 +128,23 @@ def prepare_for_generation(
     setup = _describe(model, mode, how, keep_cache, max_cache_len, windows)
     log.info("%s", setup)
     return setup
+
+
+def _with_communication(backend: Union[str, Callable], communication: str) -> Callable:
+    """Our backend with the option; ``ConfigError`` for another backend or value."""
+    if backend != "intscale":
+        raise ConfigError(
+            f"communication={communication!r} is an option of the backend 'intscale', not of {backend!r}."
+        )
+    added = {"intscale.communication": communication}
+    parse_options(None, added)
+
+    def intscale_with_communication(gm: Any, inputs: Any, *, options: Optional[dict] = None, **others: Any) -> Callable:
+        return intscale(gm, inputs, options={**added, **(options or {})}, **others)
+
+    intscale_with_communication.takes_intscale_options = True  # type: ignore[attr-defined]
+    intscale_with_communication.reset = intscale.reset  # type: ignore[attr-defined]
+    return intscale_with_communication
 
 
 def undo_prepare_for_generation(model: Any) -> None:

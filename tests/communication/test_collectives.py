@@ -22,7 +22,7 @@ BOUNDS = {
 }
 
 
-@pytest.fixture(scope="module", params=[*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4])
+@pytest.fixture(scope="module", params=[*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 8)), 4])
 def results(request, tmp_path_factory) -> list[dict]:
     """What every rank returned."""
     return run_ranks(SCRIPT, request.param, tmp_path_factory.mktemp("ranks"))
