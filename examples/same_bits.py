@@ -42,10 +42,12 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="same_bits", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layers", type=int, help="keep so many layers only: compiling takes minutes")
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    more = {} if args.layers is None else {"num_hidden_layers": args.layers}
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **more)
     model = model.eval().requires_grad_(False)
     quantize_(model, IntScaleConfig())  # on the CPU, so that the integers are the same wherever it then runs
     model = model.to(args.device)

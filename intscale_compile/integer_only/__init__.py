@@ -18,10 +18,11 @@ from torch import Tensor, fx, nn
 
 from ..compile.binding import bind, rewrite_graph
 from ..compile.options import parse_options
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 from ..kernels.integer.arithmetic import FRACTION
 from ..passes.integer.bounds import Bound
 from .proof import OPTIONS, IntegerProof, prove
+from .widths import paper_widths
 
 if TYPE_CHECKING:
     from ..integrations.transformers_cache import IntegerCache
@@ -38,14 +39,28 @@ def __getattr__(name: str) -> Any:
     return IntegerCache
 
 
-def run_eagerly(model: nn.Module | Callable, **options: Any) -> Callable:
+def run_eagerly(model: nn.Module | Callable, widths: str = "default", **options: Any) -> Callable:
     """The integer-only form of ``model``, run operator by operator without Inductor: the reference of the compiled one.
 
     Args:
         model: a quantized model.
+        widths: ``"paper"``: probabilities and sigmoids have 8 bits, as in I-LLM's paper, to see what that costs; much slower.
         options: further ``intscale.`` options, without the prefix.
+
+    Raises:
+        ConfigError: other widths.
     """
-    return torch.compile(model, backend=eager_backend(**options), fullgraph=True)
+    if widths not in ("default", "paper"):
+        raise ConfigError(f'widths={widths!r}: use "default" or "paper".')
+    run = torch.compile(model, backend=eager_backend(**options), fullgraph=True)
+    if widths == "default":
+        return run
+
+    def narrow(*args: Any, **kwargs: Any) -> Any:
+        with paper_widths():
+            return run(*args, **kwargs)
+
+    return narrow
 
 
 def eager_backend(**options: Any) -> Callable:

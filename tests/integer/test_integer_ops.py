@@ -137,11 +137,14 @@ def test_functions_inside_of_kernels():
 
 
 def extreme_rows(features):
-    """Ordinary rows, a row of zeros, one of the ends of int32, one with one huge channel."""
-    x = q16(6, features)
+    """Ordinary rows, a row of zeros, one of the ends of int32, one with one huge channel, and codes at and beside ties."""
+    x = q16(8, features)
     x[1], x[2] = 0, torch.tensor([2**31 - 1, -(2**31)]).repeat(features)[:features]
     x[3, 5] = 2**30
     x[4] = torch.arange(features) - 3
+    odd = 2 * torch.arange(features) % 200 - 99
+    x[6], x[7] = odd, (odd << 22) - odd.sign()  # 127 x / amax: halves, and less than halves by what 24 bits cannot say
+    x[6:, 0] = torch.tensor([254, 254 << 22])
     return x
 
 
@@ -183,13 +186,13 @@ def test_norm(center, with_beta, features):
 
 @pytest.mark.parametrize("kind", ["silu", "gelu"])
 def test_activations(kind):
-    g, u = extreme_rows(40), q16(6, 40, bits=18, seed=1)
+    g, u = extreme_rows(40), q16(8, 40, bits=18, seed=1)
     assert pointwise.ACTIVATION_OP(g, kind).flatten().tolist() == [
         oracle.saturate(oracle.activated(a, kind)) for a in g.flatten().tolist()
     ]
     codes, scale = rows.GATE_QUANTIZE_OP(g, u, kind)
     alone, alone_scale = rows.ACTIVATION_QUANTIZE_OP(g, kind)
-    for i in range(6):
+    for i in range(len(g)):
         product = [oracle.rsh(oracle.activated(a, kind) * b, 12) for a, b in zip(g[i].tolist(), u[i].tolist())]
         for got, got_scale, row, f in ((codes, scale, product, 20), (alone, alone_scale, None, 16)):
             row = row or [oracle.activated(a, kind) for a in g[i].tolist()]
