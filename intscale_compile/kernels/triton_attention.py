@@ -16,7 +16,9 @@ from .launching import launch
 from .split_k import take_counters
 
 KEYS_PER_STEP = 64
-MOST_PARTS = 32  # of one sequence's keys; more would cost more in partial results than they bring in parallel work
+MOST_PARTS = (
+    64  # of one sequence's keys, a power of two; more cost more in partial results than they bring in parallel work
+)
 DOT_ROWS = 16  # least number of rows of a tensor core product
 
 
@@ -61,14 +63,65 @@ def attend(
     return top, total, values
 
 
+@triton.jit
+def add_parts(
+    partial_ptr, stats_ptr, slots, parts,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """Sum ``[ROWS]`` and weighted values ``[ROWS, BLOCK_D]`` over all parts of a key head.
+
+    The parts' maxima first, all at once, then several parts at a time: one after the other, each would wait for its loads.
+    """
+    AT_ONCE: tl.constexpr = 8 if ROWS <= 4 else 16 // ROWS if ROWS < 16 else 1  # 32 rows of 8 heads spill on sm_80
+    heads = tl.arange(0, ROWS)
+    features = tl.arange(0, BLOCK_D)
+    each = tl.arange(0, MOST)
+    tops = tl.load(
+        stats_ptr + (slots + each)[:, None] * (2 * HEADS) + heads[None, :],
+        mask=(each < parts)[:, None] & (heads < HEADS)[None, :], other=float("-inf"), cache_modifier=".cg",
+    )  # fmt: skip
+    top = tl.max(tops, 0)
+    reference = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([ROWS], tl.float32)
+    values = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for first in range(0, parts, AT_ONCE):
+        some = first + tl.arange(0, AT_ONCE)
+        there = (some < parts)[:, None] & (heads < HEADS)[None, :]
+        stats = stats_ptr + (slots + some)[:, None] * (2 * HEADS) + heads[None, :]
+        part_top = tl.load(stats, mask=there, other=float("-inf"), cache_modifier=".cg")
+        part_total = tl.load(stats + HEADS, mask=there, other=0.0, cache_modifier=".cg")
+        rows = (slots + some)[:, None] * HEADS + heads[None, :]
+        part_values = tl.load(
+            partial_ptr + rows[:, :, None] * BLOCK_D + features[None, None, :],
+            mask=there[:, :, None], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        shrink = tl.exp2(part_top - reference[None, :])
+        total += tl.sum(shrink * part_total, 0)
+        values += tl.sum(shrink[:, :, None] * part_values, 0)
+    return total, values
+
+
+@triton.jit
+def store_rows(
+    out_ptr, total, values, first_head, heads, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Divide by the sums and store the rows of one key head's query heads."""
+    features = tl.arange(0, BLOCK_D)
+    total = tl.where(total == 0.0, 1.0, total)  # nothing is visible: zeros, as in PyTorch
+    y = (values / total[:, None]).to(out_ptr.dtype.element_ty)
+    inside = (heads < HEADS)[:, None] & (features < D)[None, :]
+    tl.store(out_ptr + (first_head + heads)[:, None] * D + features[None, :], y, mask=inside)
+
+
 @triton.jit(do_not_specialize=["L", "parts"])
 def decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, partial_ptr, stats_ptr, counter_ptr, L, parts, key_heads, log2_scale,
     q_batch, q_head, k_batch, k_head, k_stride, v_batch, v_head, v_stride, mask_batch, mask_head, mask_stride,
     HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
-    STEPS: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
+    STEPS: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, OVERLAP: tl.constexpr, SUM_ROWS: tl.constexpr,
+    MOST: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys of one key head; with SPLIT the last part to arrive adds them all up, in order."""
+    """One part of the keys of one key head; with SPLIT the last part to arrive adds all of them up, MOST at most."""
     unit = tl.program_id(0)
     part = tl.program_id(1)
     batch = (unit // key_heads).to(tl.int64)
@@ -86,7 +139,6 @@ def decode_attention_kernel(
         mask_ptr + batch * mask_batch + head * HEADS * mask_head, part * (STEPS * BLOCK_L), L,
         k_stride, v_stride, mask_stride, mask_head, log2_scale, HEADS, ROWS, D, BLOCK_D, BLOCK_L, STEPS, MASK,
     )  # fmt: skip
-    last = True
     if SPLIT:
         slots = unit.to(tl.int64) * parts
         value_ptrs = partial_ptr + heads[:, None] * BLOCK_D + features[None, :]
@@ -98,30 +150,11 @@ def decode_attention_kernel(
         last = tl.atomic_add(counter_ptr + unit, 1, sem="acq_rel", scope="gpu") == parts - 1
         if last:
             tl.store(counter_ptr + unit, 0)
-            top = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            values = tl.zeros([ROWS, BLOCK_D], tl.float32)
-            for other in range(parts):
-                slot = slots + other
-                stats = stat_ptrs + slot * (2 * HEADS)
-                part_top = tl.load(stats, mask=heads < HEADS, other=float("-inf"), cache_modifier=".cg")
-                part_total = tl.load(stats + HEADS, mask=heads < HEADS, other=0.0, cache_modifier=".cg")
-                part_values = tl.load(
-                    value_ptrs + slot * (HEADS * BLOCK_D),
-                    mask=(heads < HEADS)[:, None],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                new_top = tl.maximum(top, part_top)
-                reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-                shrink, part_shrink = tl.exp2(top - reference), tl.exp2(part_top - reference)
-                total = total * shrink + part_total * part_shrink
-                values = values * shrink[:, None] + part_values * part_shrink[:, None]
-                top = new_top
-    if last:
-        total = tl.where(total == 0.0, 1.0, total)  # nothing is visible: zeros, as in PyTorch
-        y = (values / total[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (batch * key_heads * HEADS + rows) * D + features[None, :], y, mask=inside)
+            few = tl.arange(0, SUM_ROWS)
+            sums, y = add_parts(partial_ptr, stats_ptr, slots, parts, HEADS, SUM_ROWS, BLOCK_D, MOST)
+            store_rows(out_ptr + batch * key_heads * HEADS * D, sums, y, head * HEADS, few, HEADS, D, BLOCK_D)
+    else:
+        store_rows(out_ptr + batch * key_heads * HEADS * D, total, values, head * HEADS, heads, HEADS, D, BLOCK_D)
 
 
 def parts_of(keys: int) -> tuple[int, int]:
@@ -180,6 +213,7 @@ def decode_attention_cuda(
             scale * math.log2(math.e), q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], *mask_strides,
             HEADS=heads, ROWS=max(DOT_ROWS, triton.next_power_of_2(heads)), D=features, BLOCK_D=block_d,
             BLOCK_L=KEYS_PER_STEP, STEPS=steps, MASK=_mask_kind(mask), SPLIT=parts > 1, OVERLAP=overlap,
+            SUM_ROWS=triton.next_power_of_2(heads), MOST=MOST_PARTS,
             num_warps=4, num_stages=2, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 
 from intscale_compile.errors import InputError
 from intscale_compile.kernels.decode_attention import OP, unsupported
-from intscale_compile.kernels.triton_attention import decode_attention_kernel
+from intscale_compile.kernels.triton_attention import MOST_PARTS, decode_attention_kernel
 from intscale_compile.ops import KERNEL_ABI
 from tests.support.sass import assemble, disassemble
 
@@ -28,7 +28,7 @@ def compile_kernel(target: GPUTarget, mask: str, heads: int = 4, features: int =
     """As ``decode_attention_cuda`` launches it."""
     signature = POINTERS | dict.fromkeys(INTEGERS, "i32") | {"mask_ptr": MASK_TYPES[mask]}
     constants = dict(HEADS=heads, ROWS=16, D=features, BLOCK_D=max(16, 1 << (features - 1).bit_length()), BLOCK_L=64)
-    constants |= dict(STEPS=steps, MASK=mask, SPLIT=True, OVERLAP=overlap)
+    constants |= dict(STEPS=steps, MASK=mask, SPLIT=True, OVERLAP=overlap, SUM_ROWS=heads, MOST=MOST_PARTS)
     aligned = [name for name in signature if name not in ("L", "parts", "key_heads", "log2_scale", "mask_ptr")]
     aligned = [name for name in aligned if not name.startswith("mask_")]
     options = dict(num_warps=4, num_stages=2, **({"launch_pdl": True} if overlap else {}))
