@@ -49,6 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def set_schedule(chunk: int, per_round: int, programs: int) -> None:
     """Divide messages so from now on."""
     fused_kernel.LARGE_CHUNK, fused_kernel.MOST_PER_ROUND = chunk, per_round
+    fused_kernel.MOST_PER_ROUND_OF_FOUR = {}
     fused_kernel.PROGRAMS_PER_MULTIPROCESSOR = programs
     symmetric._plan.cache_clear()
 

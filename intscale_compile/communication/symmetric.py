@@ -123,7 +123,7 @@ def _plan(
     length = wire.slice_elements(elements, ranks)
     groups = length // wire.group_size
     layout = wire.layout(groups)
-    plan = schedule(length, multiprocessors)
+    plan = schedule(length, multiprocessors, ranks, layout.bits)
     sizes = (elements, length, groups, plan.per_round, layout.nbytes, layout.nbytes)
     constants = {**plan.constants(layout), "OUT_BITS": layout.bits}
     return sizes, constants, plan.programs, workspace_bytes(ranks, layout, layout)

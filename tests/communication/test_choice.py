@@ -125,7 +125,7 @@ def test_the_pass_takes_the_form_of_the_size(group):
         target, args, report = _replaced(tokens, "auto", group)
         assert target is PLANNED_ALL_REDUCE and args == (f"0:{form}", name)
         assert report.decision == form and report.quantized and report.threshold_source == "built-in"
-    target, args, report = _replaced(8192, "auto", group)
+    target, args, report = _replaced(32768, "auto", group)  # 256 MB
     assert target is torch.ops._c10d_functional.all_reduce.default and report.reason == "COLLECTIVE_PLAIN"
     assert _replaced(8192, "auto+int8", group)[1] == ("0:int8", name)
     assert _replaced(1, "auto", group, torch.float32)[2].reason == "COLLECTIVE_PLAIN"

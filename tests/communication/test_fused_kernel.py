@@ -66,16 +66,17 @@ def test_one_shot_words_travel_whole(tmp_path):
     assert "fence" not in ptx and "atom" not in ptx
 
 
-def test_schedule_covers_all_chunks_with_few_flags():
+@pytest.mark.parametrize("ranks,bits,most", [(2, 8, 4), (2, 16, 4), (4, 4, 4), (4, 8, 2), (8, 16, 1)])
+def test_schedule_covers_all_chunks_with_few_flags(ranks, bits, most):
     for length in (32, 132 * ELEMENTS, 132 * ELEMENTS + 1, 528 * LARGE_CHUNK, 528 * LARGE_CHUNK + 1, 1 << 30):
-        plan = schedule(length, 132)
+        plan = schedule(length, 132, ranks, bits)
         chunks = -(-length // plan.chunk)
         assert plan.chunk == (ELEMENTS if length <= 132 * ELEMENTS else LARGE_CHUNK)
-        assert 1 <= plan.programs <= min(528, chunks) and 1 <= plan.per_round <= 4
+        assert 1 <= plan.programs <= min(528, chunks) and 1 <= plan.per_round <= most
         rounds = -(-chunks // (plan.programs * plan.per_round))
         assert (rounds - 1) * plan.programs * plan.per_round < chunks
-        assert rounds == 1 or plan.per_round == 4
-    assert schedule(LARGE_CHUNK * 5000, 1000).programs == MOST_PROGRAMS
+        assert rounds == 1 or plan.per_round == most
+    assert schedule(LARGE_CHUNK * 5000, 1000, ranks, bits).programs == MOST_PROGRAMS
 
 
 @pytest.mark.parametrize("wire", ["int8", "int6", "int4-spikes"])
