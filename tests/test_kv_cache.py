@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 from torchao.quantization import quantize_
 
-from intscale_compile import IntScaleConfig, kv_cache, save_pretrained
+from intscale_compile import IntScaleConfig, kv_cache, prepare_for_generation, save_pretrained
 from intscale_compile.errors import CalibrationError, ConfigError, InputError
 
 transformers = pytest.importorskip("transformers")
@@ -88,6 +88,19 @@ def test_generate_with_the_cache(model):
     beams = kv_cache.int8_cache(model)
     model.generate(IDS, num_beams=2, do_sample=False, max_new_tokens=3, past_key_values=beams)
     assert beams.layers[0].keys.dtype == torch.int8 and beams.layers[0].keys.shape[:2] == (4, 2)
+
+
+def test_generate_of_a_prepared_model_takes_the_cache():
+    """It was refused, as every cache of the user's own: the model's static one was asked for as well."""
+    model = llama()
+    kv_cache.measure_cache(model, IDS)
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    wanted = model.generate(IDS, past_key_values=kv_cache.int8_cache(model), **options)
+    prepare_for_generation(model)
+    for cache in (kv_cache.int8_cache(model), kv_cache.int8_cache(model, 24)):
+        assert torch.equal(model.generate(IDS, past_key_values=cache, **options), wanted)
+        assert cache.layers[0].keys.dtype == torch.int8 and int(cache.get_seq_length()) == 19
+    assert model.generation_config.cache_implementation == "static"  # for the next call
 
 
 def test_saturates_beyond_what_was_measured(model):

@@ -251,7 +251,8 @@ def _prepare_cache(
     from transformers.generation.utils import GenerationMode
 
     original = type(self)._prepare_cache_for_generation
-    if any(model_kwargs.get(name) is not None for name in CACHE_NAMES):  # the user's own
+    if any(model_kwargs.get(name) is not None for name in CACHE_NAMES):  # the user's own, for this call
+        generation_config.cache_implementation = None  # transformers refuses both
         return original(self, generation_config, model_kwargs, generation_mode, *args, **kwargs)
     if generation_mode == GenerationMode.ASSISTED_GENERATION:
         generation_config.cache_implementation, generation_config.disable_compile = None, True
