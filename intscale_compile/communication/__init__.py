@@ -1,5 +1,6 @@
 """Collectives with quantized messages (Flash Communication, arXiv 2412.04964 and 2508.03760)."""
 
+from .exchange import all_to_all
 from .link_cost import Threshold, threshold
 from .link_table import Key, Link
 from .link_tuning import tune_link
@@ -15,6 +16,7 @@ __all__ = [
     "WireFormat",
     "all_gather",
     "all_reduce",
+    "all_to_all",
     "reduce_scatter",
     "simulate_all_reduce",
     "threshold",

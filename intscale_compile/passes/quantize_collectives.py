@@ -250,12 +250,13 @@ class QuantizeCollectives(CustomGraphPass):
 
     def _replace(self, graph: fx.Graph, node: fx.Node, member: Member, report: CollectiveReport) -> None:
         ranks: tuple = () if report.kind == "all_reduce" else (report.ranks,)
+        chosen: list[Any]
         if report.plan:
-            target, chosen = PLANNED_ALL_REDUCE, (report.plan,)
+            target, chosen = PLANNED_ALL_REDUCE, [report.plan]
         elif report.nbytes is None:
-            target, chosen = BY_SIZE[report.kind], (report.wire, report.threshold)
+            target, chosen = BY_SIZE[report.kind], [report.wire, report.threshold]
         else:
-            target, chosen = QUANTIZED[report.kind], (report.wire,)
+            target, chosen = QUANTIZED[report.kind], [report.wire]
         with graph.inserting_before(node):
             new = graph.call_function(target, (member.x, *chosen, *ranks, report.group))
         kept = member.waits[0].meta

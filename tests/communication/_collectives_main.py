@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from intscale_compile.communication import all_gather, all_reduce, cpu_codec, ops, reduce_scatter, transport  # noqa: E402
+from intscale_compile.communication import all_gather, all_reduce, all_to_all, cpu_codec, ops, reduce_scatter, transport  # noqa: E402
+from intscale_compile.communication.exchange import simulate_all_to_all  # noqa: E402
 from intscale_compile.communication.message import WireFormat  # noqa: E402
 from intscale_compile.communication.reference import (  # noqa: E402
     simulate_all_gather,
@@ -82,6 +83,28 @@ def check_pieces(rank: int, ranks: int) -> None:
         for collective, expected in zip((all_reduce, reduce_scatter, all_gather), before):
             assert torch.equal(collective(x, "int6"), expected), (collective, nbytes)
     transport.PIECE_BYTES["cpu"] = kept
+
+
+def check_all_to_all(rank: int, ranks: int) -> None:
+    """Dispatch and combine of expert parallelism: uneven splits, empty ones, odd widths, with the bits of the codec."""
+    for width, dtype, wire in (
+        (256, torch.bfloat16, "int8"),
+        (200, torch.float32, "int4-spikes"),
+        (1, torch.float16, "int6"),
+    ):
+        splits = [[(3 * i + 2 * j + width) % 5 for j in range(ranks)] for i in range(ranks)]
+        inputs = [contributions(sum(rows) * width, 1, dtype)[0].view(-1, width) + i for i, rows in enumerate(splits)]
+        coming = [rows[rank] for rows in splits]
+        found = all_to_all(inputs[rank], wire, coming, splits[rank])
+        assert same_bits(found, simulate_all_to_all(inputs, WireFormat.parse(wire), splits, rank)), (width, wire)
+        back = all_to_all(found, wire, splits[rank], coming)
+        assert back.shape == inputs[rank].shape
+        error = (back.double() - inputs[rank].double()).norm() / inputs[rank].double().norm()
+        assert error < (0.2 if "4" in wire else 0.05), (wire, error)
+    even = torch.arange(2 * ranks, dtype=torch.float32).view(-1, 1) + 100 * rank
+    assert all_to_all(even, "int8").shape == even.shape
+    raises(InputError, "add up to the rows", all_to_all, even, "int8", [1] * ranks, [1] * ranks)
+    raises(InputError, "for each rank", all_to_all, even, "int8", [2] * ranks, [2 * ranks])
 
 
 def check_parts(rank: int, ranks: int) -> dict[str, float]:
@@ -229,6 +252,7 @@ def collectives() -> dict:
     result = {"errors": check_errors_and_bits(rank, ranks), "parts": check_parts(rank, ranks)}
     check_odd_sizes(rank, ranks)
     check_pieces(rank, ranks)
+    check_all_to_all(rank, ranks)
     check_not_finite(rank, ranks)
     check_bad_input(rank, ranks, log)
     check_disagreement(rank, ranks)
