@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .arithmetic import divide_rows, exp2neg, exponent, mantissa, rsh, rsh_by, saturate
 from .cpu_attention import attention_cpu
-from .define import DECOMPOSITIONS, integer_op
+from .define import integer_op
 from .scalar import SCORE
 
 VALUE = 12  # fraction bits of values
@@ -90,7 +90,7 @@ def attention_aten(
     return saturate(rsh(y, 14 + VALUE - 16)).view(batch, heads, tokens, features)
 
 
-ATTENTION_OP = integer_op(ATTENTION, _fake)(attention_aten)
+ATTENTION_OP = integer_op(ATTENTION, _fake, fuses=False)(attention_aten)
 
 
 @torch.library.impl("intscale::int_attention", "CPU")
@@ -99,9 +99,10 @@ def _attention_cpu(*arguments) -> Tensor:
     return attention_aten(*arguments) if found is None else found
 
 
-def _attention_in_kernels(q: Tensor, *arguments) -> Tensor:
-    """What Inductor takes in the place of the op: on a CPU the op itself."""
-    return NotImplemented if q.device.type == "cpu" else attention_aten(q, *arguments)
+@torch.library.impl("intscale::int_attention", "CUDA")
+def _attention_gpu(*arguments) -> Tensor:
+    # Imports Triton, which only GPUs need.
+    from .triton_attention import attention_gpu
 
-
-DECOMPOSITIONS[ATTENTION_OP] = _attention_in_kernels
+    found = attention_gpu(*arguments)
+    return attention_aten(*arguments) if found is None else found

@@ -10,12 +10,13 @@ import torch
 DECOMPOSITIONS: dict[Any, Callable] = {}  # what Inductor takes in the place of an op
 
 
-def integer_op(schema: str, fake: Callable) -> Callable[[Callable], Any]:
+def integer_op(schema: str, fake: Callable, fuses: bool = True) -> Callable[[Callable], Any]:
     """Decorator: the function is the op's aten form, on any device and inside of Inductor's kernels.
 
     Args:
         schema: ``int_add(Tensor a, Tensor b) -> Tensor``.
         fake: makes empty results for the same arguments.
+        fuses: Inductor takes the aten form in the place of the op; else it calls the op.
 
     Returns:
         The op.
@@ -27,7 +28,8 @@ def integer_op(schema: str, fake: Callable) -> Callable[[Callable], Any]:
         torch.library.impl(name, "CompositeExplicitAutograd", function)
         torch.library.register_fake(name, fake)
         op = getattr(torch.ops.intscale, name.removeprefix("intscale::")).default
-        DECOMPOSITIONS[op] = function
+        if fuses:
+            DECOMPOSITIONS[op] = function
         return op
 
     return register

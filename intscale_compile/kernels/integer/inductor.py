@@ -92,7 +92,7 @@ def register_scalar_lowerings() -> None:
     for op, function in SCALARS.items():
         lowering = make_pointwise(_in_kernel(function), override_return_dtype=torch.int64)
         register_lowering(op, broadcast=True, type_promotion_kind=None)(_kept(lowering) if op in KEPT else lowering)
-    register_lowering(ATTENTION_OP, type_promotion_kind=None)(fallback_handler(ATTENTION_OP))  # on a CPU
+    register_lowering(ATTENTION_OP, type_promotion_kind=None)(fallback_handler(ATTENTION_OP))
 
 
 def _kept(lowering: Callable) -> Callable:
