@@ -42,9 +42,8 @@ def test_assembly(features, rows, warps, spilled, tmp_path):
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr") or name in strides
     }
-    source = ASTSource(
-        kernel, types | dict.fromkeys(constants, "constexpr"), {(names.index(key),): v for key, v in constants.items()}, attributes
-    )  # fmt: skip
+    types |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, attributes)
     options = {"num_warps": warps, "num_stages": 2}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert float_operations(compiled.asm["ttir"]) == [] and "i8" in compiled.asm["ttir"]
