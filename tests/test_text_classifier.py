@@ -71,6 +71,10 @@ def test_a_model_with_one_label_for_all_is_refused(example, data, monkeypatch):
     monkeypatch.setattr(example, "train", lambda *_, **__: Constant())
     with pytest.raises(SystemExit, match="collapsed to 1 of 3 labels: train it longer"):
         example.main(["--data", str(data)])
+    lines = [line for line in data.read_text().splitlines() if not line.startswith("towns")]
+    data.with_name("two.tsv").write_text("\n".join(lines))
+    with pytest.raises(SystemExit, match="collapsed to 1 of 2 labels"):  # half of the labels, but one for all
+        example.main(["--data", str(data.with_name("two.tsv"))])
     data.with_name("one.tsv").write_text("a\tb\n" * 70)
     with pytest.raises(SystemExit, match="there are 1 labels with 60 texts or more, not 2"):
         example.main(["--data", str(data.with_name("one.tsv"))])
