@@ -31,10 +31,7 @@ TOKENS, BATCH, VOCABULARY, WIDTH, PAD, START = 64, 32, 8192, 128, 0, 1
 LEARNING_RATE, WARMUP, SUPERVISED_PART, LEAST_TEXTS = 1e-3, 50, 0.4, 60  # texts of a label that takes part
 TEMPERATURE, CERTAIN, CERTAIN_OF_TWO, DROPPED = 0.4, 0.6, 0.97, 0.15  # UDA
 REPEATED, MOMENTUM, COSINE, CONTRAST_WEIGHT = 0.32, 0.995, 0.05, 0.1  # ESimCSE
-ATTACKS, BACKENDS = (
-    {"fgm": (1, 1.0), "pgd": (3, 0.3)},
-    ("inductor", "intscale", "intscale"),
-)  # steps, and the length of one
+ATTACKS, BACKENDS = {"fgm": (1, 1.0), "pgd": (3, 0.3)}, ("inductor", "intscale", "intscale")  # steps, their length
 NO_LABELS = {"site-packages", "test", "lib2to3", "idlelib", "turtledemo", "encodings", "ensurepip"}
 
 
