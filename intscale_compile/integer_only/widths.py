@@ -13,8 +13,8 @@ from ..kernels.integer.arithmetic import rdiv, rsh, sigmoid
 DROPPED = 7  # fraction bits
 
 
-def _probabilities(e: Tensor, total: Tensor) -> Tensor:
-    return rdiv(e >> DROPPED, total) << DROPPED
+def _probabilities(a: Tensor, b: Tensor) -> Tensor:
+    return rdiv(a >> DROPPED, b) << DROPPED
 
 
 def _sigmoid(x: Tensor) -> Tensor:
