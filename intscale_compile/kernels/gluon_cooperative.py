@@ -60,6 +60,22 @@ def consumer_scales(
 
 
 @gluon.jit
+def one_where_loaded(scales):
+    """1 for each group scale (0 for rows that do not exist), known only when the scale has arrived in its register.
+
+    A load from shared memory that nothing has used yet may still wait in the queue of its part of the multiprocessor when the
+    warps meet and the stage is given free, behind the other consumer's stores, for longer than the producer needs to refill the
+    stage: with 8-bit scales and several tiles a program, sums were wrong on an H100. So the product itself depends on the scales.
+    """
+    IS_FLOAT: gl.constexpr = scales.dtype == gl.float32
+    if IS_FLOAT:
+        one = (scales != 0.0).to(gl.int32)
+    else:
+        one = gl.minimum(scales, 1)
+    return one
+
+
+@gluon.jit
 def multiply_half(
     acc, slot, xs, ws, ss, empty, CONSUMER: gl.constexpr,
     SCALES: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr, INT8: gl.constexpr,
@@ -81,7 +97,8 @@ def multiply_half(
         elif SCALES == "none":
             low, high = unpack_times16(packed)
         else:  # codes at their own size: the sums of a group need no shift
-            low, high = fold_codes(packed, gl.full([ROWS], 1, gl.int32, gl.SliceLayout(1, A)))
+            scales = consumer_scales(ss, slot, CONSUMER, ROWS, gl.SliceLayout(1, A))
+            low, high = fold_codes(packed, one_where_loaded(scales))
         if SCALES == "fold" or SCALES == "none":
             acc = warpgroup_mma(low, x_low, acc, is_async=True)
             acc = warpgroup_mma(high, x_high, acc, is_async=True)
@@ -91,12 +108,11 @@ def multiply_half(
             part = gl.zeros([ROWS, BLOCK_M], gl.int32, LAYOUT)
             part = warpgroup_mma(low, x_low, part, use_acc=False, is_async=True)
             part = warpgroup_mma(high, x_high, part, is_async=True)
-            scales = consumer_scales(ss, slot, CONSUMER, ROWS, gl.SliceLayout(1, LAYOUT))
             part = warpgroup_mma_wait(0, deps=(part,))
             mbarrier.arrive(empty.index(slot), count=1)
             if SCALES == "float":
                 part = part.to(gl.float32)
-            acc = acc + part * gl.expand_dims(scales, 1)
+            acc = acc + part * gl.expand_dims(gl.convert_layout(scales, gl.SliceLayout(1, LAYOUT)), 1)
     return acc
 
 

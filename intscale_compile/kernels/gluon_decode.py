@@ -137,7 +137,8 @@ def consume(
                 else:
                     scales = ss.index(slot).slice(step * SPLIT, SPLIT, 0).load(gl.SliceLayout(2, LAYOUT))
                     acc = acc + part * gl.expand_dims(scales.to(gl.int32), 2)
-            mbarrier.arrive(empty.index(slot), count=1)
+            # The stage before is given back: the loads of this one, of which some have been used, came after all of its loads.
+            mbarrier.arrive(empty.index((item + STAGES - 1) % STAGES), count=1, pred=item > 0)
             item += 1
         ROWS: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [ROW_WARPS, SPLIT], [0, 1])
         store_tile(

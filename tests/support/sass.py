@@ -16,6 +16,11 @@ NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # mma.sync, wgmma and tcgen05
 TENSOR_CORE = ("IMMA", "IGMMA", "UTCIMMA")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_x]+)*)([^;]*);")
+# Opcode, and the second word of the instruction, which says what it waits for and what will wait for it.
+_CONTROLLED = re.compile(
+    r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_x]+)*)[^;]*;"
+    r"\s*/\* 0x[0-9a-f]{16} \*/\s*/\* (0x[0-9a-f]{16}) \*/"
+)
 _BACKWARD_TARGET = re.compile(r"0x([0-9a-f]+)")
 
 
@@ -75,6 +80,36 @@ class Sass:
             if not overlaps and any(i.base in TENSOR_CORE for i in body):
                 found.append(body)
         return found
+
+    def late_loads(self, stages_behind: int = 0) -> list[str]:
+        """Loads from shared memory that may still wait in their queue when a stage is given back to the producer.
+
+        A barrier among warps waits for no load whose value nothing has used: the load may be late by microseconds, when the
+        stage has other contents already. Found by the scoreboards: a load sets one, whatever waits for that has it and, as
+        they come back in order, all loads before it.
+
+        Args:
+            stages_behind: 1 where a stage is given back one stage later: the loads since the last wait for data may be
+                under way.
+        """
+        pending: list[tuple[int, str]] = []  # scoreboard and load, oldest first
+        at_barrier, late, current = [], [], 0
+        for opcode, word in _CONTROLLED.findall(self.text):
+            control = int(word, 16) >> 41
+            waited, sets = control >> 11 & 63, control >> 5 & 7
+            done = [i for i, (board, _) in enumerate(pending) if waited >> board & 1]
+            if done:
+                current = max(0, current - done[-1] - 1)
+                pending = pending[done[-1] + 1 :]
+            if opcode.startswith(("LDS", "LDSM")) and sets != 7:
+                pending.append((sets, opcode))
+            elif opcode.startswith("SYNCS.PHASECHK"):
+                current = len(pending)  # those behind are of the stage that has come now
+            elif opcode.startswith("BAR.SYNC"):
+                at_barrier = pending[: current if stages_behind else None]
+            elif opcode.startswith("SYNCS.ARRIVE") and "A1T0" in opcode:
+                late += [load for _, load in at_barrier]
+        return late
 
     def k_loop(self) -> list[Instruction]:
         """The shortest of :meth:`k_loops`."""
