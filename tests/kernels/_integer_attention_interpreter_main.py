@@ -20,9 +20,11 @@ CASES = {
     "masked": (2, 2, 1, 21, 70, 33, True, False, 18),
     "ends": (1, 2, 2, 9, 40, 16, False, False, 31),
     "masked-causal": (1, 3, 3, 67, 67, 128, True, True, 24),
+    "divided": (2, 4, 2, 1, 150, 32, True, False, 19),
+    "divided-causal": (1, 3, 1, 3, 130, 64, False, True, 18),
     "small": (1, 1, 1, 3, 3, 8, False, True, 4),
 }
-QUICK = "masked$|ends"
+QUICK = "masked$|divided$"
 
 
 def check(batch, heads, shared, tokens, keys, features, masked, causal, bits) -> None:

@@ -3,6 +3,9 @@
 Probabilities are rounded with the sum of their row, so that they cannot be rescaled as a running maximum rises: three passes
 over the keys, for the maximum, the sum and the values. Scores are computed in each; they never go to memory. Probabilities
 have two int8 digits and values, of at most 23 bits, three: six products, put together in int64.
+
+A few queries with many keys (decoding) divide the keys among programs: a launch for each pass, whose maxima and sums meet in
+memory. Integers may be added in any order.
 """
 
 from __future__ import annotations
@@ -18,9 +21,14 @@ from torch import Tensor
 from ..launching import launch
 
 FUSED = True  # False: PyTorch operators, with scores in memory
+DIVIDED = True  # False: one program for all keys, also where there are few queries
 MOST_KEYS = 1 << 17
 MOST_FEATURES = 256
 KEYS_PER_STEP = 64
+FEW_ROWS, PROGRAMS = (
+    16,
+    264,
+)  # most rows of a query block whose keys are divided, and about how many programs share the work
 HIDDEN = tl.constexpr(-(1 << 62))
 NOTHING = tl.constexpr(1 << 20)  # 2 ** -16 with 15 fraction bits is 0
 
@@ -168,6 +176,75 @@ def integer_attention_kernel(
     tl.store(out_ptr + place[:, None] + features[None, :], y, mask=inside)
 
 
+@triton.jit(do_not_specialize=["T", "S", "steps"])
+def divided_attention_kernel(
+    q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, mask_ptr, out_ptr, top_ptr, total_ptr, acc_ptr, T, S, steps,
+    key_heads, c_m, c_k,
+    q_b, q_h, q_t, qs_b, qs_h, qs_t, k_b, k_h, k_s, ks_b, ks_h, ks_s, v_b, v_h, v_s, vs_b, vs_h, vs_s, m_b, m_h, m_t, m_s,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, PASS: tl.constexpr,
+):  # fmt: skip
+    """One pass over ``steps`` blocks of keys, of one block of rows: 0 the maximum, 1 the sum, 2 the values; 3 rounds them.
+
+    Maxima (less HIDDEN, so that zeros are below all of them), sums and values of all rows are int64 in memory, zeros at first.
+    """
+    batch = (tl.program_id(1) // key_heads).to(tl.int64)
+    shared = (tl.program_id(1) % key_heads).to(tl.int64)
+    rows = tl.arange(0, ROWS)
+    valid = rows < T * HEADS
+    times = tl.where(valid, rows // HEADS, -1)
+    head = shared * HEADS + rows % HEADS
+    at = tl.maximum(times, 0).to(tl.int64)
+    features = tl.arange(0, BLOCK_D)
+    inside = valid[:, None] & (features < D)[None, :]
+    slots = tl.program_id(1).to(tl.int64) * ROWS + rows
+    places = slots[:, None] * BLOCK_D + features[None, :]
+    if PASS == 3:
+        y = (tl.load(acc_ptr + places) + (1 << 9)) >> 10
+        y = tl.minimum(tl.maximum(y, -2147483648), 2147483647).to(tl.int32)
+        place = ((batch * key_heads * HEADS + head) * T + at) * D
+        tl.store(out_ptr + place[:, None] + features[None, :], y, mask=inside)
+    else:
+        q = tl.load(q_ptr + batch * q_b + (head * q_h + at * q_t)[:, None] + features[None, :], mask=inside, other=0)
+        d = tl.load(q_scale_ptr + batch * qs_b + head * qs_h + at * qs_t, mask=valid, other=0).to(tl.int64)
+        e = exponent_of(d)
+        query, shift = ((d - (e << 18)) * c_m) >> 15, e + (c_k - 31)
+        k_ptr += batch * k_b + shared * k_h
+        k_scale_ptr += batch * ks_b + shared * ks_h
+        v_ptr += batch * v_b + shared * v_h
+        v_scale_ptr += batch * vs_b + shared * vs_h
+        mask_rows = batch * m_b + head * m_h + at * m_t
+        found = tl.zeros([ROWS], tl.int64)
+        acc = tl.zeros([ROWS, BLOCK_D], tl.int64)
+        if PASS > 0:
+            top = tl.load(top_ptr + slots) + HIDDEN
+        if PASS == 2:
+            total = tl.maximum(tl.load(total_ptr + slots), 1)
+            double = total * 2
+            inverse = (total * 0 + (1 << 46)) // tl.maximum(double, 1 << 16)
+        for step in range(0, steps):
+            first = (tl.program_id(0) * steps + step) * BLOCK_S
+            s, seen = scores_of(
+                q, query, shift, times, mask_rows, k_ptr, k_scale_ptr, mask_ptr, first, S, k_s, ks_s, m_s,
+                D, BLOCK_D, BLOCK_S, CAUSAL, MASK,
+            )  # fmt: skip
+            if PASS == 0:
+                found = tl.maximum(found, tl.max(tl.where(seen, s - HIDDEN, 0), 1))
+            if PASS == 1:
+                found += tl.sum(exponentials(s, seen, top), 1).to(tl.int64)
+            if PASS == 2:
+                n = (exponentials(s, seen, top).to(tl.int64) << 15) + total[:, None]
+                p = (n * inverse[:, None]) >> 46
+                p += tl.where(n - p * double[:, None] >= double[:, None], 1, 0)
+                acc += weighed(p.to(tl.int32), v_ptr, v_scale_ptr, first, S, v_s, vs_s, D, BLOCK_D, BLOCK_S)
+        if PASS == 0:
+            tl.atomic_max(top_ptr + slots, found, mask=valid)
+        if PASS == 1:
+            tl.atomic_add(total_ptr + slots, found, mask=valid)
+        if PASS == 2:
+            tl.atomic_add(acc_ptr + places, acc, mask=inside)
+
+
 def attention_gpu(
     q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, mask: Optional[Tensor], causal: bool,
     c_m: int, c_k: int,
@@ -181,15 +258,30 @@ def attention_gpu(
     shown = None if mask is None else mask.expand(batch, heads, tokens, keys)
     strides = [stride for x in (q, q_scale, k, k_scale, v, v_scale) for stride in x.stride()[:3]]
     strides += (0, 0, 0, 0) if shown is None else shown.stride()
-    rows = heads // shared * tokens
-    block = 64 if rows > 32 else 16
+    rows, units = heads // shared * tokens, batch * shared
+    operands = (q, q_scale, k, k_scale, v, v_scale, q if shown is None else shown, out)
+    form = {"HEADS": heads // shared, "D": features, "BLOCK_D": max(32, triton.next_power_of_2(features))}
+    form |= {"BLOCK_S": KEYS_PER_STEP, "CAUSAL": causal, "MASK": shown is not None, "num_stages": 2}
+    parts = min(triton.cdiv(keys, KEYS_PER_STEP), PROGRAMS // units) if DIVIDED and rows <= FEW_ROWS else 1
     context: Any = torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
     with context:
+        if parts > 1:
+            _divided(operands, (tokens, keys), (shared, c_m, c_k, *strides), form, units, parts)
+            return out
+        block = 64 if rows > 32 else 16
         launch(
-            integer_attention_kernel, (triton.cdiv(rows, block), batch * shared),
-            q, q_scale, k, k_scale, v, v_scale, q if shown is None else shown, out, tokens, keys, shared, c_m, c_k, *strides,
-            HEADS=heads // shared, D=features, BLOCK_D=max(32, triton.next_power_of_2(features)), ROWS=block,
-            BLOCK_S=KEYS_PER_STEP, CAUSAL=causal, MASK=shown is not None,
-            num_warps=8 if features > 64 and block > 16 else 4, num_stages=2,
+            integer_attention_kernel, (triton.cdiv(rows, block), units), *operands, tokens, keys, shared, c_m, c_k, *strides,
+            ROWS=block, num_warps=8 if features > 64 and block > 16 else 4, **form,
         )  # fmt: skip
     return out
+
+
+def _divided(operands: tuple, sizes: tuple, others: tuple, form: dict[str, Any], units: int, parts: int) -> None:
+    """The passes, one launch each; ``parts`` programs share the keys of each of ``units`` batches and key heads."""
+    slots = units * FEW_ROWS
+    memory = torch.zeros(slots * (2 + form["BLOCK_D"]), dtype=torch.int64, device=operands[0].device)
+    steps = triton.cdiv(triton.cdiv(sizes[1], KEYS_PER_STEP), parts)
+    arguments = (*operands, memory, memory[slots:], memory[2 * slots :], *sizes, steps, *others)
+    for number in range(4):
+        grid = (parts if number < 3 else 1, units)
+        launch(divided_attention_kernel, grid, *arguments, ROWS=FEW_ROWS, PASS=number, num_warps=4, **form)
