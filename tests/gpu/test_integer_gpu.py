@@ -41,7 +41,9 @@ def test_functions_of_integers():
         assert all(torch.equal(x.cpu(), y) for x, y in zip(found, expected))
 
 
-@pytest.mark.parametrize("tokens, keys, features", [(1, 300, 64), (1, 5000, 128), (3, 40, 80), (77, 77, 128), (130, 130, 32)])
+@pytest.mark.parametrize(
+    "tokens, keys, features", [(1, 300, 64), (1, 5000, 128), (3, 40, 80), (77, 77, 128), (130, 130, 32)]
+)
 def test_attention(tokens, keys, features):
     draw = lambda *shape: torch.randint(-(2**19), 2**19, shape).to(torch.int32)  # noqa: E731
     operands = [*QUANTIZE_OP(draw(2, 8, tokens, features))]
