@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ranks import NO_MULTICAST
+
 HERE = Path(__file__).parent
 SIZES = ["8K", "16K", "64K", "256K", "512K", "1M", "2M", "8M", "32M", "128M", "256M"]
 FUSED = ["int8 fused", "int6 fused", "int4 fused"]
@@ -102,11 +104,8 @@ def parts(ranks: int, folder: Path) -> list[Part]:
 
 def run(part: Part, folder: Path, seconds: float) -> str:
     """Run a part for at most ``seconds``; how it ended."""
-    environment = {
-        **os.environ,
-        "INTSCALE_LINKS": str(folder / "links"),
-        "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}",
-    }
+    path = f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, **NO_MULTICAST, "INTSCALE_LINKS": str(folder / "links"), "PYTHONPATH": path}
     start = time.monotonic()
     with open(folder / f"{part.name}.txt", "w") as log:
         process = subprocess.Popen(
