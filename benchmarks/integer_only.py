@@ -1,7 +1,7 @@
 """Integer-only models against the float form of the same weights, both compiled by intscale: time of prefill and of decoding.
 
     python benchmarks/integer_only.py                               # tiny-llama, 4 x 512 tokens, on a CPU
-    python benchmarks/integer_only.py --device cuda --random 4096 --layers 4 --batch 1 --tokens 2048 --decode 1 16
+    python benchmarks/integer_only.py --device cuda --random 4096 --layers 2 --batch 1 --tokens 2048 --decode 1 16
 
 Runs of the two sides alternate; each row gives the medians and their ratio. A decoding step attends to ``--tokens`` keys: the
 float form's in a cache of its dtype, the integer form's in an int8 cache.
@@ -25,8 +25,8 @@ from torchao.quantization import quantize_
 from intscale_compile import IntScaleConfig, integer_only
 
 
-def load(folder: Path, random: int | None, layers: int | None, dtype: torch.dtype):
-    """A model of a folder, or one of this width with random weights; quantized, on the CPU."""
+def load(folder: Path, random: int | None, layers: int | None, dtype: torch.dtype, device: str):
+    """A model of a folder, or one of this width with random weights, quantized where it is to run."""
     if random is None:
         more = {} if layers is None else {"num_hidden_layers": layers}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
@@ -36,7 +36,7 @@ def load(folder: Path, random: int | None, layers: int | None, dtype: torch.dtyp
             num_attention_heads=random // 128, num_key_value_heads=max(1, random // 512),
         )  # fmt: skip
         model = transformers.LlamaForCausalLM(config).to(dtype)
-    model = model.eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
     quantize_(model, IntScaleConfig())
     return model
 
@@ -94,7 +94,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each row")
     args = parser.parse_args(argv)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    model = load(args.model, args.random, args.layers, dtype).to(args.device)
+    model = load(args.model, args.random, args.layers, dtype, args.device)
     ids = torch.randint(0, model.config.vocab_size, (max([args.batch, *args.decode]), args.tokens), device=args.device)
     print(head(["", "float, ms", "integer-only, ms", "ratio"]))
     with torch.no_grad():
