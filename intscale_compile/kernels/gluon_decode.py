@@ -96,7 +96,8 @@ def after_loads(acc):
 
     A barrier among warps waits for no load whose value nothing has used, and such a load may be late by microseconds, when the
     stage has been filled again (seen in ``gluon_cooperative``). A trap that is never taken, as no sum is -2**31 (the proof
-    bounds magnitudes), keeps the barrier and what gives the stage back behind the last product.
+    bounds magnitudes), keeps the barrier and what gives the stage back behind the last product. It takes 2 to 9 % of the time
+    (H100); giving a stage back one later takes 0 to 5 %, but 14 % where there are two stages.
     """
     return gl.inline_asm_elementwise(
         """{
@@ -160,8 +161,13 @@ def consume(
                 else:
                     scales = ss.index(slot).slice(step * SPLIT, SPLIT, 0).load(gl.SliceLayout(2, LAYOUT))
                     acc = acc + part * gl.expand_dims(scales.to(gl.int32), 2)
-            acc = after_loads(acc)
-            mbarrier.arrive(empty.index(slot), count=1)
+            if (
+                STAGES > 2
+            ):  # the stage before: the loads of this one, of which some have been used, came after all of its loads
+                mbarrier.arrive(empty.index((item + STAGES - 1) % STAGES), count=1, pred=item > 0)
+            else:
+                acc = after_loads(acc)
+                mbarrier.arrive(empty.index(slot), count=1)
             item += 1
         ROWS: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [ROW_WARPS, SPLIT], [0, 1])
         store_tile(
