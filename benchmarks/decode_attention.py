@@ -33,7 +33,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, nargs=3, default=(32, 8, 128), metavar=("QUERY", "KEY", "FEATURES"))
     parser.add_argument("--points", nargs="+", default=["1x1024", "1x2048", "1x8192", "1x32768", "16x2048", "16x8192"])
     parser.add_argument("--room", type=int, default=128, help="places of the cache behind the tokens")
-    parser.add_argument("--most-parts", type=int, nargs="+", default=[triton_attention.MOST_PARTS])
+    parser.add_argument(
+        "--most-parts", type=int, nargs="+", help="parts of the keys; default: by their number, as shipped"
+    )
     return parser.parse_args(argv)
 
 
@@ -51,8 +53,9 @@ def peers(batch: int, tokens: int, args: argparse.Namespace) -> dict[str, list[C
     mask = (torch.arange(length, device="cuda") < tokens).expand(batch, 1, 1, length)
     repeats = query_heads // key_heads
 
-    def ours(most: int, k: Any, v: Any) -> Any:
-        triton_attention.MOST_PARTS = most
+    def ours(most: int | None, k: Any, v: Any) -> Any:
+        if most is not None:
+            triton_attention.FEW_PARTS = triton_attention.MOST_PARTS = most
         return triton_attention.decode_attention_cuda(q, k, v, mask, scale)
 
     def masked(k: Any, v: Any) -> Any:

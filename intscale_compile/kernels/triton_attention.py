@@ -160,7 +160,7 @@ def decode_attention_kernel(
 def parts_of(keys: int) -> tuple[int, int]:
     """Number of parts that ``keys`` are cut into, and steps of :data:`KEYS_PER_STEP` in each."""
     steps = max(1, -(-keys // KEYS_PER_STEP))
-    steps_per_part = triton.next_power_of_2(-(-steps // MOST_PARTS))
+    steps_per_part = triton.next_power_of_2(-(-steps // (FEW_PARTS if keys <= MANY_KEYS else MOST_PARTS)))
     return -(-steps // steps_per_part), steps_per_part
 
 

@@ -24,7 +24,7 @@ SHAPES = {
     "ragged": (2, 8, 1, 37, 128),
     "two-parts": (2, 4, 1, 65, 128),
     "features-80": (3, 4, 4, 200, 80),
-    "two-steps": (1, 8, 2, 64 * 64 + 5, 64),
+    "two-steps": (1, 8, 2, 32 * 64 + 5, 64),
 }
 QUICK = "one-tile/|ragged/bool$|two-parts/(none|bool|float)$|features-80/heads|two-steps/(none|bool)$|[^/]*$"
 
@@ -116,9 +116,9 @@ def check_alone() -> None:
 
 def check_parts() -> None:
     """Each key in one part, never more parts than there is room for."""
-    for keys in (*range(1, 300), 2048, 2049, 4096, 8192, 131072, 1 << 20):
+    for keys in (*range(1, 300), 2048, 2049, 4096, 8192, 16384, 16385, 131072, 1 << 20):
         parts, steps = parts_of(keys)
-        assert 1 <= parts <= 64 and (parts - 1) * steps * 64 < keys <= parts * steps * 64
+        assert 1 <= parts <= (32 if keys <= 16384 else 64) and (parts - 1) * steps * 64 < keys <= parts * steps * 64
 
 
 def check_empty() -> None:
