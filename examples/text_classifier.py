@@ -35,19 +35,18 @@ ATTACKS, BACKENDS = {"fgm": (1, 1.0), "pgd": (3, 0.3)}, ("inductor", "intscale",
 NO_LABELS = {"site-packages", "test", "lib2to3", "idlelib", "turtledemo", "encodings", "ensurepip"}
 
 
-def functions_by_package() -> list[tuple[str, str]]:
+def functions_by_package():
     """Package and source of every longer function of the running Python's standard library: many, uneven, noisy labels."""
-    root, found = Path(sysconfig.get_paths()["stdlib"]), []
+    root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(set(root.glob("*/**/*.py")) - {p for name in NO_LABELS for p in root.glob(f"{name}/**/*.py")}):
         parts = re.split(r"^ *def ", path.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE)
-        found += [(path.relative_to(root).parts[0], text) for text in parts[1:] if len(text) > 120]
-    return found
+        yield from ((path.relative_to(root).parts[0], text) for text in parts[1:] if len(text) > 120)
 
 
 def read_data(args) -> tuple[int, tuple[Tensor, Tensor], Tensor, tuple[Tensor, Tensor]]:
     """Number of labels, labelled texts ``[N, T]`` with labels ``[N]``, unlabelled ones, and those to test with."""
     lines = [] if args.data is None else args.data.read_text(encoding="utf-8").splitlines()
-    pairs = functions_by_package() if args.data is None else [line.split("\t", 1) for line in lines if "\t" in line]
+    pairs = list(functions_by_package()) if args.data is None else [x.split("\t", 1) for x in lines if "\t" in x]
     names = sorted(label for label, count in Counter(label for label, _ in pairs).items() if count >= LEAST_TEXTS)
     if len(names) < 2:
         raise SystemExit(f"text_classifier: there are {len(names)} labels with {LEAST_TEXTS} texts or more, not 2")
@@ -197,4 +196,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # layers this small gain nothing from more
     main()

@@ -116,7 +116,7 @@ def test_functions_of_packages(example, tmp_path, monkeypatch):
             f"import os\n\n\ndef f(x):\n{body}\n\n\nclass A:\n    def g(self):\n{body}\n\n    def h(self): pass\n"
         )
     monkeypatch.setattr(example.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    found = example.functions_by_package()
+    found = list(example.functions_by_package())
     assert [label for label, _ in found] == ["json"] * 4 and [text[:4] for _, text in found] == ["f(x)", "g(se"] * 2
 
 
