@@ -98,36 +98,47 @@ def prepare_for_generation(
     """
     if communication is not None:
         backend = _with_communication(backend, communication)
-    if prompt not in PROMPTS:
-        raise ConfigError(f"prompt={prompt!r} is not supported: use one of {PROMPTS}.")
-    if not hasattr(model, "generation_config") or not hasattr(model, "generate"):
-        raise ConfigError(f"{type(model).__name__} has no generate(): pass a model of transformers.")
+    _check(model, prompt)
     from transformers import CompileConfig  # optional dependency
 
     on_gpu = model.device.type == "cuda"
     windows = has_windows(model)
     mode = mode or ("reduce-overhead" if on_gpu and not windows else "default")
-    config = model.generation_config
-    config.cache_implementation = "static"
-    if max_cache_len is not None:
-        config.max_cache_len = max_cache_len
     # A window's count is a number in the graph: constant, each step would be compiled anew until Dynamo gives up.
-    config.compile_config = CompileConfig(
-        backend=backend, mode=mode, dynamic=None if windows else False, fullgraph=False
-    )
-    # Without it transformers compiles on accelerators only, and says so in a line that is easily missed.
-    config.compile_config._compile_all_devices = True
+    steps = CompileConfig(backend=backend, mode=mode, dynamic=None if windows else False, fullgraph=False)
+    _set_steps(model.generation_config, steps, max_cache_len)
     compiled_prompt = prompt in ("layers", "compiled") or (prompt == "auto" and on_gpu)
     compiled_prompt &= not model.config.is_encoder_decoder and not foreign_forward(model)
-    ours = backend == "intscale" or getattr(backend, "takes_intscale_options", False)
-    options = {"intscale.whole_prompt": True} if ours else None
-    compile_forward = functools.partial(torch.compile, backend=backend, options=options) if compiled_prompt else None
+    compile_forward = _compile_of_prompts(backend) if compiled_prompt else None
     by_layer = prompt == "layers" and compiled_prompt and _quantized(model) > 0 and bool(decoder_layers(model))
     prepare_model(model, PromptState(compile_forward, keep_cache and not model.config.is_encoder_decoder, by_layer))
     how = f"torch.compile, one graph for all {'layers and ' if by_layer else ''}lengths" if compiled_prompt else "eager"
     setup = _describe(model, mode, how, keep_cache, max_cache_len, windows)
     log.info("%s", setup)
     return setup
+
+
+def _check(model: Any, prompt: str) -> None:
+    if prompt not in PROMPTS:
+        raise ConfigError(f"prompt={prompt!r} is not supported: use one of {PROMPTS}.")
+    if not hasattr(model, "generation_config") or not hasattr(model, "generate"):
+        raise ConfigError(f"{type(model).__name__} has no generate(): pass a model of transformers.")
+
+
+def _compile_of_prompts(backend: Union[str, Callable]) -> Callable:
+    """``torch.compile`` for a whole prompt, which attends to itself only."""
+    ours = backend == "intscale" or getattr(backend, "takes_intscale_options", False)
+    return functools.partial(torch.compile, backend=backend, options={"intscale.whole_prompt": True} if ours else None)
+
+
+def _set_steps(config: Any, steps: Any, max_cache_len: Optional[int]) -> None:
+    """Let decoding steps run compiled on a static cache."""
+    config.cache_implementation = "static"
+    if max_cache_len is not None:
+        config.max_cache_len = max_cache_len
+    config.compile_config = steps
+    # Without it transformers compiles on accelerators only, and says so in a line that is easily missed.
+    config.compile_config._compile_all_devices = True
 
 
 def _with_communication(backend: Union[str, Callable], communication: str) -> Callable:
