@@ -83,8 +83,10 @@ def test_nothing_is_timed_out_of_step_unless_a_process_died(bench):
 
 
 def test_the_most_telling_points_come_first(bench):
-    names = [p.name for p in bench.e2e.interleaved([1, 16, 64], [2048, 512])]
+    names = [p.name for p in bench.e2e.interleaved([1, 16, 64], [2048, 512], [128])]
     assert names == ["decode 1", "prefill 2048", "decode 16", "prefill 512", "decode 64"]
+    names = [p.name for p in bench.e2e.interleaved([1, 16], [], [8192, 128])]
+    assert names == ["decode 1 behind 8192", "decode 16 behind 8192", "decode 1", "decode 16"]
 
 
 def test_the_shared_attention_equals_transformers_own(bench):
