@@ -126,8 +126,8 @@ def options(args: argparse.Namespace, peer: str, device: torch.device, graphs: b
     found: dict[str, Any] = {"triton.cudagraphs": graphs} if device.type == "cuda" else {}
     if peer.startswith(W4A8 + " "):
         found["intscale.communication"] = peer.removeprefix(W4A8 + " ").removesuffix(UNFUSED)
-        if peer.endswith(UNFUSED):
-            found["intscale.disable_passes"] = ["collective_norm"]
+        if not peer.endswith(UNFUSED):
+            found["intscale.force_passes"] = ["collective_norm"]
         if args.min_bytes >= 0 and not found["intscale.communication"].startswith("auto"):
             found["intscale.communication_min_bytes"] = args.min_bytes
     return found

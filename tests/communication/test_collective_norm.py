@@ -58,7 +58,8 @@ def group(monkeypatch):
 def compiled(model, *inputs, **options):
     """Result, how the collective was decided and the generated code."""
     torch._dynamo.reset()
-    options = {"intscale.communication": "auto", "fx_graph_cache": False, **options}
+    forced = {"intscale.force_passes": ["collective_norm"]}
+    options = {"intscale.communication": "auto", "fx_graph_cache": False, **forced, **options}
     out = torch.compile(model, backend="intscale", options=options, dynamic=False)(*inputs)
     found = last_compilation()[-1]
     return out, found.collectives[0].decision, "".join(kernel.code for kernel in found.kernels)
@@ -70,8 +71,9 @@ def test_a_sum_takes_along_what_follows_it(group):
     out, decision, code = compiled(model, x, residual)
     assert decision == "one_shot with norm"
     assert "all_reduce_norm_quantize.default(" in code and "planned_all_reduce.default(" not in code
-    apart, decision, code = compiled(model, x, residual, **{"intscale.disable_passes": ["collective_norm"]})
-    assert decision == "one_shot" and "all_reduce_norm_quantize" not in code
+    for off in ({"intscale.disable_passes": ["collective_norm"]}, {"intscale.force_passes": []}):
+        apart, decision, code = compiled(model, x, residual, **off)
+        assert decision == "one_shot" and "all_reduce_norm_quantize" not in code
     assert (out - apart).float().norm() < 0.01 * apart.float().norm()  # a code at a half may be rounded the other way
 
 
