@@ -41,10 +41,14 @@ def test_functions_of_integers():
         assert all(torch.equal(x.cpu(), y) for x, y in zip(found, expected))
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
     "tokens, keys, features", [(1, 300, 64), (1, 5000, 128), (3, 40, 80), (77, 77, 128), (130, 130, 32)]
 )
-def test_attention(tokens, keys, features):
+def test_attention(tokens, keys, features, fused, monkeypatch):
+    from intscale_compile.kernels.integer import triton_attention
+
+    monkeypatch.setattr(triton_attention, "FUSED", fused)
     draw = lambda *shape: torch.randint(-(2**19), 2**19, shape).to(torch.int32)  # noqa: E731
     operands = [*QUANTIZE_OP(draw(2, 8, tokens, features))]
     for _ in range(2):

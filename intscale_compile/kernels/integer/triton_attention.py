@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..launching import launch
 
-FUSED = True  # False: PyTorch operators, with scores in memory
+FUSED = False  # PyTorch operators, with scores in memory, until this kernel has run on a GPU
 DIVIDED = True  # False: one program for all keys, also where there are few queries
 MOST_KEYS = 1 << 17
 MOST_FEATURES = 256
