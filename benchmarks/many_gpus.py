@@ -56,7 +56,7 @@ def parts(ranks: int, folder: Path) -> list[Part]:
         "--stress",
         "10000",
         "--most",
-        "256K",
+        "4M",
         "--wires",
         "int8",
         "int6",
@@ -84,7 +84,7 @@ def parts(ranks: int, folder: Path) -> list[Part]:
     tune = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "intscale_compile.communication"]
     two = [allreduce, "--ranks", "2", "--sizes", *SIZES[::2], *wires, "--peers", *PEERS]
     return [
-        Part("stress", 110, [*stress, "--stress-seconds", "45", "--seconds", "105"]),
+        Part("stress", 170, [*stress, "--stress-seconds", "100", "--seconds", "165"]),
         Part("tests", 80, tests),
         Part(
             "times",

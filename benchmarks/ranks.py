@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import faulthandler
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -72,6 +74,9 @@ def wait(processes: list[subprocess.Popen], seconds: float) -> int:
                 return failed or 0
             if time.monotonic() > end:
                 print(f"the ranks did not end within {seconds:.0f} s", file=sys.stderr)
+                for process in processes:
+                    process.send_signal(signal.SIGUSR1)  # prints where it is
+                time.sleep(1.0)
                 return 124
             time.sleep(0.05)
     finally:
@@ -94,6 +99,7 @@ def join(backend: str, link: str) -> torch.device:
     import torch
     import torch.distributed as dist
 
+    faulthandler.register(signal.SIGUSR1)
     os.environ.update({**NO_MULTICAST, **LINKS[link]})
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if backend == "nccl":

@@ -12,38 +12,45 @@ import itertools
 import multiprocessing
 import os
 
-from intscale_compile.communication.message import GROUP_SIZE
+from intscale_compile.communication.message import GROUP_SIZE, Elements
 
 from .stress import DTYPES
 
+MOST_SMALL = 132 * 2048  # elements of a slice, about: with more a program takes larger chunks
 LINE = 200  # characters of an error
+LOSSLESS = "lossless"  # in place of a wire format
 
 
 def compile_ahead(args: argparse.Namespace) -> list[str]:
     """Compile what a run with these arguments launches; what failed, which the ranks will compile for themselves."""
     dtypes = args.dtypes if args.stress else ["bfloat16"]
-    elements = [nbytes // 2 for nbytes in args.sizes] + (stress_elements(args.ranks) if args.stress else [])
-    jobs = list(itertools.product(range(args.ranks), args.wires, dtypes))
+    kinds = [(nbytes // 2, 0) for nbytes in args.sizes[:1] + args.sizes[-1:]]
+    kinds += stress_inputs(args.ranks) if args.stress else []
     fused = args.link == "nvlink"
+    wires = [*args.wires, *([LOSSLESS] if fused else [])]
+    jobs = list(itertools.product(range(args.ranks), wires, dtypes, dict.fromkeys(kinds)))
     failures = []
     context = multiprocessing.get_context("spawn")
     workers = min(len(jobs), os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        found = {pool.submit(compile_rank, *job, args.ranks, elements, fused): job for job in jobs}
+        found = {pool.submit(compile_rank, *job, args.ranks, fused): job for job in jobs}
         for future in concurrent.futures.as_completed(found):
             if error := future.exception():
                 failures.append(f"{found[future]}: {type(error).__name__}: {error}"[:LINE])
     return failures
 
 
-def stress_elements(ranks: int) -> list[int]:
-    """Numbers of elements that Triton compiles differently: multiples of 16 or not, one group, 16 groups, others."""
-    slices = [groups * GROUP_SIZE * ranks for groups in (1, 3, 16)]
-    return [*slices, *(elements - 1 for elements in slices)]
+def stress_inputs(ranks: int) -> list[tuple[int, int]]:
+    """Numbers of elements, and how many elements behind an aligned address they begin, that Triton compiles differently.
+
+    Multiples of 16 or not, these at an aligned address or not; of small and of large chunks.
+    """
+    small, large = GROUP_SIZE * 3 * ranks, 2 * MOST_SMALL * ranks
+    return [(n - less, offset) for n in (small, large) for less, offset in ((0, 0), (2, 0), (2, 2))]
 
 
-def compile_rank(rank: int, wire: str, dtype: str, ranks: int, elements: list[int], fused: bool) -> None:
-    """Compile the kernels of one rank and wire format."""
+def compile_rank(rank: int, wire: str, dtype: str, kind: tuple[int, int], ranks: int, fused: bool) -> None:
+    """Compile the kernels of one rank and wire format for one kind of input."""
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -60,7 +67,6 @@ def compile_rank(rank: int, wire: str, dtype: str, ranks: int, elements: list[in
         if dist.is_initialized():
             dist.destroy_process_group()
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    parsed = WireFormat.parse(wire)
     space = symmetric.Workspace(
         torch.zeros(64, dtype=torch.uint8, device="cuda"),
         torch.zeros(ranks, dtype=torch.int64, device="cuda"),
@@ -68,13 +74,17 @@ def compile_rank(rank: int, wire: str, dtype: str, ranks: int, elements: list[in
         None,
     )
     symmetric._workspace = symmetric.fixed_workspace = lambda group, device, *sizes: space
+    number, offset = kind
+    x, group = torch.empty(offset + number, dtype=getattr(torch, dtype), device="cuda")[offset:], dist.group.WORLD
     try:
-        for number in elements:
-            x = torch.empty(number, dtype=getattr(torch, dtype), device="cuda")
-            transport.all_reduce(x, parsed, dist.group.WORLD)
+        if wire == LOSSLESS:
+            symmetric.one_shot(x, group)
+            symmetric.two_shot(x, group)
+            if x.dtype in symmetric.LOSSLESS_DTYPES:
+                symmetric.all_reduce(x, Elements(), group)
+        else:
+            transport.all_reduce(x, WireFormat.parse(wire), group)
             if fused:
-                symmetric.all_reduce(x, parsed, dist.group.WORLD)
-                symmetric.one_shot(x, dist.group.WORLD)
-                symmetric.two_shot(x, dist.group.WORLD)
+                symmetric.all_reduce(x, WireFormat.parse(wire), group)
     finally:
         JITFunction.run = launch

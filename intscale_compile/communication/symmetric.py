@@ -64,7 +64,34 @@ LOSSLESS_DTYPES = (torch.bfloat16, torch.float16)
 
 def two_shot(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
     """Lossless sum of the 1-D ``x``, bf16 or fp16: fp32 in rank order, rounded once; None: not possible here."""
-    return all_reduce(x, Elements(), group) if x.dtype in LOSSLESS_DTYPES else None
+    if x.dtype not in LOSSLESS_DTYPES:
+        return None
+    out = _two_shot_in_words(x, group)
+    return all_reduce(x, Elements(), group) if out is None else out
+
+
+def _two_shot_in_words(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
+    """:func:`two_shot` of a message of an even number of elements that one step of ``word_kernels`` takes; None: another."""
+    # Imports Triton, which only GPUs need.
+    from .word_kernels import MOST_PROGRAMS, WARPS, WORDS, programs, slice_words, two_shot_kernel, workspace_bytes
+
+    launched = programs(x.numel(), group.size())
+    if x.numel() % 2 or launched > MOST_PROGRAMS:
+        return None
+    if x.data_ptr() % 4:  # never an answer that differs among ranks
+        x = x.clone()
+    space = fixed_workspace(group, x.device, "two_shot", workspace_bytes(group.size()), MOST_PROGRAMS, 255)
+    if space is None:
+        return None
+    out = torch.empty_like(x)
+    with torch.cuda.device(x.device):
+        follow(space)
+        two_shot_kernel[(launched,)](
+            x, out, space.buffer, space.peers, space.counts, x.numel() // 2, slice_words(x.numel(), group.size()),
+            RANK=group.rank(), RANKS=group.size(), WORDS=WORDS, PROGRAMS=MOST_PROGRAMS, num_warps=WARPS,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
 
 
 def one_shot(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
@@ -215,9 +242,12 @@ def _workspace(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> O
 
 
 def fixed_workspace(
-    group: dist.ProcessGroup, device: torch.device, kernel: str, nbytes: int, programs: int
+    group: dist.ProcessGroup, device: torch.device, kernel: str, nbytes: int, programs: int, fill: int = 0
 ) -> Optional[Workspace]:
-    """The workspace of a kernel for which one size serves all messages, made at its first call, which is a collective."""
+    """The workspace of a kernel for which one size serves all messages, made at its first call, which is a collective.
+
+    ``fill``: its bytes at first.
+    """
     if not usable(group, device):
         return None
     made = _members[group].fixed
@@ -226,18 +256,18 @@ def fixed_workspace(
             log_once(logging.INFO, "a graph is captured before a message was sent once: it goes through the group")
             return None
         with ThreadPoolExecutor(1) as thread:
-            made[kernel] = thread.submit(_make, group, device, nbytes, programs).result()
+            made[kernel] = thread.submit(_make, group, device, nbytes, programs, fill).result()
     return made[kernel]
 
 
-def _make(group: dist.ProcessGroup, device: torch.device, nbytes: int, programs: int) -> Workspace:
+def _make(group: dist.ProcessGroup, device: torch.device, nbytes: int, programs: int, fill: int = 0) -> Workspace:
     # Slow to import.
     import torch.distributed._symmetric_memory as symmetric_memory
 
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
         buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
         handle = symmetric_memory.rendezvous(buffer, group)
-        buffer.zero_()
+        buffer.fill_(fill)
         counts = torch.zeros(programs, dtype=torch.int32, device=device)
         offsets = [pointer - buffer.data_ptr() for pointer in handle.buffer_ptrs]
         peers = torch.tensor(offsets, dtype=torch.int64, device=device)

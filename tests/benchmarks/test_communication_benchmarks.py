@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
+from intscale_compile.communication.fused_kernel import schedule
 from intscale_compile.communication.link_cost import CostModel, plain_bytes, wire_bytes
 from intscale_compile.communication.message import WireFormat
 from tests.support.benchmarks import BENCHMARKS, load
@@ -120,10 +121,14 @@ def test_random_cases_are_the_same_on_every_rank(bench):
 
 
 def test_all_specializations_are_compiled_ahead(bench):
-    elements = bench.compile_ahead.stress_elements(2)
-    groups = [WireFormat.parse("int8").slice_elements(n, 2) // 128 for n in elements]
-    assert {1, 16} <= set(groups) and any(g % 16 and g > 1 for g in groups)
-    assert {n % 16 == 0 for n in elements} == {True, False}
+    kinds = bench.compile_ahead.stress_inputs(2)
+    form = WireFormat.parse("int8")
+    chunks = [schedule(form.slice_elements(n, 2), 132, 2, 8).chunk for n, _ in kinds]
+    found = {(n % 16 == 0, 2 * offset % 16 == 0, chunk) for (n, offset), chunk in zip(kinds, chunks)}
+    small, large = sorted(set(chunks))
+    assert found == {
+        (*ends, chunk) for ends in ((True, True), (False, True), (False, False)) for chunk in (small, large)
+    }
 
 
 @pytest.mark.parametrize(

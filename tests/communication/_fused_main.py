@@ -18,7 +18,7 @@ interpret()
 
 import torch  # noqa: E402
 
-from intscale_compile.communication import norm_kernel, one_shot_kernel  # noqa: E402
+from intscale_compile.communication import norm_kernel, one_shot_kernel, word_kernels  # noqa: E402
 from intscale_compile.communication.fused_kernel import (  # noqa: E402
     LARGE_CHUNK,
     MOST_PROGRAMS,
@@ -43,6 +43,8 @@ CASES = (
 )
 # elements, programs: ragged, several steps for a program, a program that has nothing in its last step
 ONE_SHOT = ((6, 1), (1024 * 3 + 10, 2), (2048, 1), (1024 * 5, 3), (130, 1))
+# elements: launches of more programs or fewer than the one before, slices that are ragged or empty, more launches than sides
+TWO_SHOT = (6, 1024 * 5 + 10, 40, 2048, 1024 * 7, 2, 4096, 2)
 WITH_NORM = ((1, 256, 1), (5, 96, 2), (2, 256, 2))  # rows, features, programs
 EPS = 1e-5
 CALLS = 2  # one after the other on one workspace
@@ -76,7 +78,9 @@ def run(folder: Path, rank: int, case: tuple) -> list:
             **Schedule(LARGE_CHUNK, per_round, programs).constants(layout),
         )  # fmt: skip
         results.append(out)
-    return results + ([*one_shot(folder, rank, ranks), with_norm(folder, rank, ranks)] if folder.name == "0" else [])
+    if folder.name == "0":
+        results += [*one_shot(folder, rank, ranks), *two_shot(folder, rank, ranks), with_norm(folder, rank, ranks)]
+    return results
 
 
 def with_norm(folder: Path, rank: int, ranks: int) -> list:
@@ -145,6 +149,34 @@ def one_shot(folder: Path, rank: int, ranks: int) -> list:
     return results
 
 
+def two_shot(folder: Path, rank: int, ranks: int) -> list:
+    """What calls of the two-shot kernel of words give, of sizes that change, one behind the other on one workspace."""
+    nbytes = word_kernels.workspace_bytes(ranks)
+    spaces = [
+        torch.from_file(str(folder / f"two_shot{r}"), shared=True, size=nbytes, dtype=torch.uint8) for r in range(ranks)
+    ]
+    peers = torch.tensor([space.data_ptr() - spaces[rank].data_ptr() for space in spaces])
+    counts = torch.zeros(word_kernels.MOST_PROGRAMS, dtype=torch.int32)
+    results = []
+    for call, elements in enumerate(TWO_SHOT):
+        x = word_inputs(call, elements, ranks)[rank]
+        out = torch.empty_like(x)
+        word_kernels.two_shot_kernel[(word_kernels.programs(elements, ranks),)](
+            x, out, spaces[rank], peers, counts, elements // 2, word_kernels.slice_words(elements, ranks),
+            RANK=rank, RANKS=ranks, WORDS=word_kernels.WORDS, PROGRAMS=word_kernels.MOST_PROGRAMS,
+        )  # fmt: skip
+        results.append(out)
+    return results
+
+
+def word_inputs(call: int, elements: int, ranks: int) -> list:
+    """What every rank puts in; one has the empty word among its elements, one an infinity."""
+    xs = inputs(call, elements, "float16", ranks)
+    xs[call % ranks].view(torch.int16)[elements // 3 & ~1 :][:2] = -1
+    xs[0][-1] = float("inf")
+    return xs
+
+
 def form_of(wire: str):
     """The form of a message."""
     return Elements() if wire == "elements" else WireFormat.parse(wire)
@@ -172,6 +204,7 @@ def check(ranks: int) -> None:
             for r in range(ranks):
                 (folder / str(i) / f"space{r}").write_bytes(bytes(1 << 20))
                 (folder / str(i) / f"norm{r}").write_bytes(bytes(norm_kernel.workspace_bytes(ranks)))
+                (folder / str(i) / f"two_shot{r}").write_bytes(b"\xff" * word_kernels.workspace_bytes(ranks))
                 (folder / str(i) / f"one_shot{r}").write_bytes(bytes(one_shot_kernel.workspace_bytes(ranks)))
         started = [context.Process(target=rank_main, args=(folder, r, ranks)) for r in range(ranks)]
         for process in started:
@@ -195,6 +228,15 @@ def check(ranks: int) -> None:
         for rank in range(ranks):
             found = results[rank][0][CALLS + call]
             torch.testing.assert_close(found, wanted, rtol=0, atol=0, msg=f"one shot {elements}, rank {rank}")
+    for call, elements in enumerate(TWO_SHOT):
+        wanted = simulate_lossless_all_reduce(word_inputs(call, elements, ranks))
+        assert wanted.isnan().any() and (elements == 2 or not wanted.isfinite().all())
+        for rank in range(ranks):
+            found = results[rank][0][CALLS + len(ONE_SHOT) + call]
+            torch.testing.assert_close(
+                found, wanted, rtol=0, atol=0, equal_nan=True, msg=f"two shot {elements}, rank {rank}"
+            )
+            assert torch.equal(found.view(torch.int16), results[0][0][CALLS + len(ONE_SHOT) + call].view(torch.int16))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
-from intscale_compile.communication import one_shot_kernel
+from intscale_compile.communication import one_shot_kernel, word_kernels
 from intscale_compile.communication.fused_kernel import (
     LARGE_CHUNK,
     MOST_PROGRAMS,
@@ -63,6 +63,25 @@ def test_one_shot_words_travel_whole(tmp_path):
     assert disassemble(compiled, tmp_path).spill_bytes <= 16
     ptx = compiled.asm["ptx"]
     assert ptx.count("st.global.v2.b64") == 2 * (ranks - 1) == ptx.count("ld.volatile.global.v2.b64")
+    assert "fence" not in ptx and "atom" not in ptx
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_two_shot_words_need_no_flag(ranks, tmp_path):
+    """Four words are one store and one load of sixteen bytes; nothing is published or awaited but the words."""
+    pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "own_ptr": "*u8", "peers_ptr": "*i64", "counts_ptr": "*i32"}
+    kernel, sizes = word_kernels, ("words", "length")
+    constants = dict(RANK=1, RANKS=ranks, WORDS=kernel.WORDS, PROGRAMS=kernel.MOST_PROGRAMS)
+    signature, target = pointers | dict.fromkeys(sizes, "i32"), GPUTarget("cuda", 90, 32)
+    options = dict(num_warps=kernel.WARPS, enable_fp_fusion=False)
+    compiled = assemble(kernel.two_shot_kernel, signature, constants, target, aligned=[*pointers, *sizes], **options)
+    assert disassemble(compiled, tmp_path).spill_bytes == 0
+    ptx = compiled.asm["ptx"]
+    others = ranks - 1
+    assert ptx.count("ld.volatile.global.v4.b32") == 2 * others
+    assert ptx.count("st.global.v4.b32") == others * (1 + 2 + 1 + 1) + 1, (
+        "sent, emptied, sums sent, received; the own sum"
+    )
     assert "fence" not in ptx and "atom" not in ptx
 
 
