@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -14,7 +15,7 @@ from ..config import IntScaleConfig
 from ..errors import ConfigError
 from ..explanation import Explanation, LayerReport, explain
 from ..reasons import Reason
-from ..saving.integrity import Verification, verify_checkpoint
+from ..saving.verifying import Verification, stored_by_ranks, verify_checkpoint
 from ..tensors.expert_layers import expert_stacks
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import is_conv1d, left_alone_by_default
@@ -58,12 +59,15 @@ def verify_folder(name: PathLike) -> Verification:
     """Compare all stored data of a model with the checksums that were written when it was saved; nothing is run.
 
     Args:
-        name: folder or hub name.
+        name: folder or hub name, a folder of ``save_shards``, or a file of ``save_safetensors``.
 
     Raises:
         ConfigError: there is no such model.
         CheckpointError: something differs; the message names the first such parameters.
     """
+    path = Path(name).expanduser()
+    if stored_by_ranks(path) or (path.suffix == ".safetensors" and path.is_file()):
+        return verify_checkpoint(path)
     folder = source_folder(name)
     if not folder.is_dir():
         raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 
 import torch
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, IntScaleError
 from ..importing import ImportReport
 from ..importing.checkpoint_files import FORMATS, quantization_config
 from ..importing.gguf import is_gguf
@@ -69,7 +69,7 @@ def stored_method(folder: Path) -> Optional[str]:
     if is_gguf(folder):
         return "gguf"
     config = read_json(folder / "config.json")
-    if not config.get("quantization_config") and not (folder / "quantize_config.json").is_file():
+    if config.get("quantization_config") is None and not (folder / "quantize_config.json").is_file():
         return None
     return quantization_config(folder)["quant_method"]
 
@@ -138,6 +138,8 @@ def _config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder)
+    except IntScaleError:
+        raise
     except Exception as error:  # whatever wrong types in the file led to
         raise ConfigError(f"{folder}: transformers cannot read its config.json: {first_line(error)}") from error
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, IntScaleError
 from ..tensors.intscale_tensor import IntScaleTensor
-from ..tensors.stored_files import first_line, open_safetensors, read_json, reading, weight_files
+from ..tensors.stored_files import check_described, first_line, open_safetensors, read_json, reading, weight_files
 from .awq import AwqFormat
 from .compressed import CompressedTensorsFormat
 from .gptq import GptqFormat
@@ -46,16 +46,17 @@ def quantization_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: nothing says it.
+        CheckpointError: it is no object, or one without a method.
     """
     config = read_json(folder / "config.json").get("quantization_config")
     if config is None and (folder / "quantize_config.json").is_file():
         config = {"quant_method": "gptq", **read_json(folder / "quantize_config.json")}
-    if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str) or not config["quant_method"]:
+    if config is None:
         raise ConfigError(
             f"{folder}: config.json has no quantization_config with a quant_method: the model is not quantized; load it "
             "with transformers and use quantize_."
         )
-    return config
+    return check_described(config, folder)
 
 
 def layer_format(config: Mapping[str, Any]) -> LayerFormat:

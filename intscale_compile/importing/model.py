@@ -11,7 +11,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, IntScaleError
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import mark_loaded
 from ..tensors.stored_files import first_line, reading, weight_files
@@ -112,6 +112,8 @@ def plain_config(folder: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder)
+    except IntScaleError:
+        raise
     except Exception as error:  # whatever wrong types in the file led to
         raise ConfigError(
             f"{folder}: transformers cannot read this config.json: {type(error).__name__}: {first_line(error)}: correct it, "

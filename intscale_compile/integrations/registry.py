@@ -168,14 +168,20 @@ class PrivateName:
             setattr(owner, self.attribute, original)
 
     def wrap(self, wrapper: Callable[[Callable], Callable]) -> None:
-        """Put ``wrapper(target)`` in the place of a function for good; a second call does nothing."""
+        """Put ``wrapper(target)`` in the place of a function for good; a second call does nothing.
+
+        The wrapper of a class method gets the function below it, which takes the class first.
+        """
         function = self.find()
-        if function is not None and not getattr(function, _WRAPPED, False):
-            wrapped = functools.wraps(function)(wrapper(function))
-            setattr(wrapped, _WRAPPED, True)
-            owner = self._owner()
-            is_static = isinstance(inspect.getattr_static(owner, self.attribute), staticmethod)
-            setattr(owner, self.attribute, staticmethod(wrapped) if is_static else wrapped)
+        if function is None or getattr(function, _WRAPPED, False):
+            return
+        owner = self._owner()
+        found = inspect.getattr_static(owner, self.attribute)
+        kind = type(found) if isinstance(found, (staticmethod, classmethod)) else None
+        function = found.__func__ if kind is classmethod else function
+        wrapped = functools.wraps(function)(wrapper(function))
+        setattr(wrapped, _WRAPPED, True)
+        setattr(owner, self.attribute, wrapped if kind is None else kind(wrapped))
 
     def _owner(self) -> Any:
         module, _, path = self.target.partition(":")

@@ -78,6 +78,13 @@ QUANTIZER = PrivateName(
     "from_pretrained raises what transformers finds, without a mend",
     parameters=("config", "quantization_config"),
 )
+CONFIGURATION = PrivateName(
+    "transformers.configuration_utils:PreTrainedConfig.get_config_dict",
+    "an error of ours where the quantization_config of a folder of ours is damaged",
+    "from_pretrained raises what transformers finds, without a mend",
+    parameters=("pretrained_model_name_or_path",),
+    own=True,
+)
 LOADED = PrivateName(
     "transformers.quantizers.quantizer_torchao:TorchAoHfQuantizer.postprocess_model",
     "marking a model that was loaded quantized",
@@ -117,7 +124,18 @@ PrivateName(
     "gates of experts in the implementation intscale",
 )
 PrivateName("transformers:PreTrainedModel._from_config", "a model without weights")
-HOOKED = (LOADING, FILE_WRITING, SHARDING, DESERIALIZING, STATE, PREPARING, CONVERSIONS, LOADED, QUANTIZER)
+HOOKED = (
+    LOADING,
+    FILE_WRITING,
+    SHARDING,
+    DESERIALIZING,
+    STATE,
+    PREPARING,
+    CONVERSIONS,
+    LOADED,
+    QUANTIZER,
+    CONFIGURATION,
+)
 _ENTRANCE = "transformers.modeling_utils"  # every model imports it
 
 

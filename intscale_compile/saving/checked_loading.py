@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Optional
 
+import torch
+
 from ..config import IntScaleConfig
 from ..errors import CheckpointError, IntScaleError
 from ..integrations.torch import is_dtensor
 from ..integrations.transformers import RENAMING
 from ..tensors.intscale_tensor import IntScaleTensor
-from ..tensors.stored_files import first_line, open_safetensors, reading, regular_file, weight_files
+from ..tensors.stored_files import check_described, first_line, open_safetensors, reading, regular_file, weight_files
 from .checkpoint import innermost, tensor_names
 from .integrity import ENTRY, MEND, check_header, check_metadata, read_entry, stored_key, with_checksums, with_version
 from .ties import read_ties, shared_names, store_once
@@ -63,17 +65,37 @@ def sealing(save: Callable) -> Callable:
 
 @dataclass
 class _Loading:
-    """One call of ``from_pretrained``: the names of all stored tensors, those that share one, the first error of a weight."""
+    """One call of ``from_pretrained``: names of all stored tensors, those that share one, the first error, dtypes."""
 
     names: set[str]
     ties: dict[str, str]
     error: Optional[CheckpointError] = None
+    dtypes: Callable[[str], Any] = lambda name: None  # what transformers gives a plain parameter of that name
 
     def __deepcopy__(self, memo: dict) -> _Loading:
         return self  # transformers copies its quantizer for every weight
 
 
 # --- before anything is read ----------------------------------------------------------------------------------------------
+
+
+def checking_folder(get_config_dict: Callable) -> Callable:
+    """Around ``PreTrainedConfig.get_config_dict``: the same where transformers fails before it asks for a quantizer.
+
+    That is where the entry is no object: a list, a text, a number.
+    """
+
+    @functools.wraps(get_config_dict)
+    def checked(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        # taken first: transformers takes entries out of its arguments
+        folder = Path(str(pretrained_model_name_or_path), str(kwargs.get("subfolder") or ""))
+        found = get_config_dict(cls, pretrained_model_name_or_path, *args, **kwargs)
+        stored = found[0].get("quantization_config") if isinstance(found[0], dict) else None
+        if stored is not None and folder.is_dir():
+            _check_described(stored, folder)
+        return found
+
+    return checked
 
 
 def checking_config(get_quantizer: Callable) -> Callable:
@@ -99,6 +121,18 @@ def checking_config(get_quantizer: Callable) -> Callable:
     return checked
 
 
+def _check_described(stored: Any, folder: Path) -> None:
+    """Raise ``CheckpointError`` where weights of ours are described by something that cannot be used."""
+    named = isinstance(stored, dict) and isinstance(stored.get("quant_method"), str)
+    if named and stored["quant_method"] != "torchao":
+        return
+    error = _parse_error(stored)
+    if error is None or not _has_ours(str(folder)):
+        return
+    check_described(stored, folder)
+    raise damaged_config(error, str(folder)) from error
+
+
 def damaged_config(error: Exception, folder: str) -> CheckpointError:
     """The error of a ``quantization_config`` that something failed with."""
     what = f"{type(error).__name__}: {first_line(error)}"
@@ -106,12 +140,18 @@ def damaged_config(error: Exception, folder: str) -> CheckpointError:
 
 
 def _parses(stored: dict) -> bool:
+    return stored.get("quant_method") == "torchao" and _parse_error(stored) is None
+
+
+def _parse_error(stored: Any) -> Optional[Exception]:
+    """What transformers fails with where it reads the description of weights of ours; None: nothing."""
     from transformers import TorchAoConfig  # optional
 
     try:
-        return stored["quant_method"] == "torchao" and TorchAoConfig.from_dict(dict(stored)) is not None
-    except Exception:  # whatever wrong types lead to
-        return False
+        TorchAoConfig.from_dict(dict(stored))
+    except Exception as error:  # whatever wrong types lead to
+        return error
+    return None
 
 
 def _has_ours(folder: str) -> bool:
@@ -119,8 +159,9 @@ def _has_ours(folder: str) -> bool:
     try:
         for path in weight_files(Path(folder)):
             with open_safetensors(path) as file:
-                if ENTRY in (file.metadata() or {}):
-                    return True
+                metadata = file.metadata() or {}
+            if ENTRY in metadata or any('"IntScaleTensor"' in text for text in metadata.values()):
+                return True
     except (IntScaleError, OSError):  # no folder, or none that can be read
         pass
     return False
@@ -206,12 +247,12 @@ def keeping_errors(convert: Callable) -> Callable:
 
     @functools.wraps(convert)
     def kept(self: Any, input_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        loading: Optional[_Loading] = getattr(self.hf_quantizer, LOADING, None)
         try:
             made = convert(self, input_dict, *args, **kwargs)
             _check_shapes(made, kwargs.get("model"))
-            return made
+            return made if loading is None else {name: _in_dtype(t, loading.dtypes(name)) for name, t in made.items()}
         except Exception as error:
-            loading: Optional[_Loading] = getattr(self.hf_quantizer, LOADING, None)
             if loading is None or not loading.names:
                 raise
             ours = CheckpointError(f"{kwargs.get('full_layer_name')}: {innermost(error)}")
@@ -219,6 +260,20 @@ def keeping_errors(convert: Callable) -> Callable:
             raise ours from error
 
     return kept
+
+
+def _in_dtype(tensor: Any, dtype: Optional[torch.dtype]) -> Any:
+    """A stored weight that claims the dtype which was asked for, as plain ones are converted to it."""
+    if dtype is None or not isinstance(tensor, IntScaleTensor) or tensor.dtype == dtype:
+        return tensor
+    return tensor.replaced(dtype=dtype)
+
+
+def _dtypes(load_config: Any) -> Callable[[str], Any]:
+    """The dtype of a parameter by its name; some models keep modules in fp32, which they name."""
+    asked, kept = getattr(load_config, "dtype", None), dict(getattr(load_config, "dtype_plan", None) or {})
+    patterns = [(re.compile(pattern.replace("*", ".*")), dtype) for pattern, dtype in kept.items()]
+    return lambda name: next((dtype for pattern, dtype in patterns if pattern.search(name)), asked)
 
 
 def _check_shapes(made: dict[str, Any], model: Any) -> None:
@@ -242,8 +297,12 @@ def checking_result(load: Callable) -> Callable:
     def checked(model: Any, state_dict: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         quantizer = load_config.hf_quantizer
         loading: Optional[_Loading] = getattr(quantizer, LOADING, None)
-        if loading is None and not getattr(quantizer, "metadata", None):
+        if loading is None and not (
+            getattr(quantizer, "pre_quantized", False) and getattr(quantizer, "metadata", None)
+        ):
             _check_not_quantized(state_dict)
+        if loading is not None:
+            loading.dtypes = _dtypes(load_config)
         result = load(model, state_dict, load_config, *args, **kwargs)
         _forget_deserializing(model)
         if loading is not None:
@@ -271,7 +330,11 @@ def _check_report(loading: _Loading, report: Any, model: Any, other_sizes: bool)
     if loading.error is not None:
         raise loading.error
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if missing := sorted((loading.names & set(getattr(report, "missing_keys", ()))) - tied):
+    prefix = (
+        f"{getattr(model, 'base_model_prefix', '')}."  # a model without its head is stored with, or the other way round
+    )
+    names = {*loading.names, *(n.removeprefix(prefix) for n in loading.names), *(prefix + n for n in loading.names)}
+    if missing := sorted((names & set(getattr(report, "missing_keys", ()))) - tied):
         raise CheckpointError(
             f"{missing[0]}: its data are missing ({len(missing)} such tensors); the checkpoint is incomplete."
         )

@@ -4,7 +4,7 @@
 
 ``headers`` has a digest of every other entry of the metadata (which say how each weight is stored) and is checked at every
 load: it is small. ``tensors`` has one of every tensor in the file, its dtype and shape among what is hashed; that takes a
-reading of all data, so it is checked on request: :func:`verify_checkpoint`, or ``intscale inspect FOLDER --verify``. Files
+reading of all data, so it is checked on request: ``verify_checkpoint``, or ``intscale inspect FOLDER --verify``. Files
 of version 0.1.0 have no such entry: they load, their headers checked for what they must have, and cannot be verified.
 
 A release reads the format versions up to its own. One that it does not know is refused, with the release that wrote it.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from .. import format as fmt
 from ..errors import CheckpointError
 from ..tensors.fields import ABSENT, ATTRIBUTE_NAMES, DATA_NAMES
-from ..tensors.stored_files import PathLike, open_safetensors, parse_json, reading, weight_files
+from ..tensors.stored_files import open_safetensors, parse_json, reading
 from ..versions import __version__
 
 ENTRY = "intscale"
@@ -147,51 +146,6 @@ def stored_key(name: str, part: str) -> str:
 
 
 # --- verifying ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Verification:
-    """What :func:`verify_checkpoint` read.
-
-    Attributes:
-        files: how many.
-        tensors: whose data are what was saved.
-        without_checksums: files that have none: of version 0.1.0, or not quantized by this package.
-    """
-
-    files: int = 0
-    tensors: int = 0
-    without_checksums: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        text = f"{self.tensors} tensors in {self.files} files are what was saved"
-        if self.without_checksums:
-            text += f"; {len(self.without_checksums)} files have no checksums: {', '.join(self.without_checksums[:3])}"
-        return text
-
-
-def verify_checkpoint(path: PathLike) -> Verification:
-    """Compare all that is stored with the checksums that were written when it was saved. Reads every byte.
-
-    Args:
-        path: a file of ``save_safetensors``, or a folder of ``save_pretrained``.
-
-    Raises:
-        FileNotFoundError: there is nothing.
-        CheckpointError: something differs; the message names the first such parameters.
-    """
-    path, found = Path(path), Verification()
-    for file in weight_files(path) if path.is_dir() else [path]:
-        found.files += 1
-        count = verify_file(file)
-        found.tensors += count or 0
-        if count is None:
-            found.without_checksums.append(file.name)
-    return found
 
 
 def verify_file(path: Path, device: str = "cpu") -> Optional[int]:

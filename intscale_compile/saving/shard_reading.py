@@ -28,6 +28,7 @@ from ..tensors.stored_files import PathLike, open_safetensors, reading
 from .checked_loading import (
     checking_config,
     checking_files,
+    checking_folder,
     checking_result,
     keeping_errors,
     marking,
@@ -237,6 +238,7 @@ def register_sharded_loading() -> None:
             "get_weight_conversions": _with_all_parts,
             "postprocess_model": _deciding,
             "get_hf_quantizer": checking_config,
+            "get_config_dict": checking_folder,
         }
     )
 
@@ -325,16 +327,30 @@ def _with_local_headers(convert: Callable) -> Callable:
     def deserialize(self: Any, input_dict: Any, *args: Any, **kwargs: Any) -> Any:
         model, name = kwargs.get("model"), kwargs.get("full_layer_name")
         whole = getattr(self.hf_quantizer, "metadata", None)
-        if model is None or name is None or not whole or _header(whole.get(name, "")) is None:
+        stored = None if model is None or name is None or not whole else _stored_as(name, whole, model)
+        if stored is None:
             return convert(self, input_dict, *args, **kwargs)
         module, _, leaf = name.rpartition(".")
         parameter = getattr(model.get_submodule(module), leaf)
-        if not is_dtensor(parameter):
+        header, divided = whole[stored], is_dtensor(parameter)
+        if divided:
+            header = local_header(header, tuple(local_tensor(parameter).shape))
+            input_dict = _one_of_each_weight(input_dict)
+        elif stored == name:
             return convert(self, input_dict, *args, **kwargs)
-        quantizer = _WithMetadata({**whole, name: local_header(whole[name], tuple(local_tensor(parameter).shape))})
-        return convert(type(self)(quantizer), _one_of_each_weight(input_dict), *args, **kwargs)
+        quantizer = _WithMetadata({"tensor_names": json.dumps([name]), name: header})
+        return convert(type(self)(quantizer), input_dict, *args, **kwargs)
 
     return deserialize
+
+
+def _stored_as(name: str, headers: dict[str, str], model: Any) -> Optional[str]:
+    """The name under which a weight of ours is stored: a model without its head may be loaded from one with it, and back."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for stored in (name, prefix + name, name.removeprefix(prefix)):
+        if _header(headers.get(stored, "")) is not None:
+            return stored
+    return None
 
 
 def _one_of_each_weight(parts: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -32,7 +31,8 @@ from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.operators import stored_dim
 from ..tensors.stored_files import parse_json
 from ..versions import __version__
-from .integrity import ENTRY, MEND, check_version, tensor_digest, text_digest
+from .integrity import ENTRY, MEND, tensor_digest, text_digest
+from .verifying import read_index, records_of_ranks
 
 RECORD = "_intscale_divided"  # attribute of a module that ``parallelize`` divided: a list of ``Divided``
 NOT_STORED = ("packing_format",)  # attributes in which a stored shard may differ from the model's
@@ -254,8 +254,11 @@ def load_shards(model: nn.Module, path: Any, *, verify: bool = False, **options:
         found[record] = ""
     try:
         dcp.load(found, checkpoint_id=path, **options)
-    except (RuntimeError, ValueError, dcp.api.CheckpointException) as error:
-        raise CheckpointError(f"{path}: {str(error).strip().splitlines()[-1]}") from error
+    except MemoryError:
+        raise
+    except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception; it ends in what happened
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise CheckpointError(f"{path}: {last}; intscale inspect --verify names what is damaged.") from error
     for key, value in wanted.items():
         if isinstance(value, str) and found[key] != value:
             raise CheckpointError(
@@ -358,17 +361,8 @@ def _check_stored(wanted: dict[str, Any], path: Any, shared: dict[str, str]) -> 
 
     ``shared`` are the names that the model stores under another one: they must not have data of their own.
     """
-    # Slow to import.
-    from torch.distributed.checkpoint import FileSystemReader
-
-    try:
-        stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    except (OSError, EOFError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: no checkpoint of save_shards can be read there ({error}).") from error
-    records = [key for key in stored if key.startswith(f"{ENTRY}/")]
-    for key in records:
-        known = re.fullmatch(rf"{ENTRY}/format_version=(\d+)/written_by=(.+)/\d+of\d+", key)
-        check_version(int(known[1]) if known else None, known[2] if known else None, path)
+    stored = read_index(path).state_dict_metadata
+    records = records_of_ranks(stored, path)
     mend = "Divide and quantize the model as the saved one was, by as many ranks; or save with gather_shards, which fits any."
     for key, value in wanted.items():
         if key not in stored:

@@ -108,6 +108,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_described(stored: Any, folder: PathLike) -> dict[str, Any]:
+    """The ``quantization_config`` of a folder's ``config.json``, an object that names its method.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    where = f"{folder}: config.json: its quantization_config cannot be used"
+    mend = "the file was changed or damaged after it was saved: get it again, or save the model again"
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{where} ({stored!r:.60} is no object that says how weights are stored); {mend}.")
+    method = stored.get("quant_method")
+    if not isinstance(method, str) or not method:
+        raise CheckpointError(f"{where} (quant_method={method!r:.60} names no method); {mend}.")
+    return stored
+
+
 def weight_map(folder: Path) -> dict[str, str]:
     """Which file of a folder holds which tensor, as its index says; every file is inside of the folder.
 

@@ -145,7 +145,6 @@ CONFIGS = {
     "groups of 0": ("gptq", lambda c: c.update(group_size=0), "group size 0"),
     "8 bits in one layer": ("gptq", lambda c: c.update(dynamic={r"+:.*\.1\.mlp\.down": {"bits": 8}}), f"{LAYER}: .*bits=8"),
     "bitsandbytes": ("gptq", lambda c: c.update(quant_method="bitsandbytes"), "quant_method='bitsandbytes'"),
-    "no method": ("gptq", lambda c: c.clear(), "no quantization_config with a quant_method"),
     "awq: 3 bits": ("awq", lambda c: c.update(bits=3), "bits=3"),
     "awq: gemv": ("awq", lambda c: c.update(version="gemv"), "version='gemv'"),
     "awq: llm-awq": ("awq", lambda c: c.update(backend="llm-awq"), "AutoAWQ"),
