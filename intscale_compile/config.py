@@ -15,6 +15,7 @@ GROUP_SIZES = (32, 64, 128, 256, -1)
 WEIGHT_BITS = (4, 8)
 SCALE_SEARCHES = ("mse", "absmax")
 PACKING_FORMATS = ("auto", "plain", "tiled")
+OUTPUT_EMBEDDINGS = (None, "w8a8")
 
 
 def _is_int(value: object) -> bool:
@@ -50,6 +51,9 @@ class IntScaleConfig(AOBaseConfig):
         packing_format: ``"plain"`` rows, ``"tiled"`` blocks that a GPU reads contiguously, or ``"auto"``: tiled on a
             GPU, plain elsewhere. Lossless both ways.
         version: version of the stored format.
+        output_embedding: what happens to the output embedding (``lm_head``). None: it is left alone unless it is named;
+            ``"w8a8"``: its weight is kept in 8 bits per channel. One that shares its weight with the input embedding gets a
+            weight of its own then, one byte for each entry more, and the input embedding stays as it is.
 
     Raises:
         ConfigError: a field has a value that is not listed above, or two fields contradict each other.
@@ -62,6 +66,7 @@ class IntScaleConfig(AOBaseConfig):
     scale_search: str = "mse"
     packing_format: str = "auto"
     version: int = 1
+    output_embedding: Optional[str] = None
     communication: InitVar[Optional[str]] = None  # files of version 0.1.0 have it
 
     def __post_init__(self, communication: Optional[str] = None) -> None:
@@ -81,6 +86,8 @@ class IntScaleConfig(AOBaseConfig):
         self._check("scale_search", self.scale_search in SCALE_SEARCHES, f"one of {SCALE_SEARCHES}")
         self._check("packing_format", self.packing_format in PACKING_FORMATS, f"one of {PACKING_FORMATS}")
         self._check("version", self.version == 1, "1: this release knows no other format")
+        choices = '"w8a8" or None'
+        self._check("output_embedding", self.output_embedding in OUTPUT_EMBEDDINGS, choices)
         if self.weight_bits == 8:
             self._check("group_size", self.group_size in (128, -1), "-1 with weight_bits=8, which is per channel")
             self._check("amplifier", self.amplifier == "row", '"row" with weight_bits=8')
@@ -93,3 +100,10 @@ class IntScaleConfig(AOBaseConfig):
     def effective_group_size(self) -> int:
         """Group size that the stored tensor has: -1 when ``weight_bits`` is 8."""
         return -1 if self.weight_bits == 8 else self.group_size
+
+    @property
+    def of_output_embedding(self) -> Optional[IntScaleConfig]:
+        """The configuration of the output embedding's weight; None where it is left alone."""
+        if self.output_embedding is None:
+            return None
+        return IntScaleConfig(weight_bits=8, group_size=-1, packing_format=self.packing_format)

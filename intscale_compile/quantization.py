@@ -33,13 +33,16 @@ from .tensors.input_rotation import ROTATION, hand_over_rotation
 from .tensors.intscale_tensor import IntScaleTensor
 from .tensors.model_state import ModelState
 from .tensors.selection import (
+    ModelWeight,
     is_conv1d,
     is_transposed,
     linears_and_experts,
     mark_decided,
     model_weights,
+    output_config,
     show_quantized,
 )
+from .tensors.untied import announce_untied, note_untied
 from .tensors.weight_checks import check_module
 
 Filter = Callable[[nn.Module, str], bool]
@@ -83,6 +86,19 @@ def quantize(
         else:
             plan.apply_all()
     return model
+
+
+def quantize_output_embedding(model: nn.Module, config: IntScaleConfig) -> list[str]:
+    """Quantize the output embedding as ``config.output_embedding`` says, and nothing else; names of the parameters."""
+    outputs = {
+        id(module)
+        for weight in model_weights(model).values()
+        for _, module, leaf in weight.owners
+        if leaf == "weight" and is_linear(module) and output_config(config, weight.reason) is not None
+    }
+    with _planned(model, config, lambda module, name: id(module) in outputs, with_probe=False) as plan:
+        plan.apply_all()
+    return [f"{plan.names[module]}.{leaf}" for module, leaf in plan.weights]
 
 
 @dataclass
@@ -131,6 +147,7 @@ class _Plan:
     modules: dict[int, nn.Module] = field(default_factory=dict)
     left_alone: dict[tuple[int, str], Reason] = field(default_factory=dict)
     progress: Progress = field(default_factory=lambda: Progress(0, 0))
+    untied: list[nn.Module] = field(default_factory=list)  # output embeddings that shared an input embedding's weight
 
     def apply_all(self) -> None:
         """Quantize every weight of the plan."""
@@ -159,16 +176,17 @@ _running: ContextVar[Optional[_Plan]] = ContextVar("intscale_plan", default=None
 
 
 @contextlib.contextmanager
-def _planned(model: nn.Module, config: Any, filter_fn: Optional[Filter]) -> Iterator[_Plan]:
+def _planned(model: nn.Module, config: Any, filter_fn: Optional[Filter], with_probe: bool = True) -> Iterator[_Plan]:
     """Plan a call and let the handler carry out the plan; put the model back if anything is raised."""
     state = ModelState(model)
     token, plan = _running.set(None), None
     try:
-        probe = OutputProbe(model)
+        probe = OutputProbe(model) if with_probe else None
         plan = _make_plan(model, config, filter_fn, state)
         _running.set(plan)
         yield plan
-        if plan.weights:
+        note_untied(model, plan.untied)
+        if probe is not None and plan.weights:
             probe.compare(model)
     except BaseException:
         state.restore()
@@ -198,6 +216,7 @@ def _scope(model: nn.Module, config: Any, filter_fn: Any, call: Optional[dict]) 
             plan = call[PLAN_KEY] = _make_plan(model, config, None, state)
             _running.set(plan)
         yield
+        note_untied(model, plan.untied)
     except BaseException:
         state.restore()
         raise
@@ -220,23 +239,42 @@ def _make_plan(model: nn.Module, config: Any, filter_fn: Optional[Filter], state
         if isinstance(local_tensor(present), IntScaleTensor):
             plan.left_alone[id(module), leaf] = Reason.ALREADY_QUANTIZED
             continue
-        default = defaults.get(id(present))
-        if default is not None and default.reason is not None and not by_name:
-            plan.left_alone[id(module), leaf] = default.reason
+        reason = defaults[id(present)].reason if id(present) in defaults else None
+        output = output_config(chosen, reason) if is_linear(module) else None
+        if reason is not None and not by_name and output is None:
+            plan.left_alone[id(module), leaf] = reason
             continue
+        chosen = output or chosen
         check_module(module, leaf, name)
         parameter: Tensor = getattr(module, leaf)
+        if reason is Reason.TIED_EMBEDDING and is_linear(module):
+            plan.untied.append(module)
+            announce_untied(name, parameter, chosen)
         rotation = getattr(module, ROTATION, 0) if leaf == "weight" else 0
         weight = _Weight(name, parameter, chosen, is_transposed(module, leaf), rotation)
         key = id(parameter), repr(chosen), weight.transposed, rotation
         plan.weights[id(module), leaf] = shared.setdefault(key, weight)
         plan.modules[id(module)] = module
+    _say_without_output(config, defaults, plan)
     plan.progress = Progress(len(shared), sum(weight.parameter.nbytes for weight in shared.values()))
     if filter_fn in (None, is_linear) and isinstance(config, IntScaleConfig):
         _warn_of_other_kinds(model)
     if plan.weights:  # a call that selects nothing decides nothing
         mark_decided(model)
     return plan
+
+
+def _say_without_output(config: Any, defaults: dict[int, ModelWeight], plan: _Plan) -> None:
+    """Warn where an output embedding was asked for and none is quantized by this call, or was before."""
+    configs = config.fqn_to_config.values() if isinstance(config, FqnToConfig) else [config]
+    if not any(isinstance(one, IntScaleConfig) and one.output_embedding for one in configs):
+        return
+    kinds = (Reason.OUTPUT_EMBEDDING, Reason.TIED_EMBEDDING)
+    owners = [owner for w in defaults.values() if w.reason in kinds for owner in w.owners if is_linear(owner[1])]
+    keys = [(id(module), leaf) for _, module, leaf in owners]
+    if not any(key in plan.weights or plan.left_alone.get(key) is Reason.ALREADY_QUANTIZED for key in keys):
+        why = f"the filter does not select {owners[0][0]}" if owners else "the model has none that is known"
+        log_once(logging.WARNING, f"output_embedding: no output embedding is quantized: {why}.")
 
 
 def _warn_of_other_kinds(model: nn.Module) -> None:

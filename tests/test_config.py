@@ -26,6 +26,7 @@ BAD = [
     ),
     *(("scale_search", value, "'mse', 'absmax'") for value in ("MSE", "grid", "", None, 1, [])),
     *(("packing_format", value, "'auto', 'plain', 'tiled'") for value in ("Plain", "", None, 0, [])),
+    *(("output_embedding", value, '"w8a8" or None') for value in ("W8A8", "", 8, True, [])),
     *(("version", value, "knows no other format") for value in (0, 2, "1", None)),
 ]
 
@@ -80,6 +81,7 @@ def test_defaults_are_the_documented_ones():
         "scale_search": "mse",
         "packing_format": "auto",
         "version": 1,
+        "output_embedding": None,
     }
 
 
@@ -144,6 +146,7 @@ CONFIG_FIELDS = {
     "amplifier": "layer",
     "scale_search": "absmax",
     "packing_format": "plain",
+    "output_embedding": "w8a8",
 }
 
 

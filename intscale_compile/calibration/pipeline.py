@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..progress import block_bar
+from ..quantization import quantize_output_embedding
 from ..reasons import log_once
 from ..tensors.expert_layers import expert_stacks
 from ..tensors.selection import linears_and_experts, mark_decided, model_weights
@@ -74,7 +75,7 @@ def calibrate(
     The blocks are taken one after the other. What a block reads comes from the blocks before it as they are quantized,
     8-bit activations included; inside of a block later weights see what the quantized earlier ones make of it. Weights
     outside of the blocks (embeddings, ``lm_head``) and what ``quantize`` leaves alone (routers, tiny layers, weights that the
-    model reads itself) stay as they are.
+    model reads itself) stay as they are; ``base_config.output_embedding`` quantizes ``lm_head`` too, in the end, without data.
 
     Args:
         model: any transformers model whose layers are in an ``nn.ModuleList``, in eval mode, not quantized.
@@ -106,6 +107,8 @@ def calibrate(
     announce(model, chosen)
     with restored_on_failure(model, restore):
         _calibrate_blocks(model, batches, chosen, report, store, progress)
+        if chosen.base_config.output_embedding is not None:
+            report.weights += quantize_output_embedding(model, chosen.base_config)
         _finish(model, chosen)
     report.changes = changes_of(model, before)
     return report

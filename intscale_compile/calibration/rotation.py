@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..kernels.hadamard import hadamard_transform
 from ..tensors.input_rotation import start_rotating
+from ..tensors.untied import note_untied
 from .groups import Norm, difference, norm_offset, scaling_groups
 from .layers import (
     Inputs,
@@ -333,11 +334,7 @@ def _untie(model: nn.Module, head: Any) -> None:
     if not shared:
         return
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {}  # type: ignore[assignment]
+    note_untied(model, [head])
     log.info("the output embedding is no longer tied to the input embedding: the norm before it is folded into it")
 
 

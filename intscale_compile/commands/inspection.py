@@ -18,7 +18,7 @@ from ..reasons import Reason
 from ..saving.verifying import Verification, stored_by_ranks, verify_checkpoint
 from ..tensors.expert_layers import expert_stacks
 from ..tensors.intscale_tensor import IntScaleTensor
-from ..tensors.selection import is_conv1d, left_alone_by_default
+from ..tensors.selection import is_conv1d, left_alone_by_default, output_config
 from .loading import PathLike, is_quantized, source_folder
 
 
@@ -92,16 +92,18 @@ def plan(model: nn.Module, config: Optional[IntScaleConfig] = None) -> list[Laye
     config = config or IntScaleConfig()
     found = []
     for layer in products(model):
-        if not layer.quantized and layer.reason == Reason.NOT_SELECTED.name:
+        output = None if layer.quantized else output_config(config, Reason[str(layer.reason)])
+        if output is not None or layer.reason == Reason.NOT_SELECTED.name:
             assert layer.shape is not None
-            nbytes = (layer.experts or 1) * packed_bytes(*layer.shape, config)
+            how = output or config
+            nbytes = (layer.experts or 1) * packed_bytes(*layer.shape, how)
             layer = dataclasses.replace(
                 layer,
                 quantized=True,
                 reason=None,
                 explanation="",
-                group_size=config.effective_group_size,
-                weight_bits=config.weight_bits,
+                group_size=how.effective_group_size,
+                weight_bits=how.weight_bits,
                 bytes_after=nbytes,
             )
         found.append(layer)

@@ -26,11 +26,12 @@ from ..kernels.w4a8_gated import GATED_OP
 from ..kernels.w4a8_residual import LINEAR_ADD_OP
 from ..output_probe import probe_result
 from ..passes import Candidate, GraphRewrite
+from ..passes.insert_qdq import recipe_of
 from ..passes.integer.bounds import Bound, bounds_of, count_ops
-from ..passes.packed_weights import Packed
 from ..passes.settings import Settings
 from ..reasons import Reason
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.untied import untied_notes
 from .blocks import TensorNames, block_of, repeated_blocks, without_wrappers
 from .gemms import PRODUCTS, gemm_report, measure_us
 from .graphs import GraphRecorder
@@ -94,8 +95,9 @@ class SeenGraph:
         if packed is None or source is None:
             return refused_layer(candidate, name, weight, number, candidate.reason), weight
         if not first and source.index is not None:
-            recipe = Packed((source,), (candidate.transposed,), self.rewrite.settings.config)
-            packed = recipe.resolve([weights.get(i) for i in range(len(self.rewrite.example_inputs))])
+            packed = recipe_of(candidate, self.rewrite).resolve(
+                [weights.get(i) for i in range(len(self.rewrite.example_inputs))]
+            )
         return quantized_layer(candidate, name, packed, number, *gemms.get(id(candidate), (None, NOT_FUSED))), weight
 
     def parameters(self) -> dict[int, tuple[Tensor, Reason, str, Optional[Candidate]]]:
@@ -171,6 +173,7 @@ def explanation(
     rows = _rows(model, graphs, names, places)
     layers, weights = [_named(layer) for layer in rows.layers], rows.of_weight
     notes |= rows.notes | eager_notes(model, layers) | _left_notes(left) | set(fallbacks())
+    notes |= untied_notes(model) | _output_notes(graphs)
     notes |= {str(found) for found in (probe_result(model),) if found is not None and found.hurts}
     local = [local_tensor(p) for p in model.parameters()]
     parameters: dict[int, Tensor] = {id(p): p for p in local}
@@ -202,6 +205,17 @@ def explanation(
         ),
         *_integers([graph for graph in graphs if graph.rewrite.settings.integer_only]),
     )
+
+
+def _output_notes(graphs: list[SeenGraph]) -> set[str]:
+    """What the option for output embeddings did to plain weights."""
+    found = (c for graph in graphs for c in graph.rewrite.candidates if c.config is not None and c.packed is not None)
+    return {
+        f"{c.name}: output embedding, quantized at compile time because intscale.output_embedding asks for it: "
+        f"{c.packed.nbytes_packed() / 1e6:.1f} MB beside the original weight, which stays alive"
+        for c in found
+        if c.packed is not None
+    }
 
 
 def _integers(graphs: list[SeenGraph]) -> tuple[dict[str, int], tuple[Bound, ...]]:

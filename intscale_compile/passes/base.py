@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..config import IntScaleConfig
 from ..integrations.torch import mark_static_input
 from ..reasons import Reason
 from ..tensors.intscale_tensor import IntScaleTensor
@@ -39,6 +40,7 @@ class Candidate:
         packed: the quantized weight, when it was.
         merged_into: name of the GEMM that it became part of, if any.
         tokens: rows of the activation (a number, or a symbol's text).
+        config: how its weight is quantized, where that is not as the settings say for all.
     """
 
     node: fx.Node
@@ -53,6 +55,7 @@ class Candidate:
     packed: Optional[IntScaleTensor] = None
     merged_into: Optional[str] = None
     tokens: str = "?"
+    config: Optional[IntScaleConfig] = None
 
 
 @dataclass

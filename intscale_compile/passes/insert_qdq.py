@@ -53,7 +53,7 @@ INSERT_QDQ = Pass("insert_qdq", insert_qdq)
 def recipe_of(candidate: Candidate, rewrite: GraphRewrite) -> Packed:
     """How the weight of a candidate is packed."""
     assert candidate.source is not None
-    return Packed((candidate.source,), (candidate.transposed,), rewrite.settings.config)
+    return Packed((candidate.source,), (candidate.transposed,), candidate.config or rewrite.settings.config)
 
 
 def pack(rewrite: GraphRewrite, candidate: Candidate) -> bool:

@@ -21,6 +21,7 @@ from ..integrations.torch import differentiates, is_dtensor, is_static_input, lo
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from ..tensors.expert_layers import ROUTER_CLASS, ROUTER_NAMES
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.selection import output_config
 from .base import Candidate, GraphRewrite, Pass, example, writes_in_place
 from .other_products import other_products
 from .packed_weights import WeightSource
@@ -307,7 +308,8 @@ def _plain_reason(candidate: Candidate, tensor: Tensor, weights: WeightFinder, g
     if type(tensor) not in (torch.nn.Parameter, Tensor, torch.nn.Buffer):
         return Reason.FOREIGN_SUBCLASS
     default = _default_reason(candidate, tensor, weights)
-    if default is not None and not (default is Reason.RAW_PARAMETER and quantize_plain):
+    candidate.config = output_config(weights.rewrite.settings.config, default)
+    if default is not None and candidate.config is None and not (default is Reason.RAW_PARAMETER and quantize_plain):
         return default
     if tensor.dtype not in FLOATS:
         return Reason.WEIGHT_DTYPE
@@ -317,7 +319,8 @@ def _plain_reason(candidate: Candidate, tensor: Tensor, weights: WeightFinder, g
         return Reason.TOO_SMALL
     choice = weights.rewrite.models.choice(tensor)
     decided = weights.any_quantized or (choice is not None and choice.decided)
-    if quantize_plain is False or (quantize_plain is None and decided):
+    # The option names an output embedding, whatever was decided of the model before.
+    if quantize_plain is False or (quantize_plain is None and decided and candidate.config is None):
         return Reason.NOT_SELECTED
     if tensor.requires_grad and grad_enabled:
         return Reason.REQUIRES_GRAD

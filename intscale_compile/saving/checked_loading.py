@@ -18,7 +18,7 @@ from typing import Any, Optional
 import torch
 
 from ..config import IntScaleConfig
-from ..errors import CheckpointError, IntScaleError
+from ..errors import CheckpointError, ConfigError, IntScaleError
 from ..integrations.torch import is_dtensor
 from ..integrations.transformers import RENAMING
 from ..tensors.intscale_tensor import IntScaleTensor
@@ -180,13 +180,47 @@ def checking_files(prepare: Callable) -> Callable:
             folder = str(getattr(model.config, "_name_or_path", "") or "")
             setattr(self, LOADING, _Loading(*_checked_files(files, _is_ours(self.quantization_config), folder)))
         try:
-            return prepare(self, model, checkpoint_files=checkpoint_files, **kwargs)
+            named = name_output_embedding(self, model)
+            result = prepare(self, model, checkpoint_files=checkpoint_files, **kwargs)
+            if named:
+                self.modules_to_not_convert = [name for name in self.modules_to_not_convert if name not in named]
+            return result
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             if not getattr(self, LOADING, _Loading(set(), {})).names or isinstance(error, IntScaleError):
                 raise
             raise damaged_config(error, str(getattr(model.config, "_name_or_path", "") or "")) from error
 
     return checked
+
+
+def name_output_embedding(quantizer: Any, model: Any) -> tuple[str, ...]:
+    """Let transformers quantize what ``IntScaleConfig.output_embedding`` asks for: it hands over one layer at a time, without
+    its name, so the layer is named in a table of configurations. Returns its name, or nothing.
+
+    Raises:
+        ConfigError: the output embedding shares the weight of the input embedding, which no checkpoint stores twice.
+    """
+    given = quantizer.quantization_config
+    chosen = getattr(given, "quant_type", None)
+    if quantizer.pre_quantized or not isinstance(chosen, IntScaleConfig) or chosen.output_embedding is None:
+        return ()
+    # Slow to import.
+    from torchao.quantization import FqnToConfig
+    from transformers import TorchAoConfig
+
+    head = model.get_output_embeddings()
+    names = tuple(name for name, module in model.named_modules() if module is head and head is not None)
+    if not names:
+        return ()
+    if getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False):
+        raise ConfigError(
+            f"IntScaleConfig.output_embedding={chosen.output_embedding!r}: {names[0]} shares the weight of the input embedding, "
+            "which can only be divided in a model that is loaded: call from_pretrained without a quantization_config, and then "
+            "quantize_(model, config)."
+        )
+    table = FqnToConfig({**{name: chosen.of_output_embedding for name in names}, "_default": chosen})
+    quantizer.quantization_config = TorchAoConfig(table, modules_to_not_convert=given.modules_to_not_convert)
+    return names
 
 
 def _is_ours(quantization_config: Any) -> bool:

@@ -6,20 +6,26 @@ from typing import Any, Optional
 
 from torch import nn
 
+from .untied import configurations
+
 _CONTAINERS = frozenset(vars(nn.Module()))  # torch's own: parameters, buffers, children, hooks
 
 
 class ModelState:
-    """Attributes of every module of a model, and what its parameters, buffers, children and hooks are.
+    """Attributes of every module of a model, and what its parameters, buffers, children and hooks are; of its configuration
+    whether embeddings are tied.
 
     Tensors are kept, not copied: a parameter that was exchanged comes back, one that was written to does not.
     """
 
     def __init__(self, model: nn.Module):
         self._kept = [(module, type(module), _attributes(module)) for module in model.modules()]
+        self._ties = [(c, c.tie_word_embeddings) for c in configurations(model) if hasattr(c, "tie_word_embeddings")]
 
     def restore(self) -> None:
         """Give every module back what it had, in the order in which it had it."""
+        for config, tied in self._ties:
+            config.tie_word_embeddings = tied
         for module, kind, kept in self._kept:
             attributes = vars(module)
             if type(module) is not kind:

@@ -22,6 +22,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from ..config import IntScaleConfig
 from ..integrations.torch import local_tensor
 from ..integrations.torchao import is_linear
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason
@@ -88,6 +89,14 @@ def model_weights(model: nn.Module) -> dict[int, ModelWeight]:
         if found[key].reason is Reason.RAW_PARAMETER and not has_layers:
             found[key].reason = None
     return found
+
+
+def output_config(config: IntScaleConfig, reason: Optional[Reason]) -> Optional[IntScaleConfig]:
+    """How the weight of a product is quantized that would be left alone for ``reason``: as ``config.output_embedding`` says
+    where it is an output embedding, which a product with an input embedding's weight is too; None for any other.
+    """
+    output = reason in (Reason.OUTPUT_EMBEDDING, Reason.TIED_EMBEDDING)
+    return config.of_output_embedding if output else None
 
 
 def left_alone_by_default(model: nn.Module) -> dict[int, Reason]:

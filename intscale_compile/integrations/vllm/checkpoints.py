@@ -112,7 +112,8 @@ def _check_servable(name: str, weight: IntScaleTensor) -> None:
     module = name.removesuffix(".weight")
     if any(module == known or module.endswith(f".{known}") for known in OUTPUT_NAMES):
         raise ConfigError(
-            f"{module} is quantized, which vLLM's output embeddings cannot load: quantize the model without naming it."
+            f"{module} is quantized, which vLLM's output embeddings cannot load: quantize the model without naming it "
+            "and without output_embedding."
         )
     if weight.transposed:
         raise ConfigError(

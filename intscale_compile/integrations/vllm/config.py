@@ -89,6 +89,8 @@ class IntScaleVllmConfig(QuantizationConfig):
             raise ConfigError(
                 f'quantization_config_dict_json: {error}: it is a JSON object of fields of IntScaleConfig and "ignore".'
             ) from error
+        if online.output_embedding is not None:
+            raise ConfigError("quantization_config_dict_json: output_embedding: vLLM's output embeddings stay plain.")
         return cls(online=online, ignore=ignore)
 
     @classmethod
