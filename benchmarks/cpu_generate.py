@@ -48,6 +48,7 @@ PEERS = {
     "int4": Peer(torch.float32, "int4"), "int8": Peer(torch.float32, "int8"),
     "int4_bf16": Peer(torch.bfloat16, "int4"), "int8_bf16": Peer(torch.bfloat16, "int8"),
     "ours": Peer(torch.float32, "ours", "auto"), "ours_bf16": Peer(torch.bfloat16, "ours", "auto"),
+    "ours_w8a8": Peer(torch.float32, "ours_w8a8", "auto"), "ours_bf16_w8a8": Peer(torch.bfloat16, "ours_w8a8", "auto"),
     "ours_eager_prompt": Peer(torch.float32, "ours", "eager"), "ours_compiled": Peer(torch.float32, "ours", "compiled"),
     "ours_layers": Peer(torch.float32, "ours", "layers"), "ours_bf16_layers": Peer(torch.bfloat16, "ours", "layers"),
     "ours_bf16_compiled": Peer(torch.bfloat16, "ours", "compiled"),
@@ -101,7 +102,7 @@ def quantize(model: Any, how: str) -> None:
     from intscale_compile import IntScaleConfig
 
     if how.startswith("ours"):
-        quantize_(model, IntScaleConfig())
+        quantize_(model, IntScaleConfig(output_embedding="w8a8" if how == "ours_w8a8" else None))
     elif how:
         output = model.get_output_embeddings()
         config = (

@@ -5,9 +5,9 @@
     python benchmarks/generate.py --model tiny --device cpu --points 1x64 --peers bf16 ours
 
 Peers are set up as their users do: a static cache and ``CompileConfig(mode="reduce-overhead")``; ``_prompt`` peers have their
-prompts compiled as well, by the same code as ours; ``ours_layers`` compiles one layer for prompts, not the model. Random
-weights. A point is BATCHxPROMPT. Each peer has a process of its own, one after the other; times are medians over calls and
-steps, read at the arrival of each token on the host.
+prompts compiled as well, by the same code as ours; ``ours_layers`` compiles one layer for prompts, not the model; ``ours_w8a8``
+has its output embedding in 8 bits, which the others leave in bf16. Random weights. A point is BATCHxPROMPT. Each peer has a
+process of its own, one after the other; times are medians over calls and steps, read at the arrival of each token on the host.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from timing import environment
 
 PEERS = {  # what is quantized, how prompts run
     "bf16": ("bf16", "eager"), "bf16_prompt": ("bf16", "compiled"), "fp8": ("fp8", "eager"), "int8": ("int8", "eager"),
-    "ours": ("intscale", "auto"), "ours_layers": ("intscale", "layers"), "ours_eager_prompt": ("intscale", "eager"),
+    "ours": ("intscale", "auto"), "ours_w8a8": ("intscale_w8a8", "auto"),
+    "ours_layers": ("intscale", "layers"), "ours_eager_prompt": ("intscale", "eager"),
 }  # fmt: skip
 CALLS = 4
 
@@ -74,7 +75,8 @@ def prepared_model(peer: str, model_name: str, layers: int | None, device: str) 
         from torchao.quantization import quantize_
 
         if ours:
-            quantize_(module, intscale_compile.IntScaleConfig())
+            output = "w8a8" if way == "intscale_w8a8" else None
+            quantize_(module, intscale_compile.IntScaleConfig(output_embedding=output))
         elif WAYS[way].quantize is not None:
             quantize_with_head_left(module, way)
 

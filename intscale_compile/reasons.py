@@ -17,9 +17,13 @@ class Reason(enum.Enum):
     """Reasons for leaving a candidate in its original precision; the value says it to a reader, with the mend."""
 
     OUTPUT_EMBEDDING = (
-        "output embedding (lm_head): left in high precision; name it in filter_fn or FqnToConfig to quantize it"
+        "output embedding (lm_head): left in high precision; IntScaleConfig(output_embedding='w8a8') quantizes it to 8 bits, and "
+        "so does naming it in filter_fn or FqnToConfig"
     )
-    TIED_EMBEDDING = "weight shared with an input embedding: left in high precision"
+    TIED_EMBEDDING = (
+        "weight shared with an input embedding: left in high precision; IntScaleConfig(output_embedding='w8a8') gives an output "
+        "embedding a weight of its own in 8 bits"
+    )
     ROUTER = "router of a mixture of experts: left in high precision"
     EXPERTS = (
         "stack of expert weights in a form that no pass knows: of transformers' experts implementations, use grouped_mm, "

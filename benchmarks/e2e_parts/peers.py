@@ -72,16 +72,17 @@ def _int4(**settings: Any) -> Any:
     return Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d", **settings)
 
 
-def _intscale(model: nn.Module, output_too: bool) -> None:
-    """All linears and expert stacks; the output embedding as well with ``output_too``, as torchao's own configs do it."""
+def _intscale(model: nn.Module, output: str) -> None:
+    """All linears and expert stacks; the output embedding in ``"bf16"``, ``"w8a8"`` or ``"w4a8"``, as torchao's configs do it."""
     from torchao.quantization import quantize_
 
     import intscale_compile
 
-    config = intscale_compile.IntScaleConfig()
-    quantize_(model, config, filter_fn=intscale_compile.linears_and_experts)
     head = getattr(model, "lm_head", None)
-    if output_too and head is not None:
+    in_eight_bits = output == "w8a8" and head is not None
+    config = intscale_compile.IntScaleConfig(output_embedding="w8a8" if in_eight_bits else None)
+    quantize_(model, config, filter_fn=intscale_compile.linears_and_experts)
+    if output == "w4a8" and head is not None:
         quantize_(model, config, filter_fn=lambda module, name: module is head)
 
 
@@ -89,7 +90,7 @@ def _float_scales(model: nn.Module) -> None:
     """Quantize as ours and run the same kernels with fp32 group scales: what W4A8 costs without integer scales."""
     from intscale_compile.kernels import gluon_launch, gluon_tiles, triton_gemm
 
-    _intscale(model, True)
+    _intscale(model, "w4a8")
     launch, scales = gluon_launch.launch_gluon, {}
 
     def as_float(scale):
@@ -128,10 +129,11 @@ PEERS = {
         Peer("int8", "torchao int8, dynamic; cuBLAS", _torchao(_int8), gemm_backends="ATEN"),
         Peer("int8_tuned", "torchao int8, dynamic; tuned as torchao sets Inductor", _torchao(_int8, True)),
         Peer("float_scales", "ours with float group scales", _float_scales, "intscale"),
-        Peer("intscale", "ours", lambda m: _intscale(m, True), "intscale", by_layer=True),
-        Peer("intscale_head", "ours, output embedding left in bf16", lambda m: _intscale(m, False), "intscale",
+        Peer("intscale", "ours", lambda m: _intscale(m, "w4a8"), "intscale", by_layer=True),
+        Peer("intscale_head", "ours, output embedding left in bf16", lambda m: _intscale(m, "bf16"), "intscale",
              by_layer=True),
-        Peer("intscale_default", "ours, transformers' default attention", lambda m: _intscale(m, True), "intscale",
+        Peer("intscale_w8a8", "ours, output embedding in W8A8", lambda m: _intscale(m, "w8a8"), "intscale", by_layer=True),
+        Peer("intscale_default", "ours, transformers' default attention", lambda m: _intscale(m, "w4a8"), "intscale",
              attention="sdpa", by_layer=True),
     )
 }  # fmt: skip
