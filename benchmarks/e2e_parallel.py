@@ -36,7 +36,7 @@ from timing import environment, release
 import intscale_compile
 from intscale_compile import tensor_parallel
 
-BF16, W4A8, UNFUSED = "bf16", "w4a8", " unfused"  # the last: lossless sums without what follows them
+BF16, W4A8 = "bf16", "w4a8"
 WIRES = ("int8", "int6", "int4")
 SECONDS = {"cuda": 1.0, "cpu": 20.0}  # of each peer at each prompt length
 LEAST, MOST = 5, 30
@@ -99,7 +99,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--wires", nargs="+", default=list(WIRES), metavar="FORMAT", help="as int8, auto or auto+int8")
     parser.add_argument("--group-size", type=int, default=128, help="of the weights")
     parser.add_argument("--bf16", action="store_true", help="measure the model that is not quantized, too")
-    parser.add_argument("--unfused", action="store_true", help="measure auto without the pass collective_norm, too")
     parser.add_argument("--min-bytes", type=int, default=0, help="intscale.communication_min_bytes; -1: the link's own")
     parser.add_argument("--no-cuda-graphs", action="store_true")
     parser.add_argument("--seconds", type=float, default=540.0, help="after which the ranks are killed")
@@ -125,9 +124,7 @@ def options(args: argparse.Namespace, peer: str, device: torch.device, graphs: b
     """Of ``torch.compile``."""
     found: dict[str, Any] = {"triton.cudagraphs": graphs} if device.type == "cuda" else {}
     if peer.startswith(W4A8 + " "):
-        found["intscale.communication"] = peer.removeprefix(W4A8 + " ").removesuffix(UNFUSED)
-        if not peer.endswith(UNFUSED):
-            found["intscale.force_passes"] = ["collective_norm"]
+        found["intscale.communication"] = peer.removeprefix(W4A8 + " ")
         if args.min_bytes >= 0 and not found["intscale.communication"].startswith("auto"):
             found["intscale.communication_min_bytes"] = args.min_bytes
     return found
@@ -142,8 +139,6 @@ class Bench:
         if args.bf16:
             self.models[BF16] = sharded(args, device, False)
         self.peers = [*([BF16] if args.bf16 else []), W4A8, *(f"{W4A8} {wire}" for wire in args.wires)]
-        if args.unfused:
-            self.peers.append(f"{W4A8} auto{UNFUSED}")
         self.graphs = device.type == "cuda" and not args.no_cuda_graphs
         self.notes: list[str] = []
 

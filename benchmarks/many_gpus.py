@@ -65,7 +65,7 @@ def parts(ranks: int, folder: Path) -> list[Part]:
     ]
     tests = ["-m", "pytest", "-n", "0", "-q", "-m", "gpu", str(HERE.parent / "tests/gpu/test_communication_gpu.py")]
     tests += ["-k", f"lossless and {ranks}"]
-    decode = [e2e, *n, "--bf16", "--unfused", "--layers", "8", "--context", "2048", "--wires", "auto"]
+    decode = [e2e, *n, "--bf16", "--layers", "8", "--context", "2048", "--wires", "auto"]
     first = [e2e, *n, "--bf16", "--layers", "4", "--prompts", "2048", "8192", "--wires", "int8", "int4", "auto+int8"]
     large = [
         e2e,

@@ -99,9 +99,7 @@ def collectives_pass(settings: _options.Settings, cuda_graphs: bool) -> Optional
     if wire is None:
         return None
     disabled = settings.disable_passes
-    # Only where it is asked for until it has run on GPUs: what it does was checked in Triton's interpreter.
-    fuse = "collective_norm" in settings.force_passes and "collective_norm" not in disabled
-    return QuantizeCollectives(wire, settings.communication_min_bytes, NAME in disabled, cuda_graphs, fuse)
+    return QuantizeCollectives(wire, settings.communication_min_bytes, NAME in disabled, cuda_graphs)
 
 
 def after_users_pass(ours: QuantizeCollectives, patches: Mapping[str, Any]) -> Any:

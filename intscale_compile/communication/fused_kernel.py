@@ -29,8 +29,9 @@ MOST_PROGRAMS = 1024  # flags of a rank and a leg
 LARGE_CHUNK = 2 * ELEMENTS
 # Two H200: 4 to 16 are alike from 32 MB on, 1 is half as fast (benchmarks/results/2026-11-22-h200x2-allreduce.md).
 MOST_PER_ROUND = 4
-# Four H100, by bits of an element: up to 9 % from 32 MB on (benchmarks/results/2026-11-27-h100x4.md).
+# Four H100, by bits of an element: up to 9 % from 32 MB on (benchmarks/results/2026-11-27-h100x4.md); 8 bits one in long slices.
 MOST_PER_ROUND_OF_FOUR = {16: 1, 8: 2}
+LONG_SLICE = 8 << 20  # elements
 PROGRAMS_PER_MULTIPROCESSOR = 4
 SIDE_BY_SIDE: tl.constexpr = tl.constexpr(ELEMENTS)
 MOST_RANKS = 16
@@ -75,6 +76,8 @@ class Schedule:
 def schedule(length: int, multiprocessors: int, ranks: int, bits: int) -> Schedule:
     """For slices of ``length`` elements: small chunks while each has a multiprocessor for itself, as latency counts there."""
     most = MOST_PER_ROUND_OF_FOUR.get(bits, MOST_PER_ROUND) if ranks >= 4 else MOST_PER_ROUND
+    if ranks >= 4 and bits == 8 and length > LONG_SLICE:
+        most = 1
     chunk = ELEMENTS if length <= ELEMENTS * multiprocessors else LARGE_CHUNK
     chunks = -(-length // chunk)
     resident = min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, MOST_PROGRAMS)

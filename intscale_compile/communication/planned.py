@@ -43,7 +43,7 @@ def _lossless(x: Tensor, form: str, group: dist.ProcessGroup) -> Optional[Tensor
             logging.INFO, f"all_reduce ({form}) of group {group.group_name!r}: the plain collective is used: {reason}"
         )
         return None
-    out = symmetric.one_shot(x, group) if form == ONE_SHOT and x.numel() % 2 == 0 else symmetric.two_shot(x, group)
+    out = (symmetric.one_shot if form == ONE_SHOT else symmetric.two_shot)(x, group)
     if out is None:
         log_once(logging.INFO, f"all_reduce ({form}): symmetric memory is not used between these ranks")
     return out

@@ -1,6 +1,7 @@
 """All-reduce over NVLink: one kernel on symmetric memory (``torch.distributed._symmetric_memory``), no multicast.
 
-Quantized, or lossless: in two steps (``fused_kernel``) or, for small messages, in one (``one_shot_kernel``).
+Quantized (``fused_kernel``), or lossless: small messages in one step, larger ones in two (``word_kernels``; above 1 MB for each
+rank ``fused_kernel``).
 
 Used where all ranks of a group are GPUs of one host that can map each other's memory; every rank must come to the same answer,
 so they vote, once per group. Everything else goes through the process group.
@@ -66,54 +67,42 @@ def two_shot(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
     """Lossless sum of the 1-D ``x``, bf16 or fp16: fp32 in rank order, rounded once; None: not possible here."""
     if x.dtype not in LOSSLESS_DTYPES:
         return None
-    out = _two_shot_in_words(x, group)
+    out = _in_words(x, "two_shot", group.size(), group)
     return all_reduce(x, Elements(), group) if out is None else out
 
 
-def _two_shot_in_words(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
-    """:func:`two_shot` of a message of an even number of elements that one step of ``word_kernels`` takes; None: another."""
-    # Imports Triton, which only GPUs need.
-    from .word_kernels import MOST_PROGRAMS, WARPS, WORDS, programs, slice_words, two_shot_kernel, workspace_bytes
-
-    launched = programs(x.numel(), group.size())
-    if x.numel() % 2 or launched > MOST_PROGRAMS:
-        return None
-    if x.data_ptr() % 4:  # never an answer that differs among ranks
-        x = x.clone()
-    space = fixed_workspace(group, x.device, "two_shot", workspace_bytes(group.size()), MOST_PROGRAMS, 255)
-    if space is None:
-        return None
-    out = torch.empty_like(x)
-    with torch.cuda.device(x.device):
-        follow(space)
-        two_shot_kernel[(launched,)](
-            x, out, space.buffer, space.peers, space.counts, x.numel() // 2, slice_words(x.numel(), group.size()),
-            RANK=group.rank(), RANKS=group.size(), WORDS=WORDS, PROGRAMS=MOST_PROGRAMS, num_warps=WARPS,
-            enable_fp_fusion=False,
-        )  # fmt: skip
-    return out
-
-
 def one_shot(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
-    """The bits of :func:`two_shot` in one step, for small messages of an even number of elements; None: not possible here."""
-    # Imports Triton, which only GPUs need.
-    from .one_shot_kernel import MOST_PROGRAMS, WARPS, WORDS, one_shot_kernel, programs, workspace_bytes
+    """The bits of :func:`two_shot` in one step where the message is small enough, and else that; None: not possible here."""
+    if x.dtype not in LOSSLESS_DTYPES:
+        return None
+    out = _in_words(x, "one_shot", 1, group)
+    return two_shot(x, group) if out is None else out
 
-    if x.dtype not in LOSSLESS_DTYPES or x.numel() % 2:
+
+def _in_words(x: Tensor, kernel: str, slices: int, group: dist.ProcessGroup) -> Optional[Tensor]:
+    """Through a kernel of ``word_kernels`` for messages of so many slices; None: the message has a half word or is too large."""
+    # Imports Triton, which only GPUs need.
+    from . import word_kernels as words
+
+    length = words.slice_words(x.numel(), slices)
+    launched = words.programs(x.numel(), slices)
+    if x.numel() % 2 or launched > words.MOST_PROGRAMS:
+        return None
+    space = fixed_workspace(
+        group, x.device, kernel, words.workspace_bytes(group.size()), words.MOST_PROGRAMS, words.FILL
+    )
+    if space is None:
         return None
     if x.data_ptr() % 4:  # never an answer that differs among ranks
         x = x.clone()
-    space = fixed_workspace(group, x.device, "one_shot", workspace_bytes(group.size()), MOST_PROGRAMS)
-    if space is None:
-        return None
-    words, launched = x.numel() // 2, programs(x.numel())
     out = torch.empty_like(x)
     with torch.cuda.device(x.device):
         follow(space)
-        one_shot_kernel[(launched,)](
-            x, out, space.buffer, space.peers, space.counts, words, -(-words // (launched * WORDS)),
-            RANK=group.rank(), RANKS=group.size(), WORDS=WORDS, PROGRAMS=MOST_PROGRAMS, num_warps=WARPS,
-            enable_fp_fusion=False,
+        run = words.one_shot_kernel if slices == 1 else words.two_shot_kernel
+        run[(launched,)](
+            x, out, space.buffer, space.peers, space.counts, x.numel() // 2, *(() if slices == 1 else (length,)),
+            RANK=group.rank(), RANKS=group.size(), WORDS=words.WORDS, PROGRAMS=words.MOST_PROGRAMS,
+            num_warps=words.WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

@@ -16,7 +16,6 @@
 | decode_attention | attention of one query token over repeated heads | ``intscale.decode_attention`` |
 | cache_counters | the counters of a static cache, one for each layer | one addition to all of them |
 | quantize_collectives | sums and gathers of activations over ranks, after AOTAutograd | ``intscale.quantized_all_reduce`` ... |
-| collective_norm | a lossless sum in one step with residual, RMSNorm and quantization | ``intscale.all_reduce_norm_quantize`` |
 """
 
 from .base import Candidate, GraphRewrite, Pass, apply_passes
@@ -47,7 +46,6 @@ INTEGER_ONLY: tuple[Pass, ...] = (
 
 POST_GRAD_PASSES = (
     "quantize_collectives",
-    "collective_norm",
 )  # run in Inductor, on the graph of ATen operators; a file imported when needed
 
 __all__ = ["INTEGER_ONLY", "PASSES", "Candidate", "GraphRewrite", "Pass", "Settings", "apply_passes"]

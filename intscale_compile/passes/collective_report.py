@@ -28,7 +28,6 @@ class CollectiveReport:
         explanation: the reason in words, with the mend.
         link: what joins the ranks: backend, device, ranks and hosts.
         graph: number of the graph, from 1.
-        with_norm: whether the residual, RMSNorm and quantization that follow are part of the kernel.
         plan: the form by bytes, of an all-reduce with ``"auto"``.
     """
 
@@ -48,7 +47,6 @@ class CollectiveReport:
     link: str = ""
     graph: int = 0
     plan: str = ""
-    with_norm: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -60,8 +58,6 @@ class CollectiveReport:
         """``int8``, ``one_shot``, ``int8 by size``, or the name of the reason."""
         if self.reason is not None:
             return self.reason
-        if self.with_norm:
-            return f"{self.wire} with norm"
         return self.wire if self.nbytes is not None else f"{self.wire} by size"
 
     def __str__(self) -> str:

@@ -32,7 +32,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..communication import by_size, link_cost, ops
 from ..communication.choice import Allowed, Plan, plan
-from ..communication.fused_norm import ALL_REDUCE_NORM_QUANTIZE
 from ..communication.link_table import LOSSLESS, PLAIN, Link, Times, link_of, times_of
 from ..communication.message import WireFormat
 from ..communication.planned import PLANNED_ALL_REDUCE
@@ -41,7 +40,6 @@ from ..kernels.abi import KERNEL_ABI
 from ..reasons import Reason, log_once
 from .base import module_path
 from .collective_flow import gathers_input, is_backward, reaches_product
-from .collective_norm import fuse_norms
 from .collective_report import CollectiveReport
 
 NAME = "quantize_collectives"
@@ -84,7 +82,6 @@ class QuantizeCollectives(CustomGraphPass):
         wire: the wire format, or what else ``communication.choice.Allowed`` parses.
         min_bytes: threshold for all collectives; None: that of each link (``link_cost``).
         disabled: whether it only reports.
-        fuse: whether lossless sums take what follows them along (``collective_norm``).
         graphs: whether the compilation is for CUDA graphs.
 
     Attributes:
@@ -99,12 +96,10 @@ class QuantizeCollectives(CustomGraphPass):
 
     name = NAME
 
-    def __init__(
-        self, wire: str, min_bytes: Optional[int] = None, disabled: bool = False, graphs: bool = True, fuse: bool = True
-    ):
+    def __init__(self, wire: str, min_bytes: Optional[int] = None, disabled: bool = False, graphs: bool = True):
         self.allowed, self.min_bytes, self.disabled, self.graphs = Allowed.parse(wire), min_bytes, disabled, graphs
         self.form = WireFormat.parse(self.allowed.wire) if self.allowed.wire else None
-        self.wire, self.fuse = str(self.allowed), fuse
+        self.wire = str(self.allowed)
         self.links = _links()
         self.reports: list[CollectiveReport] = []
         self.ran, self.seconds = False, 0.0
@@ -117,7 +112,6 @@ class QuantizeCollectives(CustomGraphPass):
             self.min_bytes,
             self.disabled,
             self.graphs,
-            self.fuse,
             sorted(self.links.items()),
         )
         return "intscale.quantize_collectives." + hashlib.sha256(repr(known).encode()).hexdigest()
@@ -129,9 +123,6 @@ class QuantizeCollectives(CustomGraphPass):
         found = [node for node in graph.nodes if node.target in KINDS]
         backward = bool(found) and is_backward(graph)
         reports = [report for node in found for report in self._collective(graph, node, backward)]
-        if self.fuse and self.allowed.lossless:
-            fused = {node.meta[REPORT] for node in fuse_norms(graph)}
-            reports = [_with(report, with_norm=True) if report.name in fused else report for report in reports]
         self.reports += reports
         self.seconds += time.perf_counter() - start
         _log(reports)
@@ -144,9 +135,7 @@ class QuantizeCollectives(CustomGraphPass):
     @staticmethod
     def calls_in(files: Sequence[str]) -> int:
         """How many quantized collectives the code calls that Inductor generated."""
-        names = [
-            str(op) for op in (*QUANTIZED.values(), *BY_SIZE.values(), PLANNED_ALL_REDUCE, ALL_REDUCE_NORM_QUANTIZE)
-        ]
+        names = [str(op) for op in (*QUANTIZED.values(), *BY_SIZE.values(), PLANNED_ALL_REDUCE)]
         texts = [Path(file).read_text(encoding="utf-8") for file in files]
         return sum(text.count(f"torch.ops.{name}(") for text in texts for name in names)
 

@@ -7,7 +7,7 @@ from typing import Optional
 
 from ..config import IntScaleConfig
 
-FORCIBLE = ("gated_activation", "residual_add", "decode_attention", "collective_norm")
+FORCIBLE = ("gated_activation", "residual_add", "decode_attention")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
-from intscale_compile.communication import one_shot_kernel, word_kernels
+from intscale_compile.communication import word_kernels
 from intscale_compile.communication.fused_kernel import (
     LARGE_CHUNK,
     MOST_PROGRAMS,
@@ -52,36 +52,21 @@ def test_resident_and_published_to_the_system(arch, ranks, bits, resident, spill
         assert "ld.global.b8" not in ptx and "st.global.b8" not in ptx
 
 
-def test_one_shot_words_travel_whole(tmp_path):
-    """A word of two elements and its number is one store and one load of eight bytes, two of them at a time."""
-    pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "own_ptr": "*u8", "peers_ptr": "*i64", "counts_ptr": "*i32"}
-    kernel, ranks = one_shot_kernel, 8
-    constants = dict(RANK=1, RANKS=ranks, WORDS=kernel.WORDS, PROGRAMS=kernel.MOST_PROGRAMS)
-    signature, target = pointers | dict.fromkeys(("words", "rounds"), "i32"), GPUTarget("cuda", 90, 32)
-    options = dict(num_warps=kernel.WARPS, enable_fp_fusion=False)
-    compiled = assemble(kernel.one_shot_kernel, signature, constants, target, aligned=[*pointers, "words"], **options)
-    assert disassemble(compiled, tmp_path).spill_bytes <= 16
-    ptx = compiled.asm["ptx"]
-    assert ptx.count("st.global.v2.b64") == 2 * (ranks - 1) == ptx.count("ld.volatile.global.v2.b64")
-    assert "fence" not in ptx and "atom" not in ptx
-
-
-@pytest.mark.parametrize("ranks", [2, 8])
-def test_two_shot_words_need_no_flag(ranks, tmp_path):
+@pytest.mark.parametrize(("kernel", "ranks"), [("one_shot", 8), ("two_shot", 2), ("two_shot", 8)])
+def test_words_need_no_flag(kernel, ranks, tmp_path):
     """Four words are one store and one load of sixteen bytes; nothing is published or awaited but the words."""
     pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "own_ptr": "*u8", "peers_ptr": "*i64", "counts_ptr": "*i32"}
-    kernel, sizes = word_kernels, ("words", "length")
-    constants = dict(RANK=1, RANKS=ranks, WORDS=kernel.WORDS, PROGRAMS=kernel.MOST_PROGRAMS)
+    sizes = ("words",) if kernel == "one_shot" else ("words", "length")
+    constants = dict(RANK=1, RANKS=ranks, WORDS=word_kernels.WORDS, PROGRAMS=word_kernels.MOST_PROGRAMS)
     signature, target = pointers | dict.fromkeys(sizes, "i32"), GPUTarget("cuda", 90, 32)
-    options = dict(num_warps=kernel.WARPS, enable_fp_fusion=False)
-    compiled = assemble(kernel.two_shot_kernel, signature, constants, target, aligned=[*pointers, *sizes], **options)
+    options = dict(num_warps=word_kernels.WARPS, enable_fp_fusion=False)
+    source = getattr(word_kernels, f"{kernel}_kernel")
+    compiled = assemble(source, signature, constants, target, aligned=[*pointers, *sizes], **options)
     assert disassemble(compiled, tmp_path).spill_bytes == 0
-    ptx = compiled.asm["ptx"]
-    others = ranks - 1
-    assert ptx.count("ld.volatile.global.v4.b32") == 2 * others
-    assert ptx.count("st.global.v4.b32") == others * (1 + 2 + 1 + 1) + 1, (
-        "sent, emptied, sums sent, received; the own sum"
-    )
+    ptx, others = compiled.asm["ptx"], ranks - 1
+    assert ptx.count("ld.volatile.global.v4.b32") == others * (1 if kernel == "one_shot" else 2)
+    stores = others * (1 + 1) if kernel == "one_shot" else others * (1 + 2 + 1 + 1)
+    assert ptx.count("st.global.v4.b32") == stores + 1, "sent, emptied, sums sent, received; the own sum"
     assert "fence" not in ptx and "atom" not in ptx
 
 
@@ -91,6 +76,7 @@ def test_schedule_covers_all_chunks_with_few_flags(ranks, bits, most):
         plan = schedule(length, 132, ranks, bits)
         chunks = -(-length // plan.chunk)
         assert plan.chunk == (ELEMENTS if length <= 132 * ELEMENTS else LARGE_CHUNK)
+        most = 1 if ranks >= 4 and bits == 8 and length > 8 << 20 else most
         assert 1 <= plan.programs <= min(528, chunks) and 1 <= plan.per_round <= most
         rounds = -(-chunks // (plan.programs * plan.per_round))
         assert (rounds - 1) * plan.programs * plan.per_round < chunks

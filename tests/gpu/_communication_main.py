@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from intscale_compile.communication import all_gather, all_reduce, reduce_scatter, symmetric, transport
-from intscale_compile.communication.fused_norm import ALL_REDUCE_NORM_QUANTIZE, norm_quantize
 from intscale_compile.communication.message import WireFormat
 from intscale_compile.communication.reference import simulate_all_reduce, simulate_lossless_all_reduce
 from tests.communication.inputs import contributions, same_bits
@@ -132,34 +131,6 @@ def lossless() -> dict[str, str]:
         expected = simulate_lossless_all_reduce([one[: x.numel()] for one in given])
         if not all(same_bits(out.cpu(), expected) for out in outs):
             wrong[f"graph {seed}"] = "differs"
-    return wrong
-
-
-def with_norm() -> dict[str, str]:
-    """The kernel with residual, RMSNorm and quantization beside PyTorch's arithmetic on the exact sum, eagerly and in a graph."""
-    rank, ranks, name, wrong = dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name, {}
-    for rows, features in ((1, 4096), (16, 4096), (64, 1024), (3, 8192), (2, 96)):
-        xs = [x.cuda().view(rows, features) for x in contributions(rows * features, ranks, torch.bfloat16)]
-        residual = xs[0].flip(0) * 0.5
-        weight = xs[-1][0].abs()
-        call = lambda: ALL_REDUCE_NORM_QUANTIZE(xs[rank], residual, weight, 1e-5, name)  # noqa: B023, E731
-        eager = call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
-        for _ in range(3):
-            graph.replay()
-        added, codes, scale = norm_quantize(simulate_lossless_all_reduce(xs), residual, weight, 1e-5)
-        for way, found in (("eager", eager), ("graph", captured)):
-            difference = (found[1].int() - codes.int()).abs()
-            near = difference.max() <= 1 and difference.float().mean() < 0.01
-            if not same_bits(found[0], added) or not near or not torch.allclose(found[2], scale, rtol=4e-3):
-                wrong[f"{way} {rows} x {features}"] = f"codes differ by {difference.max().item()}"
-        codes = [torch.empty_like(eager[1]) for _ in range(ranks)]
-        dist.all_gather(codes, eager[1])
-        if not all(torch.equal(codes[0], other) for other in codes):
-            wrong[f"ranks {rows} x {features}"] = "differ"
     return wrong
 
 
