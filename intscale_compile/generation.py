@@ -78,9 +78,9 @@ def prepare_for_generation(
         model: a causal or an encoder-decoder model of transformers.
         prompt: ``"compiled"``: one graph of the whole model for every length of prompt, compiled at the first call;
             ``"layers"``: one graph that the decoder layers of a quantized model share, which compiles many times faster, but
-            costs the host more at every prompt; ``"eager"``: no compilation; ``"auto"``: compiled on a GPU, eager
-            elsewhere. Prompts of encoder-decoder models and of those with sliding windows, those with anything but tokens,
-            padded ones, and those behind others in a cache run eagerly.
+            costs the host more at every prompt; ``"eager"``: no compilation; ``"auto"``: compiled on a GPU, where the host's
+            time counts most, by layer elsewhere. Prompts of encoder-decoder models and of those with sliding windows, those
+            with anything but tokens, padded ones, and those behind others in a cache run eagerly.
         mode: of ``torch.compile``, for decoding steps; by default ``"reduce-overhead"`` on a GPU, where launches cost more
             than kernels, and ``"default"`` elsewhere and for models with sliding windows, whose steps differ in a number.
         backend: of ``torch.compile``.
@@ -107,10 +107,10 @@ def prepare_for_generation(
     # A window's count is a number in the graph: constant, each step would be compiled anew until Dynamo gives up.
     steps = CompileConfig(backend=backend, mode=mode, dynamic=None if windows else False, fullgraph=False)
     _set_steps(model.generation_config, steps, max_cache_len)
-    compiled_prompt = prompt in ("layers", "compiled") or (prompt == "auto" and on_gpu)
-    compiled_prompt &= not model.config.is_encoder_decoder and not foreign_forward(model)
+    compiled_prompt = prompt != "eager" and not model.config.is_encoder_decoder and not foreign_forward(model)
     compile_forward = _compile_of_prompts(backend) if compiled_prompt else None
-    by_layer = prompt == "layers" and compiled_prompt and _quantized(model) > 0 and bool(decoder_layers(model))
+    by_layer = prompt == "layers" or (prompt == "auto" and not on_gpu)
+    by_layer &= compiled_prompt and _quantized(model) > 0 and bool(decoder_layers(model))
     prepare_model(model, PromptState(compile_forward, keep_cache and not model.config.is_encoder_decoder, by_layer))
     how = f"torch.compile, one graph for all {'layers and ' if by_layer else ''}lengths" if compiled_prompt else "eager"
     setup = _describe(model, mode, how, keep_cache, max_cache_len, windows)

@@ -253,7 +253,7 @@ def test_what_it_says(caplog):
     with caplog.at_level(logging.INFO, "intscale_compile"):
         setup = prepare_for_generation(model, max_cache_len=64)
     text = str(setup)
-    assert text in caplog.text and "prompt:   eager" in text and "at least 64 tokens" in text
+    assert text in caplog.text and "one graph for all layers and lengths" in text and "at least 64 tokens" in text
     assert setup.quantized == setup.linears - 1 and model.generation_config.compile_config.mode == "default"
     encoder = FAMILIES["t5"].build()
     assert prepare_for_generation(encoder, prompt="compiled").prompt == "eager"

@@ -1,4 +1,7 @@
-"""Unpacked weights that the CPU ops keep follow every change of a weight and die with it."""
+"""Unpacked weights that the CPU ops keep follow every change of a weight and die with it.
+
+Eight tokens: fewer may be multiplied with the packed weight, of which nothing is kept.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from tests.support.problems import LAYOUTS, Problem
 @pytest.mark.parametrize("part", [0, 1], ids=["codes", "scales"])
 def test_cache_follows_changes_of_the_parts(layout, part):
     """Codes are unpacked once and kept; a change in place of either stored tensor must be seen by the next call."""
-    problem, other = Problem(2, 64, 256, layout), Problem(2, 64, 256, layout, seed=1)
+    problem, other = Problem(8, 64, 256, layout), Problem(8, 64, 256, layout, seed=1)
     assert torch.equal(problem.accumulate().long(), problem.accumulator)
     problem.weight[part].copy_(other.weight[part])
     changed = reference_accumulate(problem.xq, *problem.weight, 64, layout[0], "plain")
@@ -37,7 +40,7 @@ def test_cache_follows_changes_of_the_weight(packing, scale_bits, inference):
     config = IntScaleConfig(scale_bits=scale_bits, packing_format=packing, scale_search="absmax")
     with torch.inference_mode(inference):
         weight, second, third = (IntScaleTensor.from_hp(torch.randn(128, 256), config) for _ in range(3))
-        x = torch.randn(2, 256)
+        x = torch.randn(8, 256)
         F.linear(x, weight)
         weight.copy_(second)
         assert torch.equal(F.linear(x, weight), F.linear(x, second))
@@ -53,7 +56,7 @@ def test_cache_follows_load_state_dict():
     layers = [torch.nn.Linear(256, 64) for _ in range(2)]
     for layer in layers:
         layer.weight = torch.nn.Parameter(IntScaleTensor.from_hp(layer.weight.detach()), requires_grad=False)
-    x = torch.randn(2, 256)
+    x = torch.randn(8, 256)
     layers[0](x)
     counted = layers[0].weight.qdata._version
     layers[0].load_state_dict(layers[1].state_dict())
@@ -62,7 +65,7 @@ def test_cache_follows_load_state_dict():
 
 
 def test_cache_is_used_and_freed():
-    problem = Problem(2, 64, 256, LAYOUTS[2])
+    problem = Problem(8, 64, 256, LAYOUTS[2])
     problem.accumulate()
     kept = cpu_gemm._unpacked[problem.weight[0]]
     problem.accumulate()

@@ -84,9 +84,9 @@ def test_a_tied_model_is_untied_and_says_what_that_costs(caplog):
         quantize_(model, W8A8)
     assert "lm_head.weight is shared with the input embedding" in caplog.text and "0.0 MB in 8 bits" in caplog.text
     assert model.config.tie_word_embeddings is False and model.model.embed_tokens.weight is original
-    text = str(intscale_compile.explain(model, IDS))
-    assert "lm_head: the output embedding has a weight of its own" in text
-    row = next(one for one in intscale_compile.explain(model, IDS).layers if one.name == "lm_head.weight")
+    report = intscale_compile.explain(model, IDS)
+    assert "lm_head: the output embedding has a weight of its own" in str(report)
+    row = next(one for one in report.layers if one.name == "lm_head.weight")
     assert row.decision == "W8A8"
 
 
@@ -133,7 +133,7 @@ def test_from_pretrained_refuses_what_it_cannot_untie(tmp_path):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=hf.TorchAoConfig(W8A8))
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_compiler_does_the_same_with_a_plain_model(tied):
     plain = llama(tied)
     model = copy.deepcopy(plain)
@@ -152,6 +152,7 @@ def test_the_compiler_does_the_same_with_a_plain_model(tied):
     )
 
 
+@pytest.mark.slow
 def test_the_option_reaches_a_model_that_was_quantized_without_it():
     model = llama(tied=False)
     quantize_(model, IntScaleConfig(scale_search="absmax"))

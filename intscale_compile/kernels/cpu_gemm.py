@@ -1,4 +1,5 @@
-"""The int32 accumulator on a CPU: oneDNN's int8 product over weights that are unpacked once and kept as int8.
+"""The int32 accumulator on a CPU: oneDNN's int8 product over weights that are unpacked once and kept as int8; of single
+tokens a kernel that reads the packed weight (:mod:`~.few_tokens`), where the processor has the instructions for it.
 
 A weight costs one more byte per code while it is in use on a CPU. `benchmarks/cpu.py` compares with fp32. It is unpacked anew
 when an exchanged part, an address, a version or a sample of its memory says that it changed (:mod:`~.fingerprint`); after a
@@ -16,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import format as fmt
 from .dequantize import unpack_offset, unpack_weight
+from .few_tokens import MOST_TOKENS, accumulate_few
 from .fingerprint import sample_of, state_of
 
 _unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -136,6 +138,11 @@ def accumulate_expert_cpu(
     zero_point: Optional[Tensor] = None,
 ) -> Tensor:  # fmt: skip
     """The accumulator of a matrix, or of one expert of a stack: int8 ``[M, K]`` to int32 ``[M, N]``, exact, M > 0."""
+    if x.shape[0] <= MOST_TOKENS and packing == "plain" and zero_point is None:
+        parts = (qdata, scale) if qdata.dim() == 2 else (qdata[expert], scale[expert])
+        acc = accumulate_few(x, *parts, group_size)
+        if acc is not None:
+            return acc
     fold = fmt.schedule_bits(scale_bits, zero_point is not None) <= 4 and qdata.dtype == torch.uint8
     return _product(
         x, _kept_weight(qdata, scale, zero_point, expert, out_features, group_size, packing, fold), group_size, fold
