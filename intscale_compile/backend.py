@@ -15,10 +15,11 @@ from torch import fx
 from .compile import options as _options
 from .compile.binding import bind, rewrite_graph
 from .compile.compile_ahead import compiling_ahead
+from .compile.compile_progress import shown
 from .compile.inductor_settings import code_generation, inductor_defaults
 from .compile.recorder.compilation import FINAL, generated_files, remember
 from .compile.recorder.stages import StageRecorder
-from .compile.times import timed
+from .compile.times import compile_times, timed
 from .debug import report
 from .debug.knobs import debug_patches
 from .ops import register_inductor
@@ -75,6 +76,7 @@ def intscale(
     with (
         compiling_ahead(rewrite, patches) as ahead,
         timed(quantized, rewrite.seconds, ahead),
+        shown(rewrite, len(compile_times()) + 1),
         code_generation(),
         generated_files() as files,
     ):

@@ -15,6 +15,7 @@ from typing import Any, Optional, Union
 import torch
 
 from .backend import intscale
+from .compile.compile_progress import watch
 from .compile.options import parse_options
 from .errors import ConfigError
 from .integrations.transformers_generate import PromptState, foreign_forward, has_windows, prepare_model, restore_model
@@ -111,6 +112,7 @@ def prepare_for_generation(
     compile_forward = _compile_of_prompts(backend) if compiled_prompt else None
     by_layer = prompt == "layers" or (prompt == "auto" and not on_gpu)
     by_layer &= compiled_prompt and _quantized(model) > 0 and bool(decoder_layers(model))
+    watch()
     prepare_model(model, PromptState(compile_forward, keep_cache and not model.config.is_encoder_decoder, by_layer))
     how = f"torch.compile, one graph for all {'layers and ' if by_layer else ''}lengths" if compiled_prompt else "eager"
     setup = _describe(model, mode, how, keep_cache, max_cache_len, windows)

@@ -1,15 +1,19 @@
-"""Progress of a ``quantize_`` call that takes longer than a moment, and its summary in the log."""
+"""Progress of a ``quantize_`` call that takes longer than a moment, and its summary in the log; what compilations are for."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+from contextvars import ContextVar
 from typing import Any, Optional
 
 log = logging.getLogger("intscale_compile")
 SILENT_SECONDS = 2.0  # a call that is faster shows nothing
 LOG_SECONDS = 5.0  # between two log lines, where there is no terminal to draw a bar on
+WORK: ContextVar[str] = ContextVar(
+    "intscale_work", default=""
+)  # what a compilation that begins now is for, if that is known
 
 
 class Progress:

@@ -18,6 +18,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from ..progress import WORK
 from ..reasons import log_once
 from .transformers_layers import CACHE_NAMES, compiled_layers, decoder_layers, mark_dynamic
 
@@ -71,6 +72,13 @@ class PromptState:
         """A whole prompt, compiled."""
         self.prompts += 1
         tokens = kwargs["input_ids"].shape[1]
+        token = WORK.set(f"prompt of {tokens} tokens")
+        try:
+            return self._run(model, forward, kwargs, tokens)
+        finally:
+            WORK.reset(token)
+
+    def _run(self, model: Any, forward: Callable, kwargs: dict[str, Any], tokens: int) -> Any:
         if self.by_layer and self._layers is None:
             self._layers = decoder_layers(model)
         layers = self._layers if self.by_layer else None
