@@ -25,7 +25,7 @@ def compile_ahead(args: argparse.Namespace) -> list[str]:
     """Compile what a run with these arguments launches; what failed, which the ranks will compile for themselves."""
     dtypes = args.dtypes if args.stress else ["bfloat16"]
     kinds = [(nbytes // 2, 0) for nbytes in args.sizes[:1] + args.sizes[-1:]]
-    kinds += stress_inputs(args.ranks) if args.stress else []
+    kinds += stress_inputs(args.ranks, args.most) if args.stress else []
     fused = args.link == "nvlink"
     wires = [*args.wires, *([LOSSLESS] if fused else [])]
     jobs = list(itertools.product(range(args.ranks), wires, dtypes, dict.fromkeys(kinds)))
@@ -40,13 +40,14 @@ def compile_ahead(args: argparse.Namespace) -> list[str]:
     return failures
 
 
-def stress_inputs(ranks: int) -> list[tuple[int, int]]:
+def stress_inputs(ranks: int, most: int | None = None) -> list[tuple[int, int]]:
     """Numbers of elements, and how many elements behind an aligned address they begin, that Triton compiles differently.
 
     Multiples of 16 or not, these at an aligned address or not; of small and of large chunks.
     """
     small, large = GROUP_SIZE * 3 * ranks, 2 * MOST_SMALL * ranks
-    return [(n - less, offset) for n in (small, large) for less, offset in ((0, 0), (2, 0), (2, 2))]
+    sizes = (small, large) if most is None or most // 2 > MOST_SMALL * ranks else (small,)
+    return [(n - less, offset) for n in sizes for less, offset in ((0, 0), (2, 0), (2, 2))]
 
 
 def compile_rank(rank: int, wire: str, dtype: str, kind: tuple[int, int], ranks: int, fused: bool) -> None:

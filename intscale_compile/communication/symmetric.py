@@ -1,7 +1,7 @@
 """All-reduce over NVLink: one kernel on symmetric memory (``torch.distributed._symmetric_memory``), no multicast.
 
-Quantized (``fused_kernel``), or lossless: small messages in one step, larger ones in two (``word_kernels``; above 1 MB for each
-rank ``fused_kernel``).
+Quantized (``fused_kernel``), or lossless: small messages in one step, larger ones in two (``word_kernels``; above 64 MB
+``fused_kernel``).
 
 Used where all ranks of a group are GPUs of one host that can map each other's memory; every rank must come to the same answer,
 so they vote, once per group. Everything else goes through the process group.
@@ -16,7 +16,7 @@ import socket
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from torch import Tensor
 
 from ..reasons import log_once
 from .message import Elements, WireFormat
+
+if TYPE_CHECKING:
+    from .word_kernels import Form
 
 VARIABLE = "INTSCALE_SYMMETRIC_MEMORY"  # 0: never
 LEAST_WORKSPACE = 1 << 20
@@ -52,7 +55,7 @@ class Workspace:
 class _Member:
     usable: bool
     spaces: list[Workspace]  # the largest is the last; captured graphs hold on to earlier ones
-    fixed: dict[str, Workspace] = field(
+    fixed: dict[Form, Workspace] = field(
         default_factory=dict
     )  # of kernels whose workspace does not depend on the message
 
@@ -61,49 +64,59 @@ _members: weakref.WeakKeyDictionary[dist.ProcessGroup, _Member] = weakref.WeakKe
 
 
 LOSSLESS_DTYPES = (torch.bfloat16, torch.float16)
+MOST_IN_WORDS = 64 << 20  # bytes; larger messages take the kernel of the quantized form
 
 
 def two_shot(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
     """Lossless sum of the 1-D ``x``, bf16 or fp16: fp32 in rank order, rounded once; None: not possible here."""
+    # Imports Triton, which only GPUs need.
+    from . import word_kernels
+
     if x.dtype not in LOSSLESS_DTYPES:
         return None
-    out = _in_words(x, "two_shot", group.size(), group)
-    return all_reduce(x, Elements(), group) if out is None else out
+    if x.numel() % 2 == 0 and x.nbytes <= MOST_IN_WORDS:
+        out = _in_words(x, word_kernels.two_shot(group.size()), group)
+        if out is not None:
+            return out
+    return all_reduce(x, Elements(), group)
 
 
 def one_shot(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
     """The bits of :func:`two_shot` in one step where the message is small enough, and else that; None: not possible here."""
+    # Imports Triton, which only GPUs need.
+    from . import word_kernels
+
     if x.dtype not in LOSSLESS_DTYPES:
         return None
-    out = _in_words(x, "one_shot", 1, group)
+    out = None
+    if x.numel() % 2 == 0 and x.numel() <= word_kernels.ONE_SHOT.elements:
+        out = _in_words(x, word_kernels.ONE_SHOT, group)
     return two_shot(x, group) if out is None else out
 
 
-def _in_words(x: Tensor, kernel: str, slices: int, group: dist.ProcessGroup) -> Optional[Tensor]:
-    """Through a kernel of ``word_kernels`` for messages of so many slices; None: the message has a half word or is too large."""
+def _in_words(x: Tensor, form: Form, group: dist.ProcessGroup) -> Optional[Tensor]:
+    """The sum of an even number of elements through the kernels of ``word_kernels``; None: not possible here."""
     # Imports Triton, which only GPUs need.
     from . import word_kernels as words
 
-    length = words.slice_words(x.numel(), slices)
-    launched = words.programs(x.numel(), slices)
-    if x.numel() % 2 or launched > words.MOST_PROGRAMS:
-        return None
-    space = fixed_workspace(
-        group, x.device, kernel, words.workspace_bytes(group.size()), words.MOST_PROGRAMS, words.FILL
-    )
+    rank, ranks = group.rank(), group.size()
+    space = fixed_workspace(group, x.device, form, form.workspace_bytes(ranks), form.programs, words.FILL)
     if space is None:
         return None
     if x.data_ptr() % 4:  # never an answer that differs among ranks
         x = x.clone()
     out = torch.empty_like(x)
+    kernel = words.one_shot_kernel if form.legs == 1 else words.two_shot_kernel
     with torch.cuda.device(x.device):
         follow(space)
-        run = words.one_shot_kernel if slices == 1 else words.two_shot_kernel
-        run[(launched,)](
-            x, out, space.buffer, space.peers, space.counts, x.numel() // 2, *(() if slices == 1 else (length,)),
-            RANK=group.rank(), RANKS=group.size(), WORDS=words.WORDS, PROGRAMS=words.MOST_PROGRAMS,
-            num_warps=words.WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        for begin in range(0, x.numel(), form.elements):
+            part, sums = x[begin : begin + form.elements], out[begin : begin + form.elements]
+            lengths = () if form.legs == 1 else (form.slice_words(part.numel()),)
+            kernel[(form.launched(part.numel()),)](
+                part, sums, space.buffer, space.peers, space.counts, part.numel() // 2, *lengths, LEGS=form.legs,
+                RANK=rank, RANKS=ranks, WORDS=words.WORDS, PROGRAMS=form.programs, num_warps=words.WARPS,
+                enable_fp_fusion=False,
+            )  # fmt: skip
     return out
 
 
@@ -231,22 +244,22 @@ def _workspace(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> O
 
 
 def fixed_workspace(
-    group: dist.ProcessGroup, device: torch.device, kernel: str, nbytes: int, programs: int, fill: int = 0
+    group: dist.ProcessGroup, device: torch.device, form: Form, nbytes: int, programs: int, fill: int
 ) -> Optional[Workspace]:
-    """The workspace of a kernel for which one size serves all messages, made at its first call, which is a collective.
+    """The workspace of a form for which one size serves all messages, made at its first call, which is a collective.
 
     ``fill``: its bytes at first.
     """
     if not usable(group, device):
         return None
     made = _members[group].fixed
-    if kernel not in made:
+    if form not in made:
         if torch.cuda.is_current_stream_capturing():
             log_once(logging.INFO, "a graph is captured before a message was sent once: it goes through the group")
             return None
         with ThreadPoolExecutor(1) as thread:
-            made[kernel] = thread.submit(_make, group, device, nbytes, programs, fill).result()
-    return made[kernel]
+            made[form] = thread.submit(_make, group, device, nbytes, programs, fill).result()
+    return made[form]
 
 
 def _make(group: dist.ProcessGroup, device: torch.device, nbytes: int, programs: int, fill: int = 0) -> Workspace:

@@ -12,60 +12,90 @@ empty words are there. Steps are counted on the device, by threes: a captured gr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
 WARPS = 4
 WORDS = 512  # of two elements each, of a slice, that a program takes
-MOST_PROGRAMS = 512
+MOST_ONE_SHOT = 1 << 20  # bytes of a launch
+MOST_TWO_SHOT = 8 << 20
 FILL = 255  # every byte of a workspace at first
 SIDES: tl.constexpr = tl.constexpr(3)
 EMPTY: tl.constexpr = tl.constexpr(-1)
 OTHER_NAN: tl.constexpr = tl.constexpr(-32769)  # what is sent in place of the empty word: two NaN of another pattern
 
 
-def workspace_bytes(ranks: int) -> int:
-    """What the workspace of a kernel needs, whatever the messages."""
-    return 3 * 2 * ranks * MOST_PROGRAMS * WORDS * 4
+@dataclass(frozen=True)
+class Form:
+    """How a message is summed.
+
+    Attributes:
+        legs: how often an element is sent: 1 or 2 steps.
+        slices: of a message; each is summed by one rank, or the only one by every rank.
+        programs: of the longest launch.
+    """
+
+    legs: int
+    slices: int
+    programs: int
+
+    @property
+    def elements(self) -> int:
+        """That a launch takes at most; larger messages take several."""
+        return 2 * WORDS * self.programs * self.slices
+
+    def workspace_bytes(self, ranks: int) -> int:
+        """What its workspace needs, whatever the messages."""
+        return 3 * self.legs * ranks * self.programs * WORDS * 4
+
+    def slice_words(self, elements: int) -> int:
+        """Words of each slice of so many elements: a multiple of 16, so that loads and stores are wide."""
+        return -(-(elements // 2) // (16 * self.slices)) * 16
+
+    def launched(self, elements: int) -> int:
+        """Programs of a launch for so many elements."""
+        return -(-self.slice_words(elements) // WORDS)
 
 
-def slice_words(elements: int, slices: int) -> int:
-    """Words of each of so many slices: a multiple of 16, so that loads and stores are wide."""
-    return -(-(elements // 2) // (16 * slices)) * 16
+ONE_SHOT = Form(1, 1, MOST_ONE_SHOT // (4 * WORDS))
 
 
-def programs(elements: int, slices: int) -> int:
-    """Of a launch, with a slice for each rank in two steps and one in all in one; above ``MOST_PROGRAMS``: too many elements."""
-    return -(-slice_words(elements, slices) // WORDS)
+def two_shot(ranks: int) -> Form:
+    """The form in two steps, with a slice for each rank."""
+    return Form(2, ranks, MOST_TWO_SHOT // (4 * WORDS * ranks))
 
 
 @triton.jit
 def _region(
-    own_ptr, offset, side, leg, source, block, RANKS: tl.constexpr, WORDS: tl.constexpr, PROGRAMS: tl.constexpr
-):
+    own_ptr, offset, side, leg: tl.constexpr, source, block, LEGS: tl.constexpr, RANKS: tl.constexpr,
+    WORDS: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
     """Region ``block`` of a side and leg for words from rank ``source``, in the workspace ``offset`` bytes behind the own one."""
     words = (own_ptr + offset).to(tl.pointer_type(tl.int32), bitcast=True)
-    return words + (((side * 2 + leg) * RANKS + source) * PROGRAMS + block) * WORDS
+    return words + (((side * LEGS + leg) * RANKS + source) * PROGRAMS + block) * WORDS
 
 
 @triton.jit
 def _send(
-    word, here, place, own_ptr, peers_ptr, peer, side, leg, block, RANK: tl.constexpr, RANKS: tl.constexpr,
+    word, here, place, own_ptr, peers_ptr, peer, side, leg, block, LEGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     WORDS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Words into the region that this rank has in the memory of rank ``peer``."""
     offset = tl.multiple_of(tl.load(peers_ptr + peer), 16)
-    tl.store(_region(own_ptr, offset, side, leg, RANK, block, RANKS, WORDS, PROGRAMS) + place, word, here)
+    tl.store(_region(own_ptr, offset, side, leg, RANK, block, LEGS, RANKS, WORDS, PROGRAMS) + place, word, here)
 
 
 @triton.jit
 def _empty(
-    own_ptr, side, leg, place, block, RANK: tl.constexpr, RANKS: tl.constexpr, WORDS: tl.constexpr, PROGRAMS: tl.constexpr
+    own_ptr, side, leg: tl.constexpr, place, block, LEGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    WORDS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Empty words into the regions that the other ranks filled in the step before this one."""
     before = tl.where(side == 0, SIDES - 1, side - 1)
     for k in tl.static_range(1, RANKS):
-        old = _region(own_ptr, 0, before, leg, (RANK + k) % RANKS, block, RANKS, WORDS, PROGRAMS)
+        old = _region(own_ptr, 0, before, leg, (RANK + k) % RANKS, block, LEGS, RANKS, WORDS, PROGRAMS)
         tl.store(old + place, tl.full((WORDS,), EMPTY, tl.int32))
 
 
@@ -96,7 +126,7 @@ def _joined(lo, hi, dtype: tl.constexpr):
 
 @triton.jit
 def _sum(
-    own, here, place, own_ptr, side, block, dtype: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    own, here, place, own_ptr, side, block, dtype: tl.constexpr, LEGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     WORDS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Own words and what has come for this leg, summed over the ranks in their order, as words; and whether any is missing."""
@@ -106,7 +136,7 @@ def _sum(
     for peer in tl.static_range(RANKS):
         word = own
         if peer != RANK:
-            received = _region(own_ptr, 0, side, 0, peer, block, RANKS, WORDS, PROGRAMS)
+            received = _region(own_ptr, 0, side, 0, peer, block, LEGS, RANKS, WORDS, PROGRAMS)
             word = tl.load(received + place, here, 0, volatile=True)
             empty |= (word == EMPTY).to(tl.int32)
         more_lo, more_hi = _halves(word, dtype)
@@ -116,7 +146,7 @@ def _sum(
 
 @triton.jit
 def one_shot_kernel(
-    x_ptr, out_ptr, own_ptr, peers_ptr, counts_ptr, words, RANK: tl.constexpr, RANKS: tl.constexpr,
+    x_ptr, out_ptr, own_ptr, peers_ptr, counts_ptr, words, LEGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     WORDS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Sum ``x``, 1-D bf16 or fp16 of ``2 * words`` elements, over the ranks in their order into ``out``, rounded once."""
@@ -129,18 +159,18 @@ def one_shot_kernel(
     own = _sendable(tl.load(x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + index, here, 0))
     for k in tl.static_range(1, RANKS):
         peer = (RANK + k) % RANKS
-        _send(own, here, place, own_ptr, peers_ptr, peer, side, 0, block, RANK, RANKS, WORDS, PROGRAMS)
-    _empty(own_ptr, side, 0, place, block, RANK, RANKS, WORDS, PROGRAMS)
+        _send(own, here, place, own_ptr, peers_ptr, peer, side, 0, block, LEGS, RANK, RANKS, WORDS, PROGRAMS)
+    _empty(own_ptr, side, 0, place, block, LEGS, RANK, RANKS, WORDS, PROGRAMS)
     missing = 1
     while missing != 0:  # what is there is summed and stored at once: no tensor leaves this loop
-        total, missing = _sum(own, here, place, own_ptr, side, block, dtype, RANK, RANKS, WORDS, PROGRAMS)
+        total, missing = _sum(own, here, place, own_ptr, side, block, dtype, LEGS, RANK, RANKS, WORDS, PROGRAMS)
         tl.store(out_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + index, total, here)
     tl.store(counts_ptr + block, tl.where(side == SIDES - 1, 0, side + 1))
 
 
 @triton.jit
 def two_shot_kernel(
-    x_ptr, out_ptr, own_ptr, peers_ptr, counts_ptr, words, length, RANK: tl.constexpr, RANKS: tl.constexpr,
+    x_ptr, out_ptr, own_ptr, peers_ptr, counts_ptr, words, length, LEGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     WORDS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """The bits of ``one_shot_kernel`` in two steps: rank ``r`` sums the words from ``r * length`` on and sends them to all."""
@@ -156,19 +186,21 @@ def two_shot_kernel(
         index = within + peer * length
         here = (within < length) & (index < words)
         word = _sendable(tl.load(xs + index, here, 0))
-        _send(word, here, place, own_ptr, peers_ptr, peer, side, 0, block, RANK, RANKS, WORDS, PROGRAMS)
+        _send(word, here, place, own_ptr, peers_ptr, peer, side, 0, block, LEGS, RANK, RANKS, WORDS, PROGRAMS)
     own_index = within + RANK * length
     own_here = (within < length) & (own_index < words)
     own = _sendable(tl.load(xs + own_index, own_here, 0))
-    _empty(own_ptr, side, 0, place, block, RANK, RANKS, WORDS, PROGRAMS)
-    _empty(own_ptr, side, 1, place, block, RANK, RANKS, WORDS, PROGRAMS)
+    _empty(own_ptr, side, 0, place, block, LEGS, RANK, RANKS, WORDS, PROGRAMS)
+    _empty(own_ptr, side, 1, place, block, LEGS, RANK, RANKS, WORDS, PROGRAMS)
     missing = 1
     while missing != 0:  # what is there is summed, stored and sent at once: no tensor leaves this loop
-        total, missing = _sum(own, own_here, place, own_ptr, side, block, dtype, RANK, RANKS, WORDS, PROGRAMS)
+        total, missing = _sum(own, own_here, place, own_ptr, side, block, dtype, LEGS, RANK, RANKS, WORDS, PROGRAMS)
         if missing == 0:
             for k in tl.static_range(1, RANKS):
                 peer = (RANK + k) % RANKS
-                _send(total, own_here, place, own_ptr, peers_ptr, peer, side, 1, block, RANK, RANKS, WORDS, PROGRAMS)
+                _send(
+                    total, own_here, place, own_ptr, peers_ptr, peer, side, 1, block, LEGS, RANK, RANKS, WORDS, PROGRAMS
+                )
             tl.store(outs + own_index, total, own_here)
     missing = 1
     while missing != 0:
@@ -176,7 +208,7 @@ def two_shot_kernel(
         for k in tl.static_range(1, RANKS):
             index = within + (RANK + k) % RANKS * length
             here = (within < length) & (index < words)
-            received = _region(own_ptr, 0, side, 1, (RANK + k) % RANKS, block, RANKS, WORDS, PROGRAMS)
+            received = _region(own_ptr, 0, side, 1, (RANK + k) % RANKS, block, LEGS, RANKS, WORDS, PROGRAMS)
             word = tl.load(received + place, here, 0, volatile=True)
             empty |= (word == EMPTY).to(tl.int32)
             tl.store(outs + index, word, here)  # what has not come is overwritten

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from intscale_compile.communication.fused_kernel import schedule
 from intscale_compile.communication.link_cost import CostModel, plain_bytes, wire_bytes
 from intscale_compile.communication.message import WireFormat
+from intscale_compile.communication.reference import simulate_all_reduce
 from tests.support.benchmarks import BENCHMARKS, load
 
 WIRES = ("int8", "int4")
@@ -106,6 +108,17 @@ def test_a_wrong_result_is_counted(bench):
     other[2] = -2.015625
     assert bench.stress.differs(x, other) and bench.stress.differs(x, torch.tensor([1.0, 3.0, -2.0]).bfloat16())
     assert bench.stress.differs(torch.zeros(1), -torch.zeros(1))
+
+
+@pytest.mark.parametrize("wire", ["int8", "int4-spikes", "int5"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_all_messages_at_once_have_the_bits_of_the_reference(bench, wire, dtype):
+    form = WireFormat.parse(wire)
+    for ranks, elements in ((3, 1000), (4, 129), (2, 4096)):
+        inputs = torch.randn(ranks, elements).to(dtype)
+        inputs[1, elements // 2] = math.inf if elements == 1000 else 3.0
+        wanted = simulate_all_reduce(list(inputs), form)
+        assert not bench.stress.differs(bench.stress.all_at_once(inputs, form), wanted)
 
 
 def test_random_cases_are_the_same_on_every_rank(bench):

@@ -42,9 +42,9 @@ CASES = (
 )
 # kernels of words and elements: launches of more programs or fewer than the one before, slices that are ragged or empty, more
 # launches than sides
-WORD_KERNELS = {"one_shot": 1, "two_shot": None}  # how many slices a message has; None: one for each rank
+FORMS = {"one_shot": lambda _: word_kernels.ONE_SHOT, "two_shot": word_kernels.two_shot}
 SIZES = (6, 1024 * 5 + 10, 40, 2048, 1024 * 7, 2, 4096, 2)
-IN_WORDS = [(name, elements) for elements in SIZES for name in WORD_KERNELS]
+IN_WORDS = [(name, elements) for elements in SIZES for name in FORMS]
 CALLS = 2  # one after the other on one workspace
 
 
@@ -83,20 +83,22 @@ def run(folder: Path, rank: int, case: tuple) -> list:
 
 def in_words(folder: Path, rank: int, ranks: int) -> list:
     """What calls of the kernels of words give, of sizes that change, one behind the other on one workspace for each kernel."""
-    nbytes = word_kernels.workspace_bytes(ranks)
-    counts = {name: torch.zeros(word_kernels.MOST_PROGRAMS, dtype=torch.int32) for name in WORD_KERNELS}
+    forms = {name: form(ranks) for name, form in FORMS.items()}
+    counts = {name: torch.zeros(form.programs, dtype=torch.int32) for name, form in forms.items()}
     results = []
     for call, (name, elements) in enumerate(IN_WORDS):
+        form = forms[name]
+        nbytes = form.workspace_bytes(ranks)
         spaces = [
             torch.from_file(str(folder / f"{name}{r}"), shared=True, size=nbytes, dtype=torch.uint8)
             for r in range(ranks)
         ]
         peers = torch.tensor([space.data_ptr() - spaces[rank].data_ptr() for space in spaces])
         x = word_inputs(call, elements, ranks)[rank]
-        out, length = torch.empty_like(x), word_kernels.slice_words(elements, WORD_KERNELS[name] or ranks)
-        getattr(word_kernels, f"{name}_kernel")[(-(-length // word_kernels.WORDS),)](
-            x, out, spaces[rank], peers, counts[name], elements // 2, *([] if name == "one_shot" else [length]),
-            RANK=rank, RANKS=ranks, WORDS=word_kernels.WORDS, PROGRAMS=word_kernels.MOST_PROGRAMS,
+        out, lengths = torch.empty_like(x), [] if name == "one_shot" else [form.slice_words(elements)]
+        getattr(word_kernels, f"{name}_kernel")[(form.launched(elements),)](
+            x, out, spaces[rank], peers, counts[name], elements // 2, *lengths, LEGS=form.legs,
+            RANK=rank, RANKS=ranks, WORDS=word_kernels.WORDS, PROGRAMS=form.programs,
         )  # fmt: skip
         results.append(out)
     return results
@@ -136,8 +138,8 @@ def check(ranks: int) -> None:
             (folder / str(i)).mkdir()
             for r in range(ranks):
                 (folder / str(i) / f"space{r}").write_bytes(bytes(1 << 20))
-                for kernel in WORD_KERNELS if i == 0 else ():
-                    (folder / "0" / f"{kernel}{r}").write_bytes(b"\xff" * word_kernels.workspace_bytes(ranks))
+                for kernel, form in FORMS.items() if i == 0 else ():
+                    (folder / "0" / f"{kernel}{r}").write_bytes(b"\xff" * form(ranks).workspace_bytes(ranks))
         started = [context.Process(target=rank_main, args=(folder, r, ranks)) for r in range(ranks)]
         for process in started:
             process.start()

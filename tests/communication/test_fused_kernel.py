@@ -57,7 +57,8 @@ def test_words_need_no_flag(kernel, ranks, tmp_path):
     """Four words are one store and one load of sixteen bytes; nothing is published or awaited but the words."""
     pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "own_ptr": "*u8", "peers_ptr": "*i64", "counts_ptr": "*i32"}
     sizes = ("words",) if kernel == "one_shot" else ("words", "length")
-    constants = dict(RANK=1, RANKS=ranks, WORDS=word_kernels.WORDS, PROGRAMS=word_kernels.MOST_PROGRAMS)
+    form = word_kernels.ONE_SHOT if kernel == "one_shot" else word_kernels.two_shot(ranks)
+    constants = dict(LEGS=form.legs, RANK=1, RANKS=ranks, WORDS=word_kernels.WORDS, PROGRAMS=form.programs)
     signature, target = pointers | dict.fromkeys(sizes, "i32"), GPUTarget("cuda", 90, 32)
     options = dict(num_warps=word_kernels.WARPS, enable_fp_fusion=False)
     source = getattr(word_kernels, f"{kernel}_kernel")
@@ -68,6 +69,15 @@ def test_words_need_no_flag(kernel, ranks, tmp_path):
     stores = others * (1 + 1) if kernel == "one_shot" else others * (1 + 2 + 1 + 1)
     assert ptx.count("st.global.v4.b32") == stores + 1, "sent, emptied, sums sent, received; the own sum"
     assert "fence" not in ptx and "atom" not in ptx
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
+def test_launches_of_words_cover_their_elements(ranks):
+    for form in (word_kernels.ONE_SHOT, word_kernels.two_shot(ranks)):
+        for elements in (2, 30, 34, 8192 * ranks + 2, form.elements - 2, form.elements):
+            assert form.slices * form.slice_words(elements) * 2 >= elements and form.slice_words(elements) % 16 == 0
+            assert 1 <= form.launched(elements) <= form.programs
+        assert form.launched(form.elements) == form.programs and form.workspace_bytes(ranks) <= 64 << 20
 
 
 @pytest.mark.parametrize("ranks,bits,most", [(2, 8, 4), (2, 16, 4), (4, 4, 4), (4, 8, 2), (8, 16, 1)])
