@@ -31,7 +31,7 @@ LARGE_CHUNK = 2 * ELEMENTS
 MOST_PER_ROUND = 4
 # Four H100, by bits of an element: up to 9 % from 32 MB on (benchmarks/results/2026-11-27-h100x4.md); 8 bits one in long slices.
 MOST_PER_ROUND_OF_FOUR = {16: 1, 8: 2}
-LONG_SLICE = 8 << 20  # elements
+LONG_SLICE = 4 << 20  # elements
 PROGRAMS_PER_MULTIPROCESSOR = 4
 SIDE_BY_SIDE: tl.constexpr = tl.constexpr(ELEMENTS)
 MOST_RANKS = 16

@@ -86,7 +86,7 @@ def test_schedule_covers_all_chunks_with_few_flags(ranks, bits, most):
         plan = schedule(length, 132, ranks, bits)
         chunks = -(-length // plan.chunk)
         assert plan.chunk == (ELEMENTS if length <= 132 * ELEMENTS else LARGE_CHUNK)
-        most = 1 if ranks >= 4 and bits == 8 and length > 8 << 20 else most
+        most = 1 if ranks >= 4 and bits == 8 and length > 4 << 20 else most
         assert 1 <= plan.programs <= min(528, chunks) and 1 <= plan.per_round <= most
         rounds = -(-chunks // (plan.programs * plan.per_round))
         assert (rounds - 1) * plan.programs * plan.per_round < chunks
