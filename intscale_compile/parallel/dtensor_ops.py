@@ -41,11 +41,11 @@ def _(func, types, args, kwargs):
 @implements(aten.empty_like.default)
 def _(func, types, args, kwargs):
     tensor = args[0]
-    if kwargs.get("dtype") not in (None, tensor.dtype) or kwargs.get("device") not in (None, tensor.device):
-        raise ShardingError(
-            "empty_like of a quantized weight keeps its dtype and device: quantize the other tensor itself."
-        )
-    return tensor.replaced(**{name: torch.empty_like(getattr(tensor, name)) for name in tensor.data_names})
+    if kwargs.get("dtype") not in (None, tensor.dtype):
+        raise ShardingError("empty_like of a quantized weight keeps its dtype: quantize the other tensor itself.")
+    device = kwargs.get("device") or tensor.device  # Module.to_empty gives one
+    parts = {name: torch.empty_like(getattr(tensor, name), device=device) for name in tensor.data_names}
+    return tensor.replaced(**parts)
 
 
 def _no_gathering(what: Any) -> UnsupportedOpError:

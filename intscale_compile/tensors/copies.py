@@ -9,12 +9,14 @@ import torch
 from ..errors import UnsupportedOpError
 from ..kernels.cpu_gemm import forget
 from .activation_parts import PER_WEIGHT
+from .fields import ALL_NAMES
 from .intscale_tensor import IntScaleTensor
 from .operators import DENSE_MEND, as_view, refuse
 
 aten = torch.ops.aten
 implements = IntScaleTensor.implements
 implements_torch_function = IntScaleTensor.implements_torch_function
+SET_DATA: list[Any] = [torch.Tensor.data.__set__]  # type: ignore[attr-defined]
 TO_NUMPY: list[Any] = [torch.Tensor.numpy, torch.Tensor.__array__]
 SAME_LAYOUT = ("shape", "block_size", "transposed", "weight_bits", "rotation", "data_names")
 
@@ -40,6 +42,24 @@ def _(func, types, args, kwargs):
             torch.autograd.graph.increment_version(part)  # autograd does not see what happens in here
     forget(target.qdata)
     return target
+
+
+@implements_torch_function(SET_DATA)
+def _(func, types, args, kwargs):
+    """``weight.data = other``, which PyTorch carries out on the empty wrapper: the parts of ``other`` become the weight's."""
+    target, source = args
+    mend = "give the module a new parameter (module.weight = torch.nn.Parameter(other, requires_grad=False))"
+    if not isinstance(source, IntScaleTensor):
+        raise refuse(
+            "a plain tensor as .data of a quantized weight", f"quantize it (IntScaleTensor.from_hp), or {mend}"
+        )
+    for name in ("shape", "dtype", "device"):
+        if getattr(target, name) != getattr(source, name):
+            raise refuse(f".data of {name} {getattr(source, name)} in a weight of {name} {getattr(target, name)}", mend)
+    forget(target.qdata)
+    for name in ALL_NAMES:
+        if name != "dtype":
+            setattr(target, name, getattr(source, name))
 
 
 @implements(aten._to_copy.default)

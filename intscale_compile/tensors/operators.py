@@ -127,7 +127,8 @@ def _slice_features(func, args, kwargs, tensor: IntScaleTensor, start: int, end:
     align = fmt.k_alignment(tensor.group_size)
     if tensor.packing_format == "tiled" or step != 1 or start % align or (end % align and end != tensor.in_features):
         raise refuse(
-            f"input features {start}:{end}:{step} of {tensor.packing_format} packing are not multiples of {align}"
+            f"input features {start}:{end}:{step} of {tensor.packing_format} packing are not multiples of {align}",
+            PLAIN_MEND if tensor.packing_format == "tiled" else DENSE_MEND,
         )
     if tensor.rotation and (start % tensor.rotation or end % tensor.rotation):
         raise refuse(f"input features {start}:{end} cut through blocks of rotation={tensor.rotation}", DENSE_MEND)
@@ -368,7 +369,8 @@ def _(func, types, args, kwargs):
     whole_tiles = plain or not merges or tensor.out_features % fmt.TILE_N == size[-2] % fmt.TILE_N == 0
     if not merges or torch.Size(size).numel() != tensor.numel() or not whole_tiles:
         raise refuse(
-            f"view of {tuple(tensor.shape)} as {tuple(size)}: only experts and output rows can be merged or split"
+            f"view of {tuple(tensor.shape)} as {tuple(size)}: only experts and output rows can be merged or split",
+            DENSE_MEND if plain else PLAIN_MEND,
         )
     if tensor.act_pre_scale is not None:
         raise refuse("view of a weight with a static activation scale, which is one per expert", DENSE_MEND)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,34 @@ def test_what_repeats_or_loses_data_is_refused():
         torch.cat([weight, weight], 1)
     with pytest.raises(UnsupportedOpError, match="no NumPy array, so accelerate's disk_offload cannot store it"):
         weight.cpu().numpy()
+
+
+def test_assignment_to_data():
+    """PyTorch carried it out on the empty wrapper: the weight stayed as it was, and nothing was said."""
+    layer, x = nn.Linear(64, 32).requires_grad_(False), torch.randn(3, 64)
+    quantize_(layer, IntScaleConfig(group_size=32))
+    other = IntScaleTensor.from_hp(torch.randn(32, 64), IntScaleConfig(group_size=64))
+    weight, before = layer.weight, layer(x)
+    plain = {"plain tensor as .data": lambda: setattr(weight, "data", torch.randn(32, 64))}
+    plain["as .data of"] = lambda: nn.utils.vector_to_parameters(torch.randn(32 * 65), [weight])
+    plain["of shape"] = lambda: setattr(weight, "data", other[:16])
+    plain["of dtype"] = lambda: setattr(weight, "data", other.half())
+    for message, write in plain.items():
+        with pytest.raises(UnsupportedOpError, match=f"{message}.*give the module a new parameter"):
+            write()
+        assert torch.equal(layer(x), before)
+    weight.data = other
+    assert layer.weight is weight and torch.equal(layer(x), nn.functional.linear(x, other, layer.bias))
+
+
+def test_an_empty_model_on_another_device():
+    model = nn.Sequential(nn.Linear(64, 32)).requires_grad_(False)
+    quantize_(model, IntScaleConfig(group_size=32))
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(3, 64)
+    wanted = model(x)
+    again = model.to("meta").to_empty(device="cpu")
+    again.load_state_dict(state)
+    assert torch.equal(again(x), wanted)
 
 
 def test_accelerate_offloads_to_the_cpu():
