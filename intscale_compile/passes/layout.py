@@ -27,6 +27,7 @@ READS_LAYOUT = {
     "is_non_overlapping_and_dense", "data_ptr", "storage", "untyped_storage", "set_", "resize_", "resize_as_", "numpy",
     "dim_order", "is_set_to", "from_dlpack", "to_dlpack", "__dlpack__", "sym_stride", "sym_storage_offset",
 }  # fmt: skip
+IDLE = ("dropout", "dropout_", "dropout.default")
 NAMESPACES = {"aten", "prims", QUANTIZATION_NAMESPACE}
 
 
@@ -134,6 +135,8 @@ def computed(rewrite: GraphRewrite, reader: fx.Node, values: Values) -> Any:
     if any(value is None for value in inputs.values()):
         return None
     args, kwargs = fx.map_arg((reader.args, reader.kwargs), inputs.__getitem__)
+    if _is_idle_dropout(reader):
+        return (*args, kwargs.get("input"))[0]
     try:
         with rewrite.fake_mode, torch.no_grad(), enable_python_dispatcher():
             if reader.op == "call_method":
@@ -141,6 +144,15 @@ def computed(rewrite: GraphRewrite, reader: fx.Node, values: Values) -> Any:
             return reader.target(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, ValueError, TypeError):  # a view that these strides do not allow
         return None
+
+
+def _is_idle_dropout(node: fx.Node) -> bool:
+    """Whether a node is a dropout that returns its input itself: PyTorch's decomposition for fake tensors makes a copy."""
+    if node.op == "call_method" or getattr(node.target, "__name__", "") not in IDLE:
+        return False
+    given = dict(zip(("input", "p", "training"), node.args), **node.kwargs)
+    given.setdefault("training", given.get("train", True))
+    return given["training"] is False or given.get("p", 0.5) == 0
 
 
 def _leaves(value: Any) -> list[Tensor]:

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn import functional as F
 
 from intscale_compile.kernels.w4a8_gated import GATED_OP
 from intscale_compile.kernels.w4a8_linear import LINEAR_OP
@@ -69,6 +69,10 @@ READERS = {
     "as_strided-k": (lambda q, k: q[:, :3, None].sum() + overlapping(k).mul(1), 1),
     "as_strided-q": (lambda q, k: q.as_strided((B, 3, 2, N), (S * N, N, N, 1)).mul(1) + k.sum(), 1),
     "as_strided-behind-a-view": (lambda q, k: q.view(-1, N).as_strided((3, N), (N, 1), 64).mul(1) + k.sum(), 1),
+    "as_strided-idle-dropout": (
+        lambda q, k: F.dropout(k, 0.1, False).as_strided((4, N), (N, 1), 0).mul(1) + q.sum(),
+        1,
+    ),
     "as_strided-offset": (lambda q, k: q.sum() + torch.as_strided(k, (4, N), (N, 1), 0).mul(1), 1),
     "view": (lambda q, k: q.view(-1) + k.sum(), 1),
     "is_contiguous": (lambda q, k: branch(q) + branch(k), 2),
