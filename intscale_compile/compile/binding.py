@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import CompileError
 from ..integrations.torch import copy_source
+from ..integrations.torch_state import takes_tangents
 from ..kernels.fingerprint import Sample
 from ..passes import INTEGER_ONLY, PASSES, GraphRewrite, apply_passes
 from ..passes.base import Observer
@@ -245,7 +246,16 @@ class BoundGraph:
                 )
 
     def __call__(self, *args: Any) -> Any:
-        """Run the compiled graph on the arguments of the original one."""
+        """Run the compiled graph on the arguments of the original one.
+
+        Raises:
+            CompileError: tangents of ``torch.autograd.forward_ad`` would be lost on the way.
+        """
+        if takes_tangents():
+            raise CompileError(
+                "a graph with quantized products cannot carry tangents (torch.autograd.forward_ad): call the model itself there, "
+                "or the compiled one outside of dual_level()."
+            )
         return self.compiled(*self._given(args))
 
 

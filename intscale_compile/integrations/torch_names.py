@@ -40,6 +40,8 @@ AT_IMPORT = {
     "torch.utils._python_dispatch:TorchDispatchMode": "kernels that are launched without torch's dispatcher",
     "torch._C:_len_torch_dispatch_stack": "whether a dispatch mode is on",
     "torch._C:_is_tracing": "whether torch.jit traces",
+    "torch._C:_is_fwd_grad_enabled": "whether tensors may carry tangents",
+    "torch.autograd.forward_ad:_current_level": "whether tensors may carry tangents",
     "torch._C._functorch:peek_interpreter_stack": "whether a transform of torch.func is on",
     "torch._C._functorch:get_interpreter_stack": "which transforms of torch.func are on",
     "torch._C._functorch:TransformType.Grad": "which transforms of torch.func are on",

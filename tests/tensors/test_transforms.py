@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig, explain
-from intscale_compile.errors import UnsupportedOpError
+from intscale_compile.errors import CompileError, UnsupportedOpError
 from intscale_compile.tensors.experts import grouped_linear
+from tests.support.compiled import rewritten
 from tests.support.tensors import make
 
 ROWS = 6
@@ -60,6 +62,18 @@ def test_jacobians(model, x):
     close(reverse.sum(0), by_autograd(model, row[None])[0])
     close(jacfwd(model)(row), reverse)
     close(jvp(model, (row,), (torch.ones(64),))[1], reverse.sum(1))
+
+
+def test_tangents_without_torch_func(model, x):
+    """torch.library's gradients lose them, and nothing is said."""
+    change = torch.randn_like(x)
+    wanted = jvp(model, (x,), (change,))[1]
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(model(forward_ad.make_dual(x, change)))
+    assert torch.equal(y.tangent, wanted) and torch.equal(y.primal, model(x))
+        with pytest.raises(CompileError, match="cannot carry tangents .* call the model itself"):
+            rewritten(model)(forward_ad.make_dual(x, change))
+    close(linearize(model, x)[1](change), wanted)
 
 
 def test_gradients_of_what_is_not_quantized(model, x):
