@@ -15,6 +15,7 @@ from ..tensors.intscale_tensor import IntScaleTensor
 from .records import LayerReport
 
 NO_GRAPH = "eager: in no graph"  # kernel of a quantized weight that the compiler did not see
+NOT_MATCHED = "unfused: in a form that no pass knows"  # of one that the graph uses as it is: its own operators run
 
 
 def stored_bytes(weight: Tensor) -> int:
@@ -53,6 +54,12 @@ def quantized_layer(
 def eager_layer(name: str, packed: IntScaleTensor) -> LayerReport:
     """The report of a quantized weight that no graph holds: where it is called, its own operators run it."""
     return _quantized(name, (packed.out_features, packed.in_features), "-", packed, None, None, NO_GRAPH)
+
+
+def unmatched_layer(row: LayerReport, packed: IntScaleTensor) -> LayerReport:
+    """The report of a quantized weight whose products no pass rewrote: the graph has its own operators."""
+    shape = (packed.out_features, packed.in_features)
+    return _quantized(row.name, shape, row.tokens, packed, row.graph, None, NOT_MATCHED)
 
 
 def _quantized(

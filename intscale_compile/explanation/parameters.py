@@ -15,7 +15,7 @@ from ..reasons import Reason
 from ..tensors.expert_layers import expert_stacks
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import is_conv1d
-from .layers import eager_layer, plain_layer
+from .layers import eager_layer, plain_layer, unmatched_layer
 from .records import LayerReport
 
 LOOKUPS = {"embedding", "embedding_bag"}
@@ -112,6 +112,7 @@ def other_parameters(model: nn.Module, seen: set[int], used: dict[int, Reason]) 
 
 
 COMPUTED = (Reason.NOT_CONSTANT.name, Reason.UNKNOWN_VIEW.name)
+UNMATCHED = (*COMPUTED, Reason.UNKNOWN_FORM.name)  # a quantized weight runs quantized there, by its own operators
 
 
 class Rows:
@@ -125,10 +126,14 @@ class Rows:
 
     def add(self, layer: LayerReport, weight: Optional[Tensor]) -> None:
         """Add a row, unless its weight has one; a quantized use counts more than one that is not, which becomes a note."""
+        if isinstance(weight, IntScaleTensor) and layer.reason in UNMATCHED:
+            layer = unmatched_layer(layer, weight)
         if weight is None:
-            again = self._computed(layer.name) is not None or any(
-                row.quantized and row.name == layer.name for row in self.layers
-            )  # a product of activations, one of which a quantized layer made
+            of_weights = set(map(id, self.of_weight.values()))
+            again = (
+                self._computed(layer.name) is not None
+                or any((row.quantized or id(row) in of_weights) and row.name == layer.name for row in self.layers)
+            )  # a product of activations, one of which a quantized layer made; or another product with a part of the weight
             if layer.reason not in COMPUTED or not again:
                 self.layers.append(layer)
             return

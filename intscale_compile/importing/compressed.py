@@ -12,6 +12,7 @@ For a linear layer with ``K`` input and ``N`` output features in ``G`` groups (o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Optional
@@ -137,6 +138,7 @@ class CompressedTensorsFormat:
             require("input_scale" in parts, name, "input_scale is missing in a scheme with static activations")
             require(parts["input_scale"].numel() == 1, name, "input_scale is not one number")
             activation_scale = float(parts["input_scale"])
+            require(0 < activation_scale < math.inf, name, f"input_scale is {activation_scale}, not a positive number")
         return QuantizedLayer(
             "compressed-tensors", codes, scale.float(), zero_point, group_size, weights["num_bits"], activation_scale
         )

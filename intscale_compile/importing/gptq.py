@@ -50,6 +50,8 @@ class GptqFormat:
 
     def __init__(self, config: Mapping[str, Any]):
         layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+        if config.get("is_marlin_format"):
+            layout = "marlin"  # as AutoGPTQ says it
         if layout not in ZERO_OFFSETS:
             raise ConfigError(
                 f"GPTQ checkpoint_format={layout!r} is packed for one kernel: save it as 'gptq' or 'gptq_v2' with GPTQModel."

@@ -15,7 +15,7 @@ from torchao.utils import fill_defaults
 
 from ..errors import ShardingError, UnsupportedOpError
 from ..integrations.after_import import after_import
-from ..integrations.torch import CHECKPOINT_PROPERTIES
+from ..integrations.torch import CHECKPOINT_PROPERTIES, leave_to_python
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.operators import stored_dim
 from .sharding import Layout, shard_features
@@ -26,7 +26,7 @@ implements_torch_function = IntScaleTensor.implements_torch_function
 
 
 @implements_torch_function([torch.chunk, torch.Tensor.chunk])
-def _(func, types, args, kwargs):
+def _chunk(func, types, args, kwargs):
     """Chunks along output rows are views; along input features, copies where packed codes do not allow a view."""
     named = [kwargs[name] for name in ("input", "chunks", "dim") if name in kwargs]
     tensor, chunks, dim = fill_defaults([*args, *named], 3, [0])
@@ -36,6 +36,9 @@ def _(func, types, args, kwargs):
     width = -(-tensor.in_features // chunks)
     edges = [*range(0, tensor.in_features, width), tensor.in_features]
     return tuple(shard_features(tensor, start, end) for start, end in zip(edges, edges[1:]))
+
+
+leave_to_python(_chunk)
 
 
 @implements(aten.empty_like.default)

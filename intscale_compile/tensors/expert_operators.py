@@ -13,6 +13,7 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from ..errors import UnsupportedOpError
+from ..integrations.torch import leave_to_python
 from .experts import batched_linear, grouped_linear
 from .intscale_tensor import IntScaleTensor
 
@@ -66,13 +67,16 @@ SelectedExperts.__module__ = "intscale_compile.tensors.expert_operators"
 
 
 @implements_torch_function(torch.Tensor.__getitem__)
-def _(func, types, args, kwargs):
+def _getitem(func, types, args, kwargs):
     tensor, index = args
     chooses = isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64)
     if chooses and isinstance(tensor, IntScaleTensor) and tensor.dim() == 3:
         return SelectedExperts(tensor, index)
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
+
+
+leave_to_python(_getitem)
 
 
 @SelectedExperts.implements([aten.transpose.int])

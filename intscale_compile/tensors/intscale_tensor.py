@@ -11,6 +11,7 @@ from torchao.utils import TorchAOBaseTensor
 from .. import format as fmt
 from ..config import IntScaleConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedOpError
+from ..integrations.torch import leave_to_python
 from ..integrations.torchao import check_unpickled
 from ..kernels.arguments import DequantizeWeightArguments
 from ..kernels.dequantize import WEIGHT_OP
@@ -283,17 +284,20 @@ class IntScaleTensor(TorchAOBaseTensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """``F.linear`` of an eager call on a GPU goes the short way; everything else is looked up."""
+        table = cls._TORCH_FN_TABLE[cls]
         if torch.compiler.is_compiling():  # Dynamo of torch 2.11 cannot tell whether a property is in torchao's table
-            for known, handler in cls._TORCH_FN_TABLE[cls].items():
+            for known, handler in table.items():
                 if func is known:
                     return handler(func, types, args, kwargs or {})
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        if func is LINEAR and not kwargs and type(args[1]) is cls:
-            y = eager_linear(*args)
-            if y is not None:
-                return y
-        return super().__torch_function__(func, types, args, kwargs or {})
+        else:
+            if func is LINEAR and not kwargs and type(args[1]) is cls:
+                y = eager_linear(*args)
+                if y is not None:
+                    return y
+            if func in table:
+                return table[func](func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -371,6 +375,7 @@ class IntScaleTensor(TorchAOBaseTensor):
         self.validate()
 
 
+leave_to_python(IntScaleTensor.__torch_function__.__func__)  # type: ignore[attr-defined]
 check_unpickled(IntScaleTensor, IntScaleTensor._set_checked_state)
 # torch pickles classes by module and name: the public path keeps files readable when modules move.
 IntScaleTensor.__module__ = "intscale_compile"

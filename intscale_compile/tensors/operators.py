@@ -60,7 +60,10 @@ def _matmul(x, weight, bias=None):
     if isinstance(x, IntScaleTensor) or not isinstance(weight, IntScaleTensor):
         raise refuse("only the right operand of a product may be a quantized weight", "write x @ weight.t()")
     if not weight.transposed:
-        mend = "write x @ weight.t(), and leave quantized weights out of what torch.func differentiates"
+        mend = (
+            "write x @ weight.t(), leave a weight that is used in both directions out of quantize_ (filter_fn), and quantized "
+            "weights out of what torch.func differentiates"
+        )
         raise refuse("x @ weight would reduce over the output dimension", mend)
     return linear(x, weight.transpose(-2, -1), bias)
 
@@ -268,7 +271,8 @@ def _(func, types, args, kwargs):
     tensor, dim = args
     if tensor.dim() != 2 or dim % 3 != 0 or tensor.transposed:
         raise refuse(
-            f"unsqueeze of a weight of shape {tuple(tensor.shape)} at {dim}: a matrix becomes a stack of one only"
+            f"unsqueeze of a weight of shape {tuple(tensor.shape)} at {dim}: a matrix becomes a stack of one only",
+            DENSE_MEND,
         )
     return as_view(func, args, kwargs, _as_stack(tensor))
 

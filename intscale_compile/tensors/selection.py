@@ -2,10 +2,11 @@
 ``calibrate`` and the compiler decide alike.
 
 The rule. The weights of ``nn.Linear``, of GPT-2's ``Conv1D`` and stacks of expert weights are quantized. Left alone unless
-they are named: output embeddings, weights shared with an input embedding, routers, layers of fewer than 16 features, and
-weights that the code around a layer reads itself (as a left operand, in one operator with others, concatenated). A parameter
-that belongs to no such layer is left alone: nothing in a model says whether it is the weight of a product. Only where a model
-has no such layer at all, the compiler takes the parameters that it finds in products; ``quantize`` finds nothing there.
+they are named: output embeddings, weights shared with an input embedding, routers, layers of fewer than 16 features, weights of
+float64 or complex numbers, and weights that the code around a layer reads itself (as a left operand, in one operator with
+others, concatenated). A parameter that belongs to no such layer is left alone: nothing in a model says whether it is the
+weight of a product. Only where a model has no such layer at all, the compiler takes the parameters that it finds in products;
+``quantize`` finds nothing there.
 
 A model that was quantized, or loaded quantized, is decided: what is plain in it was left out, and the compiler leaves it
 alone however the graph is cut. Each of its modules carries a mark, an attribute that copying and pickling keep. A model that
@@ -30,6 +31,7 @@ from .expert_layers import expert_stacks, router_modules
 from .intscale_tensor import IntScaleTensor
 from .weight_reads import stacks_in_a_loop, weight_reads
 
+WIDE_DTYPES = (torch.float64, torch.complex64, torch.complex128)  # of products that no kernel of ours takes
 DECIDED = "_intscale_decided"  # attribute of every module of a model whose weights were chosen
 
 
@@ -118,6 +120,8 @@ def _reason(module: nn.Module, leaf: str, tensor: Tensor, stacked: bool, special
     """Why a module's own weight is left alone by default, apart from what shares it."""
     if isinstance(module, nn.Embedding):
         return Reason.TIED_EMBEDDING  # as the weight of a product
+    if tensor.dtype in WIDE_DTYPES:
+        return Reason.WEIGHT_DTYPE
     if isinstance(module, (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)):
         return Reason.ONE_OPERATOR
     if stacked:

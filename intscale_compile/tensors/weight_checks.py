@@ -64,6 +64,10 @@ def check_weight(weight: Tensor, name: str) -> None:
     """Raise ``WeightError`` unless ``weight`` can be quantized."""
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         raise WeightError(f"{name} is {weight.dtype}; only floating point weights of 16 bits or more can be quantized.")
+    if weight.layout != torch.strided:
+        raise WeightError(
+            f"{name} has layout {weight.layout}: call to_dense() on it, or leave this layer out with filter_fn."
+        )
     if weight.dim() not in (2, 3) or 0 in weight.shape:
         raise WeightError(f"{name} has shape {tuple(weight.shape)}; a non-empty [N, K] or [E, N, K] weight is needed.")
     if weight.device.type == "meta":

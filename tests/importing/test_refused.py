@@ -141,6 +141,7 @@ CONFIGS = {
     "8 bits": ("gptq", lambda c: c.update(bits=8), "bits=8"),
     "no bits": ("gptq", lambda c: c.pop("bits"), "bits=None"),
     "marlin": ("gptq", lambda c: c.update(checkpoint_format="marlin"), "checkpoint_format='marlin'"),
+    "marlin, as AutoGPTQ says it": ("gptq", lambda c: c.update(is_marlin_format=True), "checkpoint_format='marlin'"),
     "groups of 16": ("gptq", lambda c: c.update(group_size=16), "group size 16"),
     "groups of 0": ("gptq", lambda c: c.update(group_size=0), "group size 0"),
     "8 bits in one layer": ("gptq", lambda c: c.update(dynamic={r"+:.*\.1\.mlp\.down": {"bits": 8}}), f"{LAYER}: .*bits=8"),

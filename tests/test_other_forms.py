@@ -1,0 +1,107 @@
+"""Weights and products of forms that no pass and no kernel takes: left alone, refused or run as they are, and said so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchao.quantization import quantize_
+
+from intscale_compile import IntScaleConfig, IntScaleTensor, explain
+from intscale_compile.errors import UnsupportedOpError, WeightError
+from intscale_compile.reasons import Reason
+from intscale_compile.tensors.selection import left_alone_by_default
+from tests.support.compiled import rewritten
+
+CONFIG = IntScaleConfig(group_size=32, scale_search="absmax")
+X = torch.randn(5, 64)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def quantized(model):
+    quantize_(model.requires_grad_(False), CONFIG)
+    return model
+
+
+class Wide(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.wide, self.last = nn.Linear(64, 64, dtype=dtype), nn.Linear(64, 32)
+
+    def forward(self, x):
+        y = self.wide(x.to(self.wide.weight.dtype))
+        return self.last((y.real if y.is_complex() else y).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_weights_of_wide_dtypes_are_left_alone_by_both_doors(dtype):
+    """They were quantized, and every call failed: no product takes their activation."""
+    model = quantized(Wide(dtype))
+    assert left_alone_by_default(model) == {id(model.wide): Reason.WEIGHT_DTYPE}
+    assert type(model.wide.weight) is nn.Parameter and isinstance(model.last.weight, IntScaleTensor)
+    assert torch.equal(rewritten(model)(X), model(X))
+    rows = {row.name: row.reason for row in explain(model, X).layers}
+    assert rows == {"wide.weight": "WEIGHT_DTYPE", "last.weight": None}
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_other_layouts_are_refused(layout):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
+    model[1].weight = nn.Parameter(getattr(model[1].weight.detach(), layout)(), requires_grad=False)
+    with pytest.raises(WeightError, match=r"1.weight has layout torch\._?\w+: call to_dense\(\)"):
+        quantize_(model, CONFIG)
+    assert type(model[0].weight) is nn.Parameter
+
+
+class Parts(nn.Linear):
+    def forward(self, x):
+        return torch.cat([F.linear(x, self.weight[:32]), F.linear(x, self.weight[32:])], -1)
+
+
+class Inner(nn.Linear):
+    def forward(self, x):
+        return torch.inner(x, self.weight)
+
+
+@pytest.mark.parametrize("kind", [Parts, Inner])
+def test_a_quantized_weight_in_a_form_that_no_pass_knows_runs_quantized(kind):
+    """explain called it left alone."""
+    model, plain = quantized(nn.Sequential(kind(64, 64))), nn.Linear(64, 64, bias=False)
+    plain.weight = model[0].weight
+    assert torch.equal(rewritten(model)(X), plain(X))
+    (row,) = explain(model, X).layers
+    assert (row.name, row.quantized, row.kernel) == ("0.weight", True, "unfused: in a form that no pass knows")
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.last = nn.Parameter(torch.randn(3, 64, 64) / 8), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.last(x @ self.w[1] + F.linear(x, self.w[2]))
+
+
+def test_one_row_for_a_parameter_whose_parts_are_in_several_products():
+    assert [row.name for row in explain(quantized(Stack()), X).layers] == ["w", "last.weight"]
+
+
+class Refused(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T[None]
+
+
+def test_what_is_refused_stays_our_error_behind_a_graph_break():
+    """Dynamo compiled the dispatch itself, and resumed it without the guard against asking again: RecursionError."""
+    model = quantized(Refused(64, 64))
+    for call in (model, rewritten(model, fullgraph=False)):
+        with pytest.raises(UnsupportedOpError, match=r"unsqueeze .* use weight.dequantize\(\) first"):
+            call(X)
