@@ -48,7 +48,7 @@ def test_weights_of_wide_dtypes_are_left_alone_by_both_doors(dtype):
     assert type(model.wide.weight) is nn.Parameter and isinstance(model.last.weight, IntScaleTensor)
     assert torch.equal(rewritten(model)(X), model(X))
     rows = {row.name: row.reason for row in explain(model, X).layers}
-    assert rows == {"wide.weight": "WEIGHT_DTYPE", "last.weight": None}
+    assert rows == {"wide.weight": "ACTIVATION_DTYPE", "last.weight": None}  # in its product both are
 
 
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])

@@ -284,7 +284,7 @@ def reason_against(candidate: Candidate, weights: WeightFinder, grad_enabled: bo
     tensor, settings = weights.tensor(candidate.source), weights.rewrite.settings
     x, used = example(candidate.x), example(candidate.weight)
     if isinstance(x, Tensor) and x.dtype not in FLOATS:
-        return Reason.ACTIVATION_DTYPE if tensor.dtype in FLOATS else Reason.WEIGHT_DTYPE
+        return Reason.ACTIVATION_DTYPE
     if isinstance(used, Tensor) and used.device != tensor.device:  # moved inside the graph, as offloading does
         return Reason.DEVICE
     if weights.skipped(candidate.name, tensor):
