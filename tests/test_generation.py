@@ -15,6 +15,7 @@ from intscale_compile import IntScaleConfig, prepare_for_generation
 from intscale_compile.backend import bind, rewrite_graph
 from intscale_compile.compile.options import parse_options
 from intscale_compile.errors import ConfigError
+from intscale_compile.integrations.transformers_layers import folding_output
 
 transformers = pytest.importorskip("transformers")
 from tests.support.model_families import FAMILIES, token_ids  # noqa: E402
@@ -261,3 +262,17 @@ def test_what_it_says(caplog):
         prepare_for_generation(model, prompt="fast")
     with pytest.raises(ConfigError, match="no generate"):
         prepare_for_generation(nn.Linear(2, 2))
+
+
+def test_the_output_embedding_sees_tokens_with_memory_of_their_own():
+    """Beside compiled layers it runs eagerly, on a slice of all tokens, for which PyTorch would copy its weight on a CPU."""
+    model, strides = build(), []
+    hidden = torch.randn(1, 9, model.config.hidden_size)
+    with folding_output(model):
+        handle = model.lm_head.register_forward_pre_hook(lambda module, args: strides.append(args[0].stride()))
+        found = model.lm_head(hidden[:, -1:, :])
+        model.lm_head(hidden)
+        handle.remove()
+    width = model.config.hidden_size
+    assert strides == [(width, width, 1), (9 * width, width, 1)] and not model.lm_head._forward_pre_hooks
+    assert torch.equal(found, model.lm_head(hidden)[:, -1:])

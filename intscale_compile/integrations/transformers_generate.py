@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..progress import WORK
 from ..reasons import log_once
-from .transformers_layers import CACHE_NAMES, compiled_layers, decoder_layers, mark_dynamic
+from .transformers_layers import CACHE_NAMES, compiled_layers, decoder_layers, folding_output, mark_dynamic
 
 STATE = "_intscale_generation"
 # A prompt with anything else, such as pixels, runs as it always did.
@@ -86,7 +86,7 @@ class PromptState:
             names = ("input_ids", "position_ids", "cache_position", "attention_mask")
             mark_dynamic([kwargs.get(name) for name in names], tokens)
             return self.compiled(forward)(model, **kwargs)
-        with compiled_layers(layers, tokens, self.compiled) as ran:
+        with compiled_layers(layers, tokens, self.compiled) as ran, folding_output(model):
             result = forward(model, **kwargs)
         if len(ran) < len(layers):
             self.by_layer = False

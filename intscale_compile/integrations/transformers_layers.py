@@ -87,6 +87,34 @@ def compiled_layers(
             layer.__dict__.pop("forward", None)
 
 
+@contextmanager
+def folding_output(model: Any) -> Iterator[None]:
+    """Let the output embedding, which runs eagerly, see its tokens with the strides of memory of their own.
+
+    They are a slice of all tokens. PyTorch takes one of those for a batch of matrices, and on a CPU copies the whole weight
+    for it: 10 ms of 44 in a small model with a weight of 6 MB in bf16, 150 ms where it has 57 MB.
+    """
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(output, nn.Module):
+        yield
+        return
+    handle = output.register_forward_pre_hook(lambda module, args: (_packed(args[0]), *args[1:]) if args else args)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _packed(x: Any) -> Any:
+    """``x``, or a copy of it where its strides are those of a slice."""
+    if not isinstance(x, Tensor) or x.dim() < 3:
+        return x
+    packed = [1]
+    for size in reversed(x.shape[1:]):
+        packed.append(packed[-1] * size)
+    return x if list(x.stride()) == packed[::-1] else x.clone(memory_format=torch.contiguous_format)
+
+
 def mark_dynamic(values: Iterable[Any], tokens: int) -> None:
     """Say which sizes are the length of the prompt, so that the first compilation serves every length.
 
