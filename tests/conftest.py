@@ -27,6 +27,7 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo.guards  # noqa: E402
+import torch._inductor.config  # noqa: E402
 
 # pytest 9 listens to every logger that does not propagate, also to the one for which torch makes a JSON record of each step of a
 # compilation if somebody listens: no test reads it in this process.
@@ -34,15 +35,20 @@ logging.root.manager.loggerDict.pop("torch.__trace", None)
 # Dynamo empties the processor's caches after each compilation to time the guards once, for its own statistics: 20 to 40 ms.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr-defined]
 
+# g++ takes twice as long for C++ with vector instructions, which is Inductor's work: what our graphs compute is tested without.
+# Files that compare what users run, and what tests start as commands, have them; `--vectorized` gives them to every test.
+SCALAR, VECTORIZED = 1, None
+torch._inductor.config.cpp.simdlen = SCALAR
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(request):
     """Every test starts from the same state, whatever ran before it, so a failure repeats when the test is run alone.
 
-    The random state, the graphs that Dynamo has of a function (with too many it gives up), what was logged once, and which
-    private names of other packages were missing.
+    The random state, the graphs that Dynamo has of a function (with too many it gives up), what was logged once, which
+    private names of other packages were missing, and how Inductor's C++ is compiled.
     """
     from intscale_compile.integrations import registry
     from intscale_compile.reasons import log_once  # not for a test run that only collects
@@ -51,6 +57,8 @@ def _fresh():
     torch._dynamo.reset()
     log_once.cache_clear()
     registry._said.clear()
+    vectorized = request.config.getoption("--vectorized") or request.node.get_closest_marker("vectorized")
+    torch._inductor.config.cpp.simdlen = VECTORIZED if vectorized else SCALAR
 
 
 @pytest.fixture(scope="session")
@@ -68,10 +76,11 @@ def pytest_xdist_auto_num_workers(config) -> int:
 
 
 def pytest_addoption(parser):
-    """``--shuffle 7``: tests in a random order, to find those that depend on what ran before them."""
+    """``--shuffle 7``: tests in a random order, to find those that depend on what ran before them; ``--vectorized``."""
     parser.addoption(
         "--shuffle", type=int, metavar="SEED", help="files, and the tests in each, in the random order of a seed"
     )
+    parser.addoption("--vectorized", action="store_true", help="vector instructions in all C++ that Inductor compiles")
 
 
 def pytest_collection_finish(session):

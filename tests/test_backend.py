@@ -30,6 +30,7 @@ def test_backend_is_found_by_name():
     assert "intscale" in torch._dynamo.list_backends()
 
 
+@pytest.mark.vectorized
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_doors_are_bit_identical_and_near_the_original(dtype):
     model = Block().to(dtype).eval().requires_grad_(False)

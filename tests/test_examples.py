@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -14,7 +16,7 @@ import torch
 
 from intscale_compile import IntScaleConfig, IntScaleTensor
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 QUICKSTART = CHECKOUT / "examples" / "quickstart.py"
@@ -38,12 +40,14 @@ def quickstart() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def first_run(quickstart, tmp_path_factory) -> SimpleNamespace:
-    """One run that trains for eight seconds (three are too few while other tests run beside it), and its cache folder."""
-    cache = tmp_path_factory.mktemp("cache")
-    command = [sys.executable, str(QUICKSTART), "--train-seconds", "8", "--cache", str(cache), *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cache)
-    assert done.returncode == 0, done.stderr
-    return SimpleNamespace(out=done.stdout, err=done.stderr, cache=cache)
+    """One run with one layer and thirty steps, and its cache folder."""
+    cache, out, err = tmp_path_factory.mktemp("cache"), io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setitem(quickstart.ARCHITECTURE, "num_hidden_layers", 1)
+        patch.setattr(quickstart, "MAX_STEPS", 30)
+        quickstart.main(["--train-seconds", "60", "--cache", str(cache), *SMALL])
+    transformers.utils.logging.enable_progress_bar()
+    return SimpleNamespace(out=out.getvalue(), err=err.getvalue(), cache=cache)
 
 
 def perplexities(output: str) -> tuple[float, float]:
@@ -55,7 +59,7 @@ def perplexities(output: str) -> tuple[float, float]:
 def test_first_run_prints_every_part(first_run, quickstart):
     out = first_run.out
     assert re.search(r"^trained [1-9]\d* steps", out, re.M)
-    assert re.search(r"q_proj.* W4A8 ", out) and "14 of 15 linear layers quantized" in out
+    assert re.search(r"q_proj.* W4A8 ", out) and "7 of 8 linear layers quantized" in out
     text = out.split("sample from the quantized model:\n")[1]
     assert text.startswith(quickstart.PROMPT.rstrip()) and len(text) > len(quickstart.PROMPT) + 20
     for label in ("perplexity", "all parameters, MB", "quantized weights, MB", "compiled forward, ms"):
@@ -74,9 +78,19 @@ def test_output_is_plain_where_it_is_no_terminal(first_run):
 
 
 @pytest.mark.slow
+def test_as_a_command(tmp_path):
+    command = [sys.executable, str(QUICKSTART), "--train-seconds", "8", "--cache", str(tmp_path), *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0 and "14 of 15 linear layers quantized" in done.stdout, done.stderr
+    before, after = perplexities(done.stdout)
+    assert 1 < before < 2048 and abs(after / before - 1) < 0.15
+    assert "\r" not in done.stdout + done.stderr and "\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_second_run_uses_the_cache(quickstart, first_run, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "train", lambda *_: pytest.fail("trained again"))
-    quickstart.main(["--train-seconds", "8", "--cache", str(first_run.cache), *SMALL])
+    quickstart.main(["--train-seconds", "60", "--cache", str(first_run.cache), *SMALL])
     out = capsys.readouterr().out
     assert "trained by an earlier run" in out
     assert perplexities(out)[0] == pytest.approx(perplexities(first_run.out)[0], rel=1e-3)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 
 SECONDS = 300.0  # two loaded cores; the groups' own timeouts end what hangs
 
@@ -52,6 +53,7 @@ def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, fork: boo
 
 def main(function: Callable[..., Any]) -> None:
     """The body of a script: calls ``function(*arguments)`` as one rank, or in a fork for each."""
+    torch._inductor.config.cpp.simdlen = 1  # half of g++'s time: see tests/conftest.py
     number, ranks, name, *arguments = sys.argv[1:]
     folder = Path(name)
     if number != "all":
