@@ -48,8 +48,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# Layers as another family here has them: Llama, Qwen 3, BERT, ViT.
-ALIKE = ("mistral", "qwen2", "roberta", "distilbert", "clip_vision")
+# Layers as another family here has them: Llama, Qwen 3, BERT, ViT, Gemma 2.
+ALIKE = ("mistral", "qwen2", "roberta", "distilbert", "clip_vision", "gemma3")
 
 
 @pytest.fixture(

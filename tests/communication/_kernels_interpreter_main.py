@@ -64,7 +64,7 @@ def check_messages(wire: WireFormat, elements: int, ranks: int, dtype: torch.dty
 
 def check_pieces(wire: WireFormat) -> None:
     """The same bits in pieces of three groups."""
-    elements, ranks = 5000, 3
+    elements, ranks = 2500, 3
     length = wire.slice_elements(elements, ranks)
     for piece in pieces(elements, length, wire.group_size, 3):
         check_messages(wire, elements, ranks, torch.bfloat16, piece.begin)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._inductor.compile_fx  # noqa: F401 (once, before the ranks are forked)
 import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
 from torch import nn

@@ -11,10 +11,11 @@ import pytest
 
 SCRIPT = textwrap.dedent(
     """
-    import torch, intscale_compile, sys
+    import torch, torch._inductor.config, intscale_compile, sys
     from torch._dynamo.utils import counters
     torch.manual_seed(0)
-    m = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.SiLU(), torch.nn.Linear(48, 32)).requires_grad_(False)
+    torch._inductor.config.cpp.simdlen = 1  # half of g++'s time
+    m = torch.nn.Linear(64, 48).requires_grad_(False)
     y = torch.compile(m, backend="intscale")(torch.randn(4, 64))
     hits = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
     print("RESULT", hits, y.double().sum().item().hex())

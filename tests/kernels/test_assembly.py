@@ -65,7 +65,10 @@ def check_loop(code: Sass, tensor_core: tuple[str, ...], outside: int = 0) -> No
 
 
 SM90_CASES = [(s, t) for s in (FOLD, ACCUMULATE, PER_CHANNEL) for t in chosen_tiles(s)]
-SM90_CASES += [(s, chosen_tiles(s)[-1]) for s in (W8A8, (32, 4, 4), (32, 8, 4), (64, 8, 4), (256, 4, 4), (256, 8, 4))]
+SM90_CASES += [
+    pytest.param(s, chosen_tiles(s)[-1], marks=pytest.mark.slow if s in ((64, 8, 4), (256, 8, 4)) else ())
+    for s in (W8A8, (32, 4, 4), (32, 8, 4), (64, 8, 4), (256, 4, 4), (256, 8, 4))
+]
 
 
 @pytest.mark.parametrize("schedule, tile", SM90_CASES, ids=lambda value: str(value).replace(" ", ""))
@@ -75,12 +78,21 @@ def test_hopper(schedule, tile, tmp_path):
     assert code.count("IMMA") == 0
 
 
-ASYMMETRIC = [(s, t) for s in ((128, 8, 4, "zero"), (128, 4, 4, "zero")) for t in chosen_asymmetric_tiles(s)]
+# Both schedules in their smallest and their largest tile, and each kind of scale and zero point once.
+ASYMMETRIC = [
+    pytest.param(s, t, marks=() if t in (tiles[0], tiles[-1]) else pytest.mark.slow)
+    for s in ((128, 8, 4, "zero"), (128, 4, 4, "zero"))
+    for tiles in [chosen_asymmetric_tiles(s)]
+    for t in tiles
+]
 ASYMMETRIC += [
-    (s, chosen_asymmetric_tiles(s)[-1])
+    pytest.param(s, chosen_asymmetric_tiles(s)[-1], marks=pytest.mark.slow if s[0] in (64, 256) else ())
     for s in ((128, 3, 4, "zero"), (32, 8, 4, "zero"), (64, 8, 4, "zero"), (256, 8, 4, "zero"), (-1, 1, 4, "zero"))
 ]
-ASYMMETRIC += [((g, 8, 4, "offset"), chosen_asymmetric_tiles((g, 8, 4, "zero"))[-1]) for g in (32, 128)]
+ASYMMETRIC += [
+    pytest.param((g, 8, 4, "offset"), chosen_asymmetric_tiles((g, 8, 4, "zero"))[-1], marks=marks)
+    for g, marks in ((32, pytest.mark.slow), (128, ()))
+]
 
 
 @pytest.mark.parametrize("schedule, tile", ASYMMETRIC, ids=lambda value: str(value).replace(" ", ""))
