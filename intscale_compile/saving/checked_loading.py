@@ -9,6 +9,7 @@ part only where a checkpoint holds weights of ours. ``shard_reading`` installs t
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,9 +23,10 @@ from ..errors import CheckpointError, ConfigError, IntScaleError
 from ..integrations.torch import is_dtensor
 from ..integrations.transformers import RENAMING
 from ..tensors.intscale_tensor import IntScaleTensor
-from ..tensors.stored_files import check_described, first_line, open_safetensors, reading, regular_file, weight_files
+from ..tensors.stored_files import open_safetensors, reading, regular_file
 from .checkpoint import innermost, tensor_names
-from .integrity import ENTRY, MEND, check_header, check_metadata, read_entry, stored_key, with_checksums, with_version
+from .descriptions import damaged_config
+from .integrity import ENTRY, check_header, check_metadata, read_entry, stored_key, with_checksums, with_version
 from .ties import read_ties, shared_names, store_once
 
 LOADING = "_intscale_loading"  # attribute of transformers' quantizer
@@ -79,94 +81,6 @@ class _Loading:
 # --- before anything is read ----------------------------------------------------------------------------------------------
 
 
-def checking_folder(get_config_dict: Callable) -> Callable:
-    """Around ``PreTrainedConfig.get_config_dict``: the same where transformers fails before it asks for a quantizer.
-
-    That is where the entry is no object: a list, a text, a number.
-    """
-
-    @functools.wraps(get_config_dict)
-    def checked(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        # taken first: transformers takes entries out of its arguments
-        folder = Path(str(pretrained_model_name_or_path), str(kwargs.get("subfolder") or ""))
-        found = get_config_dict(cls, pretrained_model_name_or_path, *args, **kwargs)
-        stored = found[0].get("quantization_config") if isinstance(found[0], dict) else None
-        if stored is not None and folder.is_dir():
-            _check_described(stored, folder)
-        return found
-
-    return checked
-
-
-def checking_config(get_quantizer: Callable) -> Callable:
-    """Around ``get_hf_quantizer``: a ``quantization_config`` that cannot be read, of weights that are ours, is our error."""
-
-    @functools.wraps(get_quantizer)
-    def checked(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
-        stored = getattr(config, "quantization_config", None)
-        try:
-            return get_quantizer(config, quantization_config, *args, **kwargs)
-        except IntScaleError:
-            raise
-        except Exception as error:
-            folder = str(getattr(config, "_name_or_path", "") or "")
-            if (
-                isinstance(stored, dict)
-                and not _parses(stored)
-                and ("IntScaleConfig" in str(stored) or _has_ours(folder))
-            ):
-                raise damaged_config(error, folder) from error
-            raise
-
-    return checked
-
-
-def _check_described(stored: Any, folder: Path) -> None:
-    """Raise ``CheckpointError`` where weights of ours are described by something that cannot be used."""
-    named = isinstance(stored, dict) and isinstance(stored.get("quant_method"), str)
-    if named and stored["quant_method"] != "torchao":
-        return
-    error = _parse_error(stored)
-    if error is None or not _has_ours(str(folder)):
-        return
-    check_described(stored, folder)
-    raise damaged_config(error, str(folder)) from error
-
-
-def damaged_config(error: Exception, folder: str) -> CheckpointError:
-    """The error of a ``quantization_config`` that something failed with."""
-    what = f"{type(error).__name__}: {first_line(error)}"
-    return CheckpointError(f"{folder}: config.json: its quantization_config cannot be used ({what}); {MEND}.")
-
-
-def _parses(stored: dict) -> bool:
-    return stored.get("quant_method") == "torchao" and _parse_error(stored) is None
-
-
-def _parse_error(stored: Any) -> Optional[Exception]:
-    """What transformers fails with where it reads the description of weights of ours; None: nothing."""
-    from transformers import TorchAoConfig  # optional
-
-    try:
-        TorchAoConfig.from_dict(dict(stored))
-    except Exception as error:  # whatever wrong types lead to
-        return error
-    return None
-
-
-def _has_ours(folder: str) -> bool:
-    """Whether a folder holds weights that this package stored."""
-    try:
-        for path in weight_files(Path(folder)):
-            with open_safetensors(path) as file:
-                metadata = file.metadata() or {}
-            if ENTRY in metadata or any('"IntScaleTensor"' in text for text in metadata.values()):
-                return True
-    except (IntScaleError, OSError):  # no folder, or none that can be read
-        pass
-    return False
-
-
 def checking_files(prepare: Callable) -> Callable:
     """Around ``_process_model_before_weight_loading`` of the quantizer: every header of ours is checked first.
 
@@ -176,6 +90,9 @@ def checking_files(prepare: Callable) -> Callable:
     @functools.wraps(prepare)
     def checked(self: Any, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         files = list(checkpoint_files or ())
+        if self.pre_quantized and _is_ours(self.quantization_config):
+            for file in files:
+                _check_place(Path(file), str(getattr(model.config, "_name_or_path", "") or ""))
         if self.pre_quantized and files and all(str(file).endswith(".safetensors") for file in files):
             folder = str(getattr(model.config, "_name_or_path", "") or "")
             setattr(self, LOADING, _Loading(*_checked_files(files, _is_ours(self.quantization_config), folder)))
@@ -267,10 +184,14 @@ def _checked_files(files: Iterable[Any], ours: bool, folder: str) -> tuple[set[s
 
 
 def _check_place(path: Path, folder: str) -> None:
-    """Raise ``CheckpointError`` where an index named a file outside of the folder that is loaded."""
-    rest = str(path)[len(folder) :] if folder and str(path).startswith(folder) else ""
-    if ".." in PurePath(rest).parts:
+    """Raise ``CheckpointError`` where an index named a file outside of the folder that is loaded, or none."""
+    outside = ".." in PurePath(str(path)[len(folder) :] if folder and str(path).startswith(folder) else "").parts
+    if folder and Path(folder).is_dir():  # else a hub name, whose files lie in a cache
+        outside |= not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+    if outside:
         raise CheckpointError(f"{path}: the index of the checkpoint names a file outside of its folder.")
+    if not path.exists():
+        raise CheckpointError(f"{path}: it is missing; the checkpoint is incomplete.")
 
 
 # --- while and after weights are built --------------------------------------------------------------------------------------

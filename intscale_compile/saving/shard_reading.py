@@ -26,9 +26,7 @@ from ..tensors.fields import DATA_NAMES
 from ..tensors.selection import mark_loaded
 from ..tensors.stored_files import PathLike, open_safetensors, reading
 from .checked_loading import (
-    checking_config,
     checking_files,
-    checking_folder,
     checking_result,
     keeping_errors,
     marking,
@@ -36,6 +34,7 @@ from .checked_loading import (
     sealing,
 )
 from .checkpoint import stored_tensor, tensor_names
+from .descriptions import checking_config, checking_folder
 from .integrity import check_header, check_metadata, read_entry, stored_key
 from .shard_writing import gather_shards, is_divided
 from .ties import read_ties

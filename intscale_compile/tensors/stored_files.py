@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, Union
 
-from ..errors import CheckpointError, IntScaleError
+from ..errors import CheckpointError, ConfigError, IntScaleError
 
 PathLike = Union[str, Path]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -159,13 +159,30 @@ def open_safetensors(path: PathLike, device: str = "cpu") -> Any:
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is not a safetensors file, or truncated.
+        ConfigError: the device cannot be used here.
     """
     # Comes with transformers.
     from safetensors import safe_open
 
     regular_file(path)
+    _check_device(device)
     with reading(path):
         return safe_open(path, framework="pt", device=device)
+
+
+def _check_device(device: str) -> None:
+    """Raise ``ConfigError`` unless tensors can be read to a device: the file would be called damaged."""
+    if str(device) == "cpu":
+        return
+    # Slow to import.
+    import torch
+
+    try:
+        usable = torch.empty(0, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise ConfigError(f"device={device!r} cannot be used here: read to 'cpu', and move the model.")
 
 
 @contextlib.contextmanager

@@ -182,6 +182,18 @@ def test_scattered_compressed_groups(compressed):
         from_quantized(compressed)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), 0.0, -0.5, float("inf")])
+def test_static_activation_scales_name_the_layer(scale, compressed):
+    """What stores one scale per weight said no name."""
+    static = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    change_config(compressed, lambda c: scheme_of(c).update(input_activations=static))
+    layers = lambda s: [name.removesuffix(".weight_packed") for name in s if name.endswith(".weight_packed")]  # noqa: E731
+    change_tensors(compressed, lambda s: s.update({f"{name}.input_scale": torch.tensor([0.1]) for name in layers(s)}))
+    change_tensors(compressed, lambda s: s.update({f"{LAYER}.input_scale": torch.tensor([scale])}))
+    with pytest.raises(CheckpointError, match=rf"{LAYER}: input_scale is {scale}, not a positive number"):
+        from_quantized(compressed)
+
+
 # --- zero points that the configuration denies -------------------------------------------------------------------------
 
 

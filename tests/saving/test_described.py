@@ -6,11 +6,20 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from torchao.quantization import quantize_
 
-from intscale_compile import IntScaleConfig, IntScaleTensor, from_quantized, linears_and_experts, save_pretrained
+from intscale_compile import (
+    IntScaleConfig,
+    IntScaleTensor,
+    from_quantized,
+    linears_and_experts,
+    load_safetensors,
+    save_pretrained,
+    save_safetensors,
+)
 from intscale_compile.commands import load_model, meta_model
-from intscale_compile.errors import CheckpointError
+from intscale_compile.errors import CheckpointError, ConfigError
 
 transformers = pytest.importorskip("transformers")
 
@@ -127,3 +136,27 @@ def test_modules_that_stay_in_fp32(tmp_path):
         found = transformers.T5EncoderModel.from_pretrained(tmp_path / folder, dtype=torch.float16)
         kept = [name for name, p in found.named_parameters() if p.dtype == torch.float32]
         assert kept == ["encoder.block.0.layer.1.DenseReluDense.wo.weight"]
+
+
+@pytest.mark.parametrize(
+    "named, message", [("model-2.safetensors", "it is missing"), ("/etc/hostname", "outside of its folder")]
+)
+def test_files_that_an_index_names(named, message, llama, tmp_path):
+    """transformers opened the one elsewhere, whatever it was, and a missing one ended in FileNotFoundError."""
+    for path in llama.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    with safe_open(llama / "model.safetensors", "pt") as file:
+        index = dict.fromkeys(file.keys(), "model-1.safetensors")
+    text = json.dumps({"metadata": {}, "weight_map": {**index, "more": named}})
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    for door in (transformers.AutoModelForCausalLM.from_pretrained, load_model):
+        with pytest.raises(CheckpointError, match=f"{message}|not inside of it"):
+            door(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["meta", "zzz"])
+def test_a_device_that_cannot_be_read_to_is_not_called_damage(device, tmp_path):
+    save_safetensors(torch.nn.Linear(2, 2), tmp_path / "m.safetensors")
+    with pytest.raises(ConfigError, match=f"device='{device}' cannot be used here"):
+        load_safetensors(tmp_path / "m.safetensors", device=device)
