@@ -47,3 +47,22 @@ def test_links_between_pages_lead_somewhere():
             if "://" not in target and not (page.parent / target).exists():
                 broken.append(f"{page.name}: {target}")
     assert broken == []
+
+
+def test_the_layout_names_what_is_there():
+    """Every folder and file in CONTRIBUTING's layout exists, and every folder of the package is in it."""
+    root = PAGES[0].parent.parent
+    block = (root / "CONTRIBUTING.md").read_text().split("## Layout\n")[1].split("\n## ")[0]
+    lines = [line[4:] for line in block.splitlines() if line.startswith("    ")]
+    named, parents = set(), {}
+    for line in lines:
+        depth = len(line) - len(line.lstrip())
+        folder = next((parents[d] for d in range(depth - 1, -1, -1) if d in parents), root)
+        for name in re.split(r"\s{2,}", line.strip())[0].split():
+            named.add(folder / name)
+            if name.endswith("/"):
+                parents = {d: p for d, p in parents.items() if d < depth} | {depth: folder / name}
+    assert len(named) > 40 and [str(path) for path in sorted(named) if not path.exists()] == []
+    package = root / "intscale_compile"
+    there = {path for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert {path.name for path in there | set(package.glob("[!_]*.py")) if path not in named} == set()
