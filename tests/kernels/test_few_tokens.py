@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import time
 
 import pytest
 import torch
@@ -66,3 +69,23 @@ def test_other_machines_and_many_threads_take_the_other_way(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(few_tokens, "library", lambda: None)
     assert few_tokens.accumulate_few(x, weight.qdata, weight.scale, 128) is None
+
+
+@needs_kernel
+def test_a_forked_process_starts_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(few_tokens, "ENOUGH_CODES", 1)
+    monkeypatch.setattr(few_tokens.torch, "get_num_threads", lambda: few_tokens.MOST_THREADS)
+    x, weight = operands(CONFIGS[2], 48, 256, 1, False)
+    arguments = (x, weight.qdata, weight.scale, 128)
+    expected = few_tokens.accumulate_few(*arguments)
+    others = few_tokens.MOST_THREADS - 1
+    list(few_tokens._pool(others).map(time.sleep, [0.05] * others))  # all threads of this process are there
+
+    def child():
+        os._exit(0 if torch.equal(few_tokens.accumulate_few(*arguments), expected) else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(20)
+    process.kill()
+    assert process.exitcode == 0
