@@ -150,9 +150,9 @@ def _is_idle_dropout(node: fx.Node) -> bool:
     """Whether a node is a dropout that returns its input itself: PyTorch's decomposition for fake tensors makes a copy."""
     if node.op == "call_method" or getattr(node.target, "__name__", "") not in IDLE:
         return False
-    given = dict(zip(("input", "p", "training"), node.args), **node.kwargs)
+    given: dict[str, Any] = dict(zip(("input", "p", "training"), node.args), **node.kwargs)
     given.setdefault("training", given.get("train", True))
-    return given["training"] is False or given.get("p", 0.5) == 0
+    return given["training"] is False or bool(given.get("p", 0.5) == 0)
 
 
 def _leaves(value: Any) -> list[Tensor]:

@@ -325,9 +325,10 @@ def _with_local_headers(convert: Callable) -> Callable:
     @functools.wraps(convert)
     def deserialize(self: Any, input_dict: Any, *args: Any, **kwargs: Any) -> Any:
         model, name = kwargs.get("model"), kwargs.get("full_layer_name")
-        whole = getattr(self.hf_quantizer, "metadata", None)
-        stored = None if model is None or name is None or not whole else _stored_as(name, whole, model)
-        if stored is None:
+        whole: Any = getattr(self.hf_quantizer, "metadata", None)
+        known = model is not None and name is not None and bool(whole)
+        stored = _stored_as(name, whole, model) if known else None
+        if model is None or name is None or stored is None:
             return convert(self, input_dict, *args, **kwargs)
         module, _, leaf = name.rpartition(".")
         parameter = getattr(model.get_submodule(module), leaf)
