@@ -327,7 +327,7 @@ def _with_local_headers(convert: Callable) -> Callable:
         model, name = kwargs.get("model"), kwargs.get("full_layer_name")
         whole: Any = getattr(self.hf_quantizer, "metadata", None)
         known = model is not None and name is not None and bool(whole)
-        stored = _stored_as(name, whole, model) if known else None
+        stored = _stored_as(str(name), whole, model) if known else None
         if model is None or name is None or stored is None:
             return convert(self, input_dict, *args, **kwargs)
         module, _, leaf = name.rpartition(".")
