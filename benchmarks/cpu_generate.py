@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cpu import default_model
-from reporting import table
+from reporting import number, table
 
 
 class Peer(NamedTuple):
@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "--caches", type=Path, help="folder for caches of compiled code that is kept; default: empty ones"
+        "--caches", type=Path, help="folder of caches that are kept; peers that have some make no first call"
     )
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     return parser.parse_args(argv)
@@ -178,14 +178,16 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {name: {} for name in args.peers}
     processes = {}
     for name in args.peers:
-        caches = f"{folder}/{name}"
-        first = Process(name, args, caches)
-        start = first.call(args.points[0])
-        first.end()
+        caches, start = f"{folder}/{name}", {}
+        if not Path(caches).is_dir():
+            first = Process(name, args, caches)
+            start = first.call(args.points[0])
+            first.end()
         processes[name] = Process(name, args, caches)
         second = processes[name].call(args.points[0])
-        print(json.dumps({name: dict(start=start.get("total", start), second=second.get("total"))}), file=sys.stderr)
-        found[name] = dict(start_s=start.get("total"), second_start_s=second.get("total"), error=start.get("error"))
+        error = start.get("error") or second.get("error")
+        found[name] = dict(start_s=start.get("total"), second_start_s=second.get("total"), error=error)
+        print(json.dumps({name: found[name]}), file=sys.stderr)
         found[name] |= {point: dict(first=[], steps=[]) for point in args.points}
     able = [name for name in args.peers if found[name]["error"] is None]
     for point in args.points:
@@ -213,7 +215,7 @@ def report(found: dict[str, dict[str, Any]], points: list[str]) -> str:
             continue
         cells = [1e3 * statistics.median(peer[point][what]) for point in points for what in ("first", "steps")]
         starts = (peer["start_s"], peer["second_start_s"])
-        rows.append([name, *(f"{cell:.1f}" for cell in cells), *(f"{seconds:.1f}" for seconds in starts)])
+        rows.append([name, *(f"{cell:.1f}" for cell in cells), *(number(seconds) for seconds in starts)])
     return table([*header, "first call, s", "in the next process, s"], rows)
 
 
