@@ -27,7 +27,7 @@ def test_medians_in_milliseconds_and_errors_in_their_row(bench):
         [cell.strip() for cell in line.strip("|").split("|")] for line in bench.report(found, ["1x32"]).splitlines()
     ]
     assert rows[0] == ["peer", "first token, 1x32, ms", "a token, 1x32, ms", "first call, s", "in the next process, s"]
-    assert rows[2:] == [["fp32", "40.0", "10.0", "34.6", "5.7"], ["int4", "RuntimeError: no kernel"]]
+    assert rows[2:] == [["fp32", "40.0", "10.0", "34.6", "5.71"], ["int4", "RuntimeError: no kernel"]]
 
 
 @pytest.mark.slow
