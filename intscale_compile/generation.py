@@ -6,6 +6,7 @@ model.generate(**inputs, max_new_tokens=200)
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -72,8 +73,9 @@ def prepare_for_generation(
 
     The model's ``generation_config`` gets a static cache and a ``compile_config`` with this backend; arguments of
     ``generate`` still win. Sampling, beam search and padded batches run compiled; assisted decoding cannot use a static
-    cache and runs eagerly. Called again, it replaces what it set before. Call it after ``quantize_``; a model that is not
-    quantized is quantized at compile time, as ``backend="intscale"`` always does, and its prompts must be compiled for that.
+    cache and runs eagerly, and so does a model that fails with one in transformers (XLM, ProphetNet). Called again, it
+    replaces what it set before. Call it after ``quantize_``; a model that is not quantized is quantized at compile time, as
+    ``backend="intscale"`` always does, and its prompts must be compiled for that.
 
     Args:
         model: a causal or an encoder-decoder model of transformers.
@@ -102,6 +104,8 @@ def prepare_for_generation(
     _check(model, prompt)
     from transformers import CompileConfig  # optional dependency
 
+    if not static_cache_works(model):
+        return _left_eager(model)
     on_gpu = model.device.type == "cuda"
     windows = has_windows(model)
     mode = mode or ("reduce-overhead" if on_gpu and not windows else "default")
@@ -125,6 +129,36 @@ def _check(model: Any, prompt: str) -> None:
         raise ConfigError(f"prompt={prompt!r} is not supported: use one of {PROMPTS}.")
     if not hasattr(model, "generation_config") or not hasattr(model, "generate"):
         raise ConfigError(f"{type(model).__name__} has no generate(): pass a model of transformers.")
+
+
+def static_cache_works(model: Any) -> bool:
+    """Whether a model decodes with a static cache; tried on three tokens where its class does not promise it."""
+    if getattr(model, "_can_compile_fullgraph", False):
+        return True
+    ids = torch.ones((1, 3), dtype=torch.long, device=model.device)
+
+    def works(**cache: Any) -> bool:
+        try:
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False,
+                disable_compile=True, **cache,
+            )  # fmt: skip
+        except Exception:  # whatever a cache of another form leads to
+            return False
+        return True
+
+    return works(cache_implementation="static") or not works(cache_implementation=None)
+
+
+def _left_eager(model: Any) -> GenerationSetup:
+    """Leave a model as transformers has it, and say so."""
+    undo_prepare_for_generation(model)
+    setup = _describe(model, "", "eager", False, None, False)
+    why = f"{type(model).__name__} fails in transformers with a static cache, which compiled steps need"
+    notes = tuple(note for note in setup.notes if "the first call compiles" not in note)
+    setup = dataclasses.replace(setup, decoding=f"eager: {why}", cache="transformers' own", notes=notes)
+    log.warning("%s", setup)
+    return setup
 
 
 def _compile_of_prompts(backend: Union[str, Callable]) -> Callable:

@@ -148,6 +148,20 @@ def test_prompts_of_families(name, said, caplog):
     assert len(messages) == (said is not None) and all(said in message for message in messages)
 
 
+def test_what_fails_with_a_static_cache_stays_eager(caplog):
+    """XLM repeats its mask for as many keys as there are tokens; transformers' own call with a static cache fails too."""
+    model = transformers.XLMWithLMHeadModel(
+        transformers.XLMConfig(vocab_size=160, emb_dim=64, n_layers=1, n_heads=2, max_position_embeddings=64)
+    ).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    quantize_(model, IntScaleConfig())
+    expected = generate(model)
+    setup = prepare_for_generation(model, backend=without_inductor([]))
+    assert "XLMWithLMHeadModel fails in transformers with a static cache" in setup.decoding and setup.prompt == "eager"
+    assert setup.decoding in caplog.text and model.generation_config.cache_implementation is None
+    assert torch.equal(generate(model), expected)
+
+
 def test_a_cache_with_states_beside_keys(caplog):
     """Linear attention (Qwen3-Next): its part of the cache has neither a length nor a count of tokens."""
     config = transformers.Qwen3NextConfig(
