@@ -60,9 +60,12 @@ def _is_last_conversion(text: str, lines: list[str]) -> bool:
     """Whether the lines are arguments, conversions of an integer, and one factor of 2**-16."""
     arguments = [line for line in lines if re.search(r"\bfloat\s*\*|bfloat16\s*\*|half\s*\*", line)]
     others = [line for line in lines if line not in arguments]
-    conversion = re.compile(r"convert<|static_cast<|Vectorized<float>|\.store\(")
+    # Without vectors the product with 2**-16 names its type.
+    conversion = re.compile(r"convert<|static_cast<|Vectorized<float>|\.store\(|= float\(tmp\d+ \* tmp\d+\);$")
     others_float = re.compile(r"std::|double|float64")
     integers = [line for line in others if re.search(r"convert<float>|static_cast<float>\(tmp", line)]
-    once = len(integers) <= 2 * max(1, len(arguments))  # in the loop over vectors, and over what is left of them
+    products = [line for line in others if "= float(" in line]
+    # In the loop over vectors, and over what is left of them.
+    once = max(len(integers), len(products)) <= 2 * max(1, len(arguments))
     kinds = all(conversion.search(line) and not others_float.search(line) for line in others)
     return _LAST in text and bool(others) and once and kinds

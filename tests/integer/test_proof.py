@@ -100,6 +100,12 @@ def test_a_planted_function_in_cpp_is_found():
     assert generated.float_lines(good.replace("1.52587890625e-05", "0.5"))
     assert generated.float_lines(good + "\n auto c = std::exp(b);")
     assert generated.float_lines("auto x = at::vec::VecMask<float,1>::from(t);") == []
+    scalar = (
+        "float* out_ptr1)\nauto tmp2 = c10::convert<float>(tmp1);\nauto tmp3 = static_cast<float>(1.52587890625e-05);\n"
+    )
+    scalar += "auto tmp4 = float(tmp2 * tmp3);\n"
+    assert generated.float_lines(scalar) == []
+    assert generated.float_lines(scalar + 2 * "auto tmp5 = float(tmp4 * tmp4);\n")
     assert generated.float_lines("double y = 1;")
 
 

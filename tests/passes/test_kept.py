@@ -159,7 +159,7 @@ def test_changes_of_merged_weights_and_biases_are_seen_with_quantized_weights(in
 
 def test_reset_and_refresh_forget():
     """A write to one row is seen by neither version nor sample, which the docs say, until one of the two is called."""
-    model, x = network(features=256), torch.randn(3, 256)
+    model, x = network(features=256), torch.randn(8, 256)  # few tokens are multiplied with the weight as it is stored
     run = rewritten(model, **{"intscale.config": CONFIG})
     with torch.no_grad():
         for forget in (lambda: intscale_compile.refresh(model), intscale.reset):
