@@ -63,7 +63,18 @@ def parts(ranks: int, folder: Path) -> list[Part]:
         "int5",
         "int4-spikes",
     ]
-    tests = ["-m", "pytest", "-n", "0", "-q", "-m", "gpu", str(HERE.parent / "tests/gpu/test_communication_gpu.py")]
+    tests = [
+        "-m",
+        "pytest",
+        "-n",
+        "4",
+        "--dist",
+        "load",
+        "-v",
+        "-m",
+        "gpu",
+        str(HERE.parent / "tests/gpu/test_communication_gpu.py"),
+    ]
     tests += ["-k", f"lossless and {ranks}"]
     decode = [e2e, *n, "--bf16", "--layers", "8", "--context", "2048", "--wires", "auto"]
     first = [e2e, *n, "--bf16", "--layers", "4", "--prompts", "2048", "8192", "--wires", "int8", "int4", "auto+int8"]
@@ -85,7 +96,7 @@ def parts(ranks: int, folder: Path) -> list[Part]:
     two = [allreduce, "--ranks", "2", "--sizes", *SIZES[::2], *wires, "--peers", *PEERS]
     return [
         Part("stress", 170, [*stress, "--stress-seconds", "100", "--seconds", "165"]),
-        Part("tests", 80, tests),
+        Part("tests", 150, tests),
         Part(
             "times",
             130,

@@ -104,7 +104,7 @@ def prepare_for_generation(
     _check(model, prompt)
     from transformers import CompileConfig  # optional dependency
 
-    if not static_cache_works(model):
+    if not _static_cache_works(model):
         return _left_eager(model)
     on_gpu = model.device.type == "cuda"
     windows = has_windows(model)
@@ -131,10 +131,11 @@ def _check(model: Any, prompt: str) -> None:
         raise ConfigError(f"{type(model).__name__} has no generate(): pass a model of transformers.")
 
 
-def static_cache_works(model: Any) -> bool:
+def _static_cache_works(model: Any) -> bool:
     """Whether a model decodes with a static cache; tried on three tokens where its class does not promise it."""
     if getattr(model, "_can_compile_fullgraph", False):
         return True
+    restore_model(model)  # of an earlier call: nothing is compiled for a trial
     ids = torch.ones((1, 3), dtype=torch.long, device=model.device)
 
     def works(**cache: Any) -> bool:
