@@ -137,10 +137,10 @@ inline void encode_group(float* v, int valid, const Parts<BITS, G>& to, int64_t 
     if (PLANE) std::memset(to.plane + index * PLANE, 0, PLANE);
     return;
   }
-  float scale = from_bits((bits_of(extent / float((1 << BITS) - 1)) + 0xFFFF) & 0xFFFF0000u);
+  float scale = from_bits((bits_of(extent / (BITS == 8 ? 254.0f : float((1 << BITS) - 1))) + 0xFFFF) & 0xFFFF0000u);
   scale = scale < SMALLEST_SCALE ? SMALLEST_SCALE : scale;
   const float inverse = 1.0f / scale;
-  // No clamp: minimum <= v, and scale * (2**BITS - 1) >= high - minimum.
+  // No clamp: minimum <= v, and scale * the largest code >= high - minimum.
   uint8_t code[G];
   for (int i = 0; i < G; ++i) code[i] = uint8_t(bits_of((v[i] - minimum) * inverse + MAGIC));
   if (SPIKES) code[position[0]] = code[position[1]] = 0;

@@ -6,7 +6,7 @@ Each leg of the two-step all-reduce (Flash Communication, arXiv 2412.04964) send
 
 for ``G`` groups of ``g`` elements; the padding fills up to a multiple of 16 bytes. Codes of ``b`` bits:
 
-* 8 bits: a byte per element, in order.
+* 8 bits: a byte per element, in order, 254 at most.
 * 4 bits: byte ``j`` of a group is ``code[j] | code[j + g/2] << 4``, for ``j < g/2``.
 * 5 bits (bit splitting of arXiv 2508.03760, 4 + 1): the low four bits of all groups as above, then a plane of the high bits:
   byte ``j < g/8`` of a group is ``sum_k high(code[j + k * g/8]) << k``.
@@ -27,6 +27,11 @@ BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4}
 GROUP_SIZE = 128  # consecutive elements that share a group scale and a minimum
 ALIGNMENT = 16  # bytes; messages lie behind each other and are read in words of this size
 _TEXT = re.compile(r"(?P<name>int[4568])(?P<spikes>-spikes)?")
+
+
+def largest_code(bits: int) -> int:
+    """The largest code of so many bits; no byte of 8-bit codes is 255, which leaves a word of 32 bits that no message holds."""
+    return 254 if bits == 8 else 2**bits - 1
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 Per group, over its valid elements, all in fp32 (asymmetric, arXiv 2412.04964):
 
-    minimum = min rounded down to bf16            scale = (max - minimum) / (2**bits - 1) rounded up to bf16, at least 2**-100
-    code = clamp(rint((x - minimum) * (1 / scale)), 0, 2**bits - 1)                     x^ = minimum + code * scale
+    minimum = min rounded down to bf16            scale = (max - minimum) / largest rounded up to bf16, at least 2**-100
+    code = clamp(rint((x - minimum) * (1 / scale)), 0, largest)                 x^ = minimum + code * scale
+
+``largest`` is the largest code, 2**bits - 1 or, of 8 bits, 254.
 
 The product ``code * scale`` has at most 16 significant bits, so x^ has the same bits with and without fused multiply-add. A
 group with NaN or Inf, or whose range overflows, has NaN for its scale and its minimum. With spike reserving (arXiv 2508.03760)
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .message import MessageLayout, WireFormat
+from .message import MessageLayout, WireFormat, largest_code
 from .pieces import Piece
 
 SMALLEST_SCALE = 2.0**-100  # keeps 1 / scale finite
@@ -76,9 +78,9 @@ def quantize_groups(
     minimum = round_down(low)
     extent = high - minimum
     bad |= ~(extent < float("inf"))
-    levels = torch.full_like(extent, 2**bits - 1)  # CUDA multiplies by the reciprocal of a divisor that is a number
+    levels = torch.full_like(extent, largest_code(bits))  # CUDA multiplies by the reciprocal of a divisor that is a number
     scale = round_up(extent / levels).clamp(min=SMALLEST_SCALE)
-    codes = torch.round((values - minimum) * (1.0 / scale)).clamp(0, 2**bits - 1)
+    codes = torch.round((values - minimum) * (1.0 / scale)).clamp(0, largest_code(bits))
     codes = torch.where(taken & ~bad, codes, 0).to(torch.int32)
     position = torch.where(bad, 0, position).to(torch.uint8)
     spike = torch.where(spike == 0, 0.0, spike)  # no -0.0

@@ -1,7 +1,7 @@
 """All-reduce over NVLink: one kernel on symmetric memory (``torch.distributed._symmetric_memory``), no multicast.
 
-Quantized (``fused_kernel``), or lossless: small messages in one step, larger ones in two (``word_kernels``; above 64 MB
-``fused_kernel``).
+Quantized (8 bits in ``code_words``, the rest in ``fused_kernel``), or lossless: small messages in one step, larger ones in two
+(``word_kernels``; above 64 MB ``fused_kernel``).
 
 Used where all ranks of a group are GPUs of one host that can map each other's memory; every rank must come to the same answer,
 so they vote, once per group. Everything else goes through the process group.
@@ -26,6 +26,7 @@ from ..reasons import log_once
 from .message import Elements, WireFormat
 
 if TYPE_CHECKING:
+    from .code_words import CodeForm
     from .word_kernels import Form
 
 VARIABLE = "INTSCALE_SYMMETRIC_MEMORY"  # 0: never
@@ -55,9 +56,8 @@ class Workspace:
 class _Member:
     usable: bool
     spaces: list[Workspace]  # the largest is the last; captured graphs hold on to earlier ones
-    fixed: dict[Form, Workspace] = field(
-        default_factory=dict
-    )  # of kernels whose workspace does not depend on the message
+    # Of kernels whose workspace does not depend on the message.
+    fixed: dict[Union[Form, CodeForm], Workspace] = field(default_factory=dict)
 
 
 _members: weakref.WeakKeyDictionary[dist.ProcessGroup, _Member] = weakref.WeakKeyDictionary()
@@ -65,6 +65,7 @@ _members: weakref.WeakKeyDictionary[dist.ProcessGroup, _Member] = weakref.WeakKe
 
 LOSSLESS_DTYPES = (torch.bfloat16, torch.float16)
 MOST_IN_WORDS = 64 << 20  # bytes; larger messages take the kernel of the quantized form
+IN_CODE_WORDS = WireFormat(8)
 
 
 def two_shot(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
@@ -120,11 +121,37 @@ def _in_words(x: Tensor, form: Form, group: dist.ProcessGroup) -> Optional[Tenso
     return out
 
 
+def _in_code_words(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
+    """The quantized sum with 8 bits through the kernel of ``code_words``; None: not possible here."""
+    # Imports Triton, which only GPUs need.
+    from . import code_words as codes
+    from .word_kernels import FILL
+
+    ranks = group.size()
+    form = codes.code_form(ranks)
+    space = fixed_workspace(group, x.device, form, form.workspace_bytes, form.programs, FILL)
+    if space is None:
+        return None
+    out = torch.empty_like(x)
+    length = IN_CODE_WORDS.slice_elements(x.numel(), ranks)
+    groups = length // IN_CODE_WORDS.group_size
+    with torch.cuda.device(x.device):
+        follow(space)
+        for begin in range(0, groups, form.groups):
+            codes.code_words_kernel[(form.launched(groups - begin),)](
+                x, out, space.buffer, space.peers, space.counts, x.numel(), length, groups, begin, RANK=group.rank(),
+                RANKS=ranks, GROUPS=codes.GROUPS, PROGRAMS=form.programs, num_warps=codes.WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+    return out
+
+
 def all_reduce(x: Tensor, wire: Union[WireFormat, Elements], group: dist.ProcessGroup) -> Optional[Tensor]:
     """Sum of the 1-D ``x`` over the ranks, the same bits on each and as through the process group; None: not possible here."""
     # Imports Triton, which only GPUs need.
     from .fused_kernel import MOST_PROGRAMS, fused_all_reduce_kernel, gather_slots
 
+    if wire == IN_CODE_WORDS:
+        return _in_code_words(x, group)
     ranks = group.size()
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     sizes, constants, programs, needed = _plan(x.numel(), wire, ranks, multiprocessors)
@@ -244,7 +271,7 @@ def _workspace(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> O
 
 
 def fixed_workspace(
-    group: dist.ProcessGroup, device: torch.device, form: Form, nbytes: int, programs: int, fill: int
+    group: dist.ProcessGroup, device: torch.device, form: Union[Form, CodeForm], nbytes: int, programs: int, fill: int
 ) -> Optional[Workspace]:
     """The workspace of a form for which one size serves all messages, made at its first call, which is a collective.
 

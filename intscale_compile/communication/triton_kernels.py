@@ -106,7 +106,7 @@ def _write(
         hi_taken = hi_taken & (place + HALF != low_place[:, None]) & (place + HALF != high_place[:, None])
         low, high = _ends(lo, hi, lo_taken, hi_taken, False)
     bad, minimum, scale = _parameters(low, high, bad, BITS)
-    # No clamp: minimum <= x, and scale * (2**BITS - 1) >= high - minimum. A row of NaN has no code but 0.
+    # No clamp: minimum <= x, and scale * the largest code >= high - minimum. A row of NaN has no code but 0.
     inverse = tl.div_rn(1.0, scale)[:, None]
     lo_code = ((lo - minimum[:, None]) * inverse + MAGIC).to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
     hi_code = ((hi - minimum[:, None]) * inverse + MAGIC).to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
@@ -137,7 +137,7 @@ def _parameters(low, high, bad, BITS: tl.constexpr):
     minimum = tl.where(low == 0, 0.0, down.to(tl.float32, bitcast=True))
     extent = high - minimum
     bad = bad | ((extent < float("inf")) == 0)
-    scale = tl.div_rn(tl.where(bad, 0.0, extent), (1 << BITS) - 1.0)
+    scale = tl.div_rn(tl.where(bad, 0.0, extent), 254.0 if BITS == 8 else (1 << BITS) - 1.0)
     scale = ((scale.to(tl.int32, bitcast=True) + 65535) & -65536).to(tl.float32, bitcast=True)
     return bad, minimum, tl.maximum(scale, SMALLEST)
 

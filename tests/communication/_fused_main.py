@@ -18,7 +18,7 @@ interpret()
 
 import torch  # noqa: E402
 
-from intscale_compile.communication import word_kernels  # noqa: E402
+from intscale_compile.communication import code_words, word_kernels  # noqa: E402
 from intscale_compile.communication.fused_kernel import (  # noqa: E402
     LARGE_CHUNK,
     MOST_PROGRAMS,
@@ -45,6 +45,9 @@ CASES = (
 FORMS = {"one_shot": lambda _: word_kernels.ONE_SHOT, "two_shot": word_kernels.two_shot}
 SIZES = (6, 1024 * 5 + 10, 40, 2048, 1024 * 7, 2, 4096, 2)
 IN_WORDS = [(name, elements) for elements in SIZES for name in FORMS]
+# 8-bit codes in words: a last slice that is partial, or empty; a launch that begins within the slices; more launches than sides
+IN_CODES = ((300, "float32"), (2 * 5 * 2048 + 200, "float16"), (130, "float16"), (9000, "float16"), (5000, "float32"))
+CODE_PROGRAMS = 2
 CALLS = 2  # one after the other on one workspace
 
 
@@ -77,8 +80,44 @@ def run(folder: Path, rank: int, case: tuple) -> list:
         )  # fmt: skip
         results.append(out)
     if folder.name == "0":
-        results += in_words(folder, rank, ranks)
+        results += in_words(folder, rank, ranks) + in_codes(folder, rank, ranks)
     return results
+
+
+def in_codes(folder: Path, rank: int, ranks: int) -> list:
+    """What calls of the kernel of 8-bit codes give."""
+    form = code_words.CodeForm(ranks, CODE_PROGRAMS)
+    counts = torch.zeros(CODE_PROGRAMS, dtype=torch.int32)
+    spaces = [
+        torch.from_file(str(folder / f"codes{r}"), shared=True, size=form.workspace_bytes, dtype=torch.uint8)
+        for r in range(ranks)
+    ]
+    peers = torch.tensor([space.data_ptr() - spaces[rank].data_ptr() for space in spaces])
+    results = []
+    for call, (elements, dtype) in enumerate(IN_CODES):
+        x = code_inputs(call, elements, dtype, ranks)[rank]
+        length = WireFormat(8).slice_elements(elements, ranks)
+        groups, out = length // 128, torch.empty_like(x)
+        for begin in range(0, groups, form.groups):
+            code_words.code_words_kernel[(form.launched(groups - begin),)](
+                x, out, spaces[rank], peers, counts, elements, length, groups, begin, RANK=rank, RANKS=ranks,
+                GROUPS=code_words.GROUPS, PROGRAMS=form.programs,
+            )  # fmt: skip
+        results.append(out)
+    return results
+
+
+def code_inputs(call: int, elements: int, dtype: str, ranks: int) -> list:
+    """What every rank puts in: groups of one value, of its largest code four times in a word, with NaN and with infinities."""
+    xs = inputs(call, elements, dtype, ranks)
+    for rank, x in enumerate(xs):
+        x[elements // 2 :][:8] = 9.0
+        x[: 64 * (rank + call % 2)] = -3.25
+    xs[call % ranks][-1] = float("inf")
+    if elements > 5000:
+        xs[0][1500] = float("nan")
+        xs[1][4000] = -float("inf")
+    return xs
 
 
 def in_words(folder: Path, rank: int, ranks: int) -> list:
@@ -140,6 +179,9 @@ def check(ranks: int) -> None:
                 (folder / str(i) / f"space{r}").write_bytes(bytes(1 << 20))
                 for kernel, form in FORMS.items() if i == 0 else ():
                     (folder / "0" / f"{kernel}{r}").write_bytes(b"\xff" * form(ranks).workspace_bytes(ranks))
+                if i == 0:
+                    nbytes = code_words.CodeForm(ranks, CODE_PROGRAMS).workspace_bytes
+                    (folder / "0" / f"codes{r}").write_bytes(b"\xff" * nbytes)
         started = [context.Process(target=rank_main, args=(folder, r, ranks)) for r in range(ranks)]
         for process in started:
             process.start()
@@ -164,6 +206,13 @@ def check(ranks: int) -> None:
             message = f"{name} {elements}, rank {rank}"
             torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True, msg=message)
             assert torch.equal(found.view(torch.int16), first.view(torch.int16)), message
+    for call, (elements, dtype) in enumerate(IN_CODES):
+        wanted = simulate_all_reduce(code_inputs(call, elements, dtype, ranks), WireFormat(8))
+        assert wanted.isnan().any() and wanted.isfinite().any()
+        for rank in range(ranks):
+            found = results[rank][0][CALLS + len(IN_WORDS) + call]
+            message = f"codes {elements} {dtype}, rank {rank}"
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True, msg=message)
 
 
 if __name__ == "__main__":
