@@ -1,11 +1,12 @@
 """The quantized all-reduce with 8-bit codes, without flags: four codes are a word, and a word says itself that it has come.
 
 The protocol of ``word_kernels``: every rank writes into memory of the other ranks that holds the empty word, all bits set. No
-code is 255 (``message.levels``) and no parameter has all bits set, so no rank sends that word. Steps, regions and their three sides
-are as there; a launch takes a range of groups of every slice, so the rank that sums a group is the one of ``reference.py``.
+code is 255 (``message.largest_code``) and no parameter has all bits set, so no rank sends that word. Steps, regions and their
+sides are as there; a launch takes a range of groups of every slice, so each group is summed by the same rank as in
+``reference.py``.
 
-A region holds ``GROUPS`` groups: words of codes, then a word for each group of its scale and its minimum, bf16 both. Of a group the
-words ``2 * i`` and ``2 * i + 1`` hold the elements from ``4 * i`` on and those from ``64 + 4 * i`` on.
+A region holds ``GROUPS`` groups: words of codes, then a word for each group of its scale and its minimum, bf16 both. The words
+``2 * i`` and ``2 * i + 1`` of a group hold its elements from ``4 * i`` on and those from ``64 + 4 * i`` on.
 """
 
 from __future__ import annotations
