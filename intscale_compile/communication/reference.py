@@ -78,7 +78,8 @@ def quantize_groups(
     minimum = round_down(low)
     extent = high - minimum
     bad |= ~(extent < float("inf"))
-    levels = torch.full_like(extent, largest_code(bits))  # CUDA multiplies by the reciprocal of a divisor that is a number
+    # A tensor: CUDA multiplies by the reciprocal of a divisor that is a number.
+    levels = torch.full_like(extent, largest_code(bits))
     scale = round_up(extent / levels).clamp(min=SMALLEST_SCALE)
     codes = torch.round((values - minimum) * (1.0 / scale)).clamp(0, largest_code(bits))
     codes = torch.where(taken & ~bad, codes, 0).to(torch.int32)
