@@ -22,7 +22,9 @@ from .word_kernels import EMPTY, SIDES
 
 WARPS = 4
 GROUPS = 16  # of a slice, that a program takes
-MOST_BYTES = 16 << 20  # of the elements of a launch, at two bytes each
+# Elements of a launch, the least of these that holds the message: a launch ends when the last word has come, which takes 8 us, so
+# large messages take large launches, whose workspaces are large.
+ELEMENTS = (1 << 20, 8 << 20, 32 << 20)
 HALF: tl.constexpr = tl.constexpr(GROUP_SIZE // 2)
 LANES: tl.constexpr = tl.constexpr(GROUP_SIZE // 8)  # that hold a group: four elements of each half
 WORDS: tl.constexpr = tl.constexpr(GROUP_SIZE // 4)  # of codes of a group
@@ -55,9 +57,10 @@ class CodeForm:
         return min(-(-groups // GROUPS), self.programs)
 
 
-def code_form(ranks: int) -> CodeForm:
-    """The form for so many ranks."""
-    return CodeForm(ranks, MOST_BYTES // (2 * ranks * GROUPS * GROUP_SIZE))
+def code_form(elements: int, ranks: int) -> CodeForm:
+    """The form for a message of so many elements."""
+    launched = next((most for most in ELEMENTS if elements <= most), ELEMENTS[-1])
+    return CodeForm(ranks, -(-launched // (ranks * GROUPS * GROUP_SIZE)))
 
 
 @triton.jit
@@ -164,12 +167,11 @@ def _elements(words, parameter):
 
 @triton.jit
 def _region(
-    own_ptr, offset, side, leg: tl.constexpr, source, block, RANKS: tl.constexpr, GROUPS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    own_ptr, offset, side, leg: tl.constexpr, source, block, programs, RANKS: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
     """Region ``block`` of a side and leg for words from rank ``source``, in the workspace ``offset`` bytes behind the own one."""
     words = (own_ptr + offset).to(tl.pointer_type(tl.int32), bitcast=True)
-    return words + (((side * 2 + leg) * RANKS + source) * PROGRAMS + block) * (GROUPS * (WORDS + 1))
+    return words + (((side * 2 + leg) * RANKS + source) * programs + block) * (GROUPS * (WORDS + 1))
 
 
 @triton.jit
@@ -180,12 +182,12 @@ def _places(GROUPS: tl.constexpr):
 
 @triton.jit
 def _put(
-    words, parameter, here, own_ptr, peers_ptr, peer, side, leg: tl.constexpr, block, RANK: tl.constexpr,
-    RANKS: tl.constexpr, GROUPS: tl.constexpr, PROGRAMS: tl.constexpr,
+    words, parameter, here, own_ptr, peers_ptr, peer, side, leg: tl.constexpr, block, programs, RANK: tl.constexpr,
+    RANKS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Groups into the region that this rank has in the memory of rank ``peer``."""
     offset = tl.multiple_of(tl.load(peers_ptr + peer), 16)
-    region = _region(own_ptr, offset, side, leg, RANK, block, RANKS, GROUPS, PROGRAMS)
+    region = _region(own_ptr, offset, side, leg, RANK, block, programs, RANKS, GROUPS)
     lane = tl.arange(0, GROUPS * LANES)
     tl.store(region + _places(GROUPS), words, here[:, None])
     tl.store(region + GROUPS * WORDS + lane // LANES, parameter, here & (lane % LANES == 0))
@@ -193,11 +195,10 @@ def _put(
 
 @triton.jit
 def _get(
-    here, own_ptr, side, leg: tl.constexpr, source, block, RANKS: tl.constexpr, GROUPS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    here, own_ptr, side, leg: tl.constexpr, source, block, programs, RANKS: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
     """What has come from rank ``source`` as halves, and at each lane whether any of it is missing."""
-    region = _region(own_ptr, 0, side, leg, source, block, RANKS, GROUPS, PROGRAMS)
+    region = _region(own_ptr, 0, side, leg, source, block, programs, RANKS, GROUPS)
     words = tl.load(region + _places(GROUPS), here[:, None], 0, volatile=True)
     parameter = tl.load(region + GROUPS * WORDS + tl.arange(0, GROUPS * LANES) // LANES, here, 0, volatile=True)
     missing = tl.max((words == EMPTY).to(tl.int32), 1) | (parameter == EMPTY).to(tl.int32)
@@ -207,24 +208,23 @@ def _get(
 
 @triton.jit
 def _empty(
-    own_ptr, side, leg: tl.constexpr, block, RANK: tl.constexpr, RANKS: tl.constexpr, GROUPS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    own_ptr, side, leg: tl.constexpr, block, programs, RANK: tl.constexpr, RANKS: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
     """Empty words into the regions that the other ranks filled in the step before this one."""
     before = tl.where(side == 0, SIDES - 1, side - 1)
     for k in tl.static_range(1, RANKS):
-        old = _region(own_ptr, 0, before, leg, (RANK + k) % RANKS, block, RANKS, GROUPS, PROGRAMS)
+        old = _region(own_ptr, 0, before, leg, (RANK + k) % RANKS, block, programs, RANKS, GROUPS)
         tl.store(old + tl.arange(0, GROUPS * WORDS), tl.full((GROUPS * WORDS,), EMPTY, tl.int32))
         tl.store(old + GROUPS * WORDS + tl.arange(0, GROUPS), tl.full((GROUPS,), EMPTY, tl.int32))
 
 
-@triton.jit(do_not_specialize=["groups", "begin"])
+@triton.jit(do_not_specialize=["groups", "begin", "programs"])
 def code_words_kernel(
-    x_ptr, out_ptr, own_ptr, peers_ptr, counts_ptr, elements, length, groups, begin, RANK: tl.constexpr,
-    RANKS: tl.constexpr, GROUPS: tl.constexpr, PROGRAMS: tl.constexpr,
+    x_ptr, out_ptr, own_ptr, peers_ptr, counts_ptr, elements, length, groups, begin, programs,
+    RANK: tl.constexpr, RANKS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Sum ``x`` over the ranks into ``out``, both 1-D of ``elements``: of each slice of ``length`` elements, which are ``groups``
-    groups, those from ``begin`` on that the programs of this launch take.
+    groups, those from ``begin`` on that the programs of this launch take; the longest launch has ``programs``.
     """
     FULL: tl.constexpr = GROUPS * 2 * HALF
     block = tl.program_id(0)
@@ -238,12 +238,12 @@ def code_words_kernel(
         valid = _valid(start + place, stop, FULL)
         lo, hi = _load(x_ptr + start + place, valid, GROUPS)
         words, parameter = _encode(lo, hi, valid, GROUPS)
-        _put(words, parameter, here, own_ptr, peers_ptr, peer, side, 0, block, RANK, RANKS, GROUPS, PROGRAMS)
+        _put(words, parameter, here, own_ptr, peers_ptr, peer, side, 0, block, programs, RANK, RANKS, GROUPS)
     start, stop = _bounds(tl.cast(RANK, tl.int32), elements, length, 0, groups, HALF)
     valid = _valid(start + place, stop, FULL)
     own_lo, own_hi = _load(x_ptr + start + place, valid, GROUPS)
-    _empty(own_ptr, side, 0, block, RANK, RANKS, GROUPS, PROGRAMS)
-    _empty(own_ptr, side, 1, block, RANK, RANKS, GROUPS, PROGRAMS)
+    _empty(own_ptr, side, 0, block, programs, RANK, RANKS, GROUPS)
+    _empty(own_ptr, side, 1, block, programs, RANK, RANKS, GROUPS)
 
     missing = 1
     while missing != 0:  # what is there is summed, stored and sent at once: no tensor leaves this loop
@@ -254,14 +254,14 @@ def code_words_kernel(
             if source == RANK:
                 lo, hi = lo + own_lo, hi + own_hi
             else:
-                more_lo, more_hi, gone = _get(here, own_ptr, side, 0, source, block, RANKS, GROUPS, PROGRAMS)
+                more_lo, more_hi, gone = _get(here, own_ptr, side, 0, source, block, programs, RANKS, GROUPS)
                 lo, hi, absent = lo + more_lo, hi + more_hi, absent | gone
         missing = tl.max(absent, 0)
         if missing == 0:
             words, parameter = _encode(lo, hi, valid, GROUPS)
             for k in tl.static_range(1, RANKS):
                 peer = (RANK + k) % RANKS
-                _put(words, parameter, here, own_ptr, peers_ptr, peer, side, 1, block, RANK, RANKS, GROUPS, PROGRAMS)
+                _put(words, parameter, here, own_ptr, peers_ptr, peer, side, 1, block, programs, RANK, RANKS, GROUPS)
             lo, hi = _elements(words, parameter)
             _store(out_ptr + start + place, lo, hi, valid, GROUPS)
 
@@ -271,7 +271,7 @@ def code_words_kernel(
         for k in tl.static_range(1, RANKS):
             peer = (RANK + k) % RANKS
             start, stop = _bounds(tl.cast(peer, tl.int32), elements, length, 0, groups, HALF)
-            lo, hi, gone = _get(here, own_ptr, side, 1, peer, block, RANKS, GROUPS, PROGRAMS)
+            lo, hi, gone = _get(here, own_ptr, side, 1, peer, block, programs, RANKS, GROUPS)
             absent |= gone
             _store(out_ptr + start + place, lo, hi, _valid(start + place, stop, FULL), GROUPS)
         missing = tl.max(absent, 0)

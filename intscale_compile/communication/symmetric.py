@@ -128,7 +128,7 @@ def _in_code_words(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
     from .word_kernels import FILL
 
     ranks = group.size()
-    form = codes.code_form(ranks)
+    form = codes.code_form(x.numel(), ranks)
     space = fixed_workspace(group, x.device, form, form.workspace_bytes, form.programs, FILL)
     if space is None:
         return None
@@ -139,8 +139,8 @@ def _in_code_words(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
         follow(space)
         for begin in range(0, groups, form.groups):
             codes.code_words_kernel[(form.launched(groups - begin),)](
-                x, out, space.buffer, space.peers, space.counts, x.numel(), length, groups, begin, RANK=group.rank(),
-                RANKS=ranks, GROUPS=codes.GROUPS, PROGRAMS=form.programs, num_warps=codes.WARPS, enable_fp_fusion=False,
+                x, out, space.buffer, space.peers, space.counts, x.numel(), length, groups, begin,
+                form.programs, RANK=group.rank(), RANKS=ranks, GROUPS=codes.GROUPS, num_warps=codes.WARPS, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 

@@ -100,8 +100,8 @@ def in_codes(folder: Path, rank: int, ranks: int) -> list:
         groups, out = length // 128, torch.empty_like(x)
         for begin in range(0, groups, form.groups):
             code_words.code_words_kernel[(form.launched(groups - begin),)](
-                x, out, spaces[rank], peers, counts, elements, length, groups, begin, RANK=rank, RANKS=ranks,
-                GROUPS=code_words.GROUPS, PROGRAMS=form.programs,
+                x, out, spaces[rank], peers, counts, elements, length, groups, begin, form.programs,
+                RANK=rank, RANKS=ranks, GROUPS=code_words.GROUPS,
             )  # fmt: skip
         results.append(out)
     return results
