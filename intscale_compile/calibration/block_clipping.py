@@ -26,6 +26,16 @@ LEARNING_RATE = 5e-2  # falls to 0
 START = 4.0  # sigmoid: 0.982 of the range
 
 
+def rounded_within(scaled: Tensor, low: int, high: int) -> Tensor:
+    """``clamp(round(scaled), low, high)``; the gradient passes straight through every code from ``low`` to ``high``.
+
+    The gradient of ``Tensor.clamp`` at its ends is 1 up to torch 2.13 and 0 from 2.14 on.
+    """
+    rounded = scaled.detach().round()
+    codes = scaled + (rounded - scaled).detach()
+    return torch.where((rounded >= low) & (rounded <= high), codes, rounded.clamp(low, high))
+
+
 class _Clipped:
     """A weight rounded with factors of the range of each group, as a function of the factors' logits ``[2, ..., N, G]``."""
 
@@ -47,7 +57,7 @@ class _Clipped:
         """The rounded weight as the module keeps it; rounding passes gradients straight through."""
         steps = self.steps().unsqueeze(-1)
         scaled = self.groups / steps
-        codes = (scaled + (scaled.round() - scaled).detach()).clamp(self.low, self.high)
+        codes = rounded_within(scaled, self.low, self.high)
         dense = (codes * steps).flatten(-2)[..., : self.columns].to(self.dtype)
         return dense.mT if self.transposed else dense
 

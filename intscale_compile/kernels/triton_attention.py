@@ -16,6 +16,7 @@ from .launching import launch
 from .split_k import take_counters
 
 KEYS_PER_STEP = 64
+WARPS, STAGES = 4, 2
 # Parts of one sequence's keys, at most, powers of two: more cost more in partial results than they bring in parallel work. On an
 # H100 64 parts took 1.06 to 1.24 times as long as 32 at 2048 and 8192 keys, 0.80 times at 32768.
 FEW_PARTS, MOST_PARTS = 32, 64
@@ -25,11 +26,14 @@ DOT_ROWS = 16  # least number of rows of a tensor core product
 
 @triton.jit
 def attend(
-    q, k_ptr, v_ptr, mask_ptr, first, L, k_stride, v_stride, mask_stride, mask_head_stride, log2_scale,
+    q, k_ptr, v_ptr, mask_ptr, first, begin, end, k_stride, v_stride, mask_stride, mask_head_stride, log2_scale,
     HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
     STEPS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Running maximum ``[ROWS]``, sum ``[ROWS]`` and weighted values fp32 ``[ROWS, BLOCK_D]`` of STEPS * BLOCK_L keys."""
+    """Running maximum ``[ROWS]``, sum ``[ROWS]`` and weighted values fp32 ``[ROWS, BLOCK_D]`` of STEPS * BLOCK_L keys.
+
+    Of these the ones from ``begin`` to before ``end`` are read, the others are hidden.
+    """
     heads = tl.arange(0, ROWS)
     features = tl.arange(0, BLOCK_D)
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -37,7 +41,7 @@ def attend(
     values = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for step in range(STEPS):
         keys = first + step * BLOCK_L + tl.arange(0, BLOCK_L)
-        visible = keys < L
+        visible = (keys >= begin) & (keys < end)
         if MASK == "bool":  # one mask for all heads: hidden keys and values are not even read
             visible = visible & (tl.load(mask_ptr + keys * mask_stride, mask=visible, other=0) != 0)
         inside = visible[:, None] & (features < D)[None, :]
@@ -62,6 +66,15 @@ def attend(
         values = tl.dot(p.to(v.dtype), v, values * shrink[:, None])
         top = new_top
     return top, total, values
+
+
+@triton.jit
+def visible_range(mask_ptr, first, L, stride, KEYS: tl.constexpr):
+    """First visible key among ``KEYS`` from ``first`` on, the end of the last one, and whether all between them are visible."""
+    keys = first + tl.arange(0, KEYS)
+    seen = tl.load(mask_ptr + keys * stride, mask=keys < L, other=0) != 0
+    begin, end = tl.min(tl.where(seen, keys, L), 0), tl.max(tl.where(seen, keys + 1, 0), 0)
+    return begin, end, tl.sum(seen.to(tl.int32), 0) >= end - begin
 
 
 @triton.jit
@@ -135,11 +148,26 @@ def decode_attention_kernel(
     inside = (heads < HEADS)[:, None] & (features < D)[None, :]
     rows = (head * HEADS + heads)[:, None]
     q = tl.load(q_ptr + batch * q_batch + rows * q_head + features[None, :], mask=inside, other=0.0)
-    top, total, values = attend(
-        q, k_ptr + batch * k_batch + head * k_head, v_ptr + batch * v_batch + head * v_head,
-        mask_ptr + batch * mask_batch + head * HEADS * mask_head, part * (STEPS * BLOCK_L), L,
-        k_stride, v_stride, mask_stride, mask_head, log2_scale, HEADS, ROWS, D, BLOCK_D, BLOCK_L, STEPS, MASK,
-    )  # fmt: skip
+    ks, vs = k_ptr + batch * k_batch + head * k_head, v_ptr + batch * v_batch + head * v_head
+    masks = mask_ptr + batch * mask_batch + head * HEADS * mask_head
+    first = part * (STEPS * BLOCK_L)
+    if MASK == "bool":
+        begin, end, unbroken = visible_range(masks, first, L, mask_stride, STEPS * BLOCK_L)
+        if unbroken:  # padding and the empty end of a cache: loads of keys wait for no load of the mask
+            top, total, values = attend(
+                q, ks, vs, masks, first, begin, end, k_stride, v_stride, mask_stride, mask_head, log2_scale,
+                HEADS, ROWS, D, BLOCK_D, BLOCK_L, STEPS, "none",
+            )  # fmt: skip
+        else:
+            top, total, values = attend(
+                q, ks, vs, masks, first, begin, end, k_stride, v_stride, mask_stride, mask_head, log2_scale,
+                HEADS, ROWS, D, BLOCK_D, BLOCK_L, STEPS, "bool",
+            )  # fmt: skip
+    else:
+        top, total, values = attend(
+            q, ks, vs, masks, first, 0, L, k_stride, v_stride, mask_stride, mask_head, log2_scale,
+            HEADS, ROWS, D, BLOCK_D, BLOCK_L, STEPS, MASK,
+        )  # fmt: skip
     if SPLIT:
         slots = unit.to(tl.int64) * parts
         value_ptrs = partial_ptr + heads[:, None] * BLOCK_D + features[None, :]
@@ -215,6 +243,6 @@ def decode_attention_cuda(
             HEADS=heads, ROWS=max(DOT_ROWS, triton.next_power_of_2(heads)), D=features, BLOCK_D=block_d,
             BLOCK_L=KEYS_PER_STEP, STEPS=steps, MASK=_mask_kind(mask), SPLIT=parts > 1, OVERLAP=overlap,
             SUM_ROWS=triton.next_power_of_2(heads), MOST=MOST_PARTS,
-            num_warps=4, num_stages=2, **({"launch_pdl": True} if overlap else {}),
+            num_warps=WARPS, num_stages=STAGES, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out

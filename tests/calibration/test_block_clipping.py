@@ -25,6 +25,13 @@ def rounded_block(block, weights, steps, configs):
     return lambda inputs: functional_call(block, parameters, *inputs)
 
 
+def test_the_gradient_reaches_the_outermost_codes():
+    x = torch.tensor([-8.6, -8.5, -8.0, 0.4, 7.0, 7.4, 7.6], requires_grad=True)
+    codes = block_clipping.rounded_within(x, -8, 7)
+    codes.sum().backward()
+    assert codes.tolist() == [-8, -8, -8, 0, 7, 7, 7] and x.grad.tolist() == [0, 1, 1, 1, 1, 1, 0]
+
+
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_lowers_the_error_of_the_block(name, monkeypatch):
     monkeypatch.setattr(block_clipping, "LEARNING_STEPS", 60)
