@@ -9,6 +9,8 @@ import textwrap
 
 import pytest
 
+from tests.support import forks
+
 SCRIPT = textwrap.dedent(
     """
     import torch, torch._inductor.config, intscale_compile, sys
@@ -23,24 +25,34 @@ SCRIPT = textwrap.dedent(
 )
 
 
-def _run(cache, source_change=None):
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    prefix = ""
-    if source_change is not None:  # as if a source file had other contents
-        prefix = (
-            "import importlib.util, sys, hashlib\n"
-            "real = hashlib.sha256\n"
-            f"hashlib.sha256 = lambda data=b'', **k: real(data + b'{source_change}', **k)\n"
-            "import intscale_compile\n"
-            "hashlib.sha256 = real\n"
-        )
-    out = subprocess.run([sys.executable, "-c", prefix + SCRIPT], env=env, capture_output=True, text=True, check=True)
+SOURCE_CHANGED = textwrap.dedent(
+    """
+    import importlib.util, sys, hashlib
+    real = hashlib.sha256
+    hashlib.sha256 = lambda data=b"", **k: real(data + b"7", **k)
+    import intscale_compile
+    hashlib.sha256 = real
+    """
+)
+
+
+def _run(cache, source_changed=False):
+    """Hits and the result in another process."""
+    if source_changed:  # as if a source file had other contents: read at our import
+        command = [sys.executable, "-c", SOURCE_CHANGED + SCRIPT]
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        out = subprocess.run(command, env=env, capture_output=True, text=True)
+    else:
+        script = cache / "script.py"
+        script.write_text(SCRIPT)
+        out = forks.run("plain", script, timeout=300, TORCHINDUCTOR_CACHE_DIR=str(cache))
+    assert out.returncode == 0, out.stderr
     _, hits, value = next(line for line in out.stdout.splitlines() if line.startswith("RESULT")).split()
     return int(hits), value
 
 
 def test_caches_hit_across_processes_and_never_with_other_sources(tmp_path):
-    cold, warm, changed = _run(tmp_path), _run(tmp_path), _run(tmp_path, source_change=7)
+    cold, warm, changed = _run(tmp_path), _run(tmp_path), _run(tmp_path, source_changed=True)
     assert cold[0] == 0 and warm[0] >= 1 and changed[0] == 0
     assert cold[1] == warm[1] == changed[1]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig, compile_package, export_program
 from intscale_compile.errors import ConfigError
+from tests.support import forks
 
 ROOT = Path(__file__).parents[2]
 MODEL = Path(os.environ.get("INTSCALE_MODELS", ROOT / "../shared/models")) / "tiny-llama"
@@ -69,8 +68,10 @@ def same_in_a_fresh_process(model, inputs, tmp_path, dynamic_shapes=None, forwar
     program = export_program(model, inputs[0], dynamic_shapes=dynamic_shapes)
     package = compile_package(program, tmp_path / "package.pt2")
     torch.save(inputs, tmp_path / "inputs.pt")
-    command = [sys.executable, "-c", FRESH, package, str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt")]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+    (tmp_path / "script.py").write_text(FRESH)
+    files = (package, str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt"))
+    done = forks.run("plain", tmp_path / "script.py", *files, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     compiled = torch.compile(model, backend="intscale", dynamic=dynamic_shapes is not None)
     with torch.no_grad():
         for given, found in zip(inputs, torch.load(tmp_path / "outputs.pt")):

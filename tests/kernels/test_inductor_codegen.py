@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,9 +12,8 @@ pytest.importorskip("triton")
 from intscale_compile import format as fmt
 from intscale_compile import ops
 from intscale_compile.compile.inductor_settings import code_generation, inductor_defaults
-from tests.support import fake_cuda, interpreter_works, sass
+from tests.support import fake_cuda, forks, interpreter_works, sass
 
-ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, INTERMEDIATE = 4096, 11008  # deep enough that ptxas keeps the K loop
 quantize = torch.ops.intscale.quantize_per_token
 linear = torch.ops.intscale.w4a8_linear
@@ -186,8 +182,7 @@ def generate_case(op, m, n, k, group_size, scale_bits, packing, dynamic, asymmet
 def interpreted(lowerings) -> list[str | None]:
     """Error of each case of INTERPRETED, run in one process of its own (see ``_interpreter_main``)."""
     requests = json.dumps([generate_case(*case) for case in INTERPRETED])
-    command = [sys.executable, "-m", "tests.kernels._generated_main"]
-    done = subprocess.run(command, cwd=ROOT, input=requests, capture_output=True, text=True, timeout=300)
+    done = forks.run("interpreter", "tests.kernels._generated_main", input=requests, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -15,6 +13,7 @@ from torchao.quantization import FqnToConfig, quantize_
 
 from intscale_compile import IntScaleConfig, IntScaleTensor, save_pretrained
 from intscale_compile.errors import CheckpointError, ConfigError
+from tests.support import forks
 from tests.support.saved import QUICK, assert_same_state, model_of
 
 transformers = pytest.importorskip("transformers")
@@ -96,9 +95,8 @@ def test_new_process_gives_the_same_logits(tmp_path):
             out[name] = (logits, kinds.count("IntScaleTensor"), model.config.quantization_config.quant_type)
         torch.save(out, folder / "out.pt")
     """)
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=tmp_path
-    )
+    (tmp_path / "script.py").write_text(script)
+    run = forks.run("plain", tmp_path / "script.py", str(tmp_path), timeout=300, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     found = torch.load(tmp_path / "out.pt", weights_only=False)
     for name, y in wanted.items():

@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Optional
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import forks
 
 
 def interpret() -> None:
@@ -50,8 +48,8 @@ EXTENTS = ["quick", pytest.param("all", marks=pytest.mark.slow)]  # of a fixture
 
 def results_of(module: str, package: str = "tests.kernels", extent: str = "quick") -> dict[str, Optional[str]]:
     """Error of every case of ``<package>.<module>``, or None, by name."""
-    command = [sys.executable, "-m", f"{package}.{module}", *(["--all"] if extent == "all" else [])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    arguments = ["--all"] if extent == "all" else []
+    done = forks.run("interpreter", f"{package}.{module}", *arguments, timeout=900)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert lines and done.returncode in (0, 1), done.stderr
     return {line["case"]: line["error"] for line in lines}

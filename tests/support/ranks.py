@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch._inductor.config
 
+from tests.support import forks
+
 SECONDS = 300.0  # two loaded cores; the groups' own timeouts end what hangs
 
 
@@ -26,13 +28,26 @@ def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, fork: boo
         ranks: how many.
         folder: of the store, the results and what each rank prints.
         arguments: of the script's function.
-        fork: import what the script imports once, and fork; not for GPUs, which a forked process may not be able to use.
+        fork: forks of a process that has imported what they need; not for GPUs, which a forked process may not be able to use.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    numbers = ["all"] if fork else [str(rank) for rank in range(ranks)]
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if fork:
+        command = ("plain", script, "all", str(ranks), str(folder), *arguments)
+        done = forks.run(*command, timeout=SECONDS, **environment)
+        (folder / "log_all.txt").write_text(done.stdout + done.stderr)
+        codes = [done.returncode]
+    else:
+        codes = _run_apart(script, ranks, folder, arguments, {**os.environ, **environment})
+    logs = {path.stem: path.read_text()[-3000:] for path in sorted(folder.glob("log_*.txt"))}
+    assert codes == [0] * len(codes), "\n".join(f"{name}: {text}" for name, text in logs.items())
+    return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def _run_apart(script: Path, ranks: int, folder: Path, arguments: tuple[str, ...], environment: dict) -> list[int]:
+    """Exit codes of ``ranks`` processes that import everything themselves."""
     processes = []
-    for number in numbers:
+    for number in map(str, range(ranks)):
         command = [sys.executable, str(script), number, str(ranks), str(folder), *arguments]
         with open(folder / f"log_{number}.txt", "w") as log:
             processes.append(
@@ -40,15 +55,12 @@ def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, fork: boo
             )
     end = time.monotonic() + SECONDS
     try:
-        codes = [process.wait(max(0.1, end - time.monotonic())) for process in processes]
+        return [process.wait(max(0.1, end - time.monotonic())) for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # the ranks that it forked, too
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    logs = {path.stem: path.read_text()[-3000:] for path in sorted(folder.glob("log_*.txt"))}
-    assert codes == [0] * len(codes), "\n".join(f"{name}: {text}" for name, text in logs.items())
-    return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def main(function: Callable[..., Any]) -> None:
