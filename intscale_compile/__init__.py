@@ -41,7 +41,7 @@ from .quantization import quantize
 from .saving.checkpoint import load_safetensors, register, save_pretrained, save_safetensors
 from .saving.shard_reading import register_sharded_loading
 from .saving.verifying import verify_checkpoint
-from .tensors import copies, expert_operators, operators  # noqa: F401  (registration)
+from .tensors import copies, expert_operators, operators, products  # noqa: F401  (registration)
 from .tensors.intscale_tensor import IntScaleTensor
 from .tensors.selection import linears_and_experts
 from .tuning import tune

@@ -153,6 +153,62 @@ def test_weights_that_the_code_around_a_layer_reads():
     assert torch.isfinite(twin(x)).all()
 
 
+class Tied(nn.Module):
+    """An encoder whose weight the decoder uses in the other direction, and weights in products that are no linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        for name in (
+            "encode",
+            "wide",
+            "normed",
+            "scaled",
+            "cut",
+            "row",
+            "vector",
+            "batched",
+            "parted",
+            "spelled",
+            "free",
+        ):
+            setattr(self, name, nn.Linear(64, 64, bias=False))
+        self.gpt = Conv1D(64, 64)
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        normed = self.normed.weight
+        spelled = self.spelled.weight.t()
+        y = F.linear(torch.tanh(self.encode(x)), self.encode.weight.t()) + torch.einsum(
+            "bk,kn->bn", x, self.wide.weight
+        )
+        y = y + F.linear(y, F.normalize(normed, dim=1)) + F.linear(y, self.scaled.weight * 0.5)
+        y = y + F.linear(y[:, :20], self.cut.weight[:, :20]) + self.row.weight[0] + torch.mv(self.vector.weight, y[0])
+        y = y + torch.bmm(y[None], self.batched.weight.t()[None])[0] + y @ self.gpt.weight
+        y = y + torch.cat([F.linear(y, part) for part in (self.parted.weight[:32], self.parted.weight[32:])], dim=-1)
+        y = self.called(y) if y.dim() == 2 else F.linear(y[..., :32], self.called.weight[:, :32])
+        return self.free(torch.einsum("bk,kn->bn", y, spelled))
+
+
+def test_weights_in_other_products_and_in_the_other_direction():
+    model, x = Tied(), torch.randn(3, 64)
+    reads = {name: reason.name for name, reason in weight_reads(Tied).items()}
+    computed = dict.fromkeys(("normed", "scaled", "cut", "row"), "NOT_CONSTANT")
+    other = dict.fromkeys(("encode", "wide", "batched", "gpt"), "UNKNOWN_FORM")
+    assert reads == {**computed, **other, "vector": "LEFT_OPERAND"}
+    served = {f"{name}.weight" for name in ("parted", "spelled", "free", "called", "gpt")}
+    assert quantized(compiler_choices(model, x)) == chosen_by_quantize(model) == served
+    quantize(model, CONFIG)
+    assert torch.isfinite(model(x)).all()
+
+
+class Conv1D(nn.Module):
+    """GPT-2's, which keeps its weight so that ``x @ weight`` is right."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.weight = nf, nn.Parameter(torch.randn(nx, nf) / 8)
+
+
 class LoopExperts(nn.Module):
     def __init__(self):
         super().__init__()

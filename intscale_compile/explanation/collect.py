@@ -94,10 +94,10 @@ class SeenGraph:
         packed = candidate.packed
         if packed is None or source is None:
             return refused_layer(candidate, name, weight, number, candidate.reason), weight
-        if not first and source.index is not None:
-            packed = recipe_of(candidate, self.rewrite).resolve(
-                [weights.get(i) for i in range(len(self.rewrite.example_inputs))]
-            )
+        if source.rows is not None or (not first and source.index is not None):
+            recipe = recipe_of(candidate, self.rewrite)
+            recipe = dataclasses.replace(recipe, sources=(dataclasses.replace(source, rows=None),))
+            packed = recipe.resolve([weights.get(i) for i in range(len(self.rewrite.example_inputs))])
         return quantized_layer(candidate, name, packed, number, *gemms.get(id(candidate), (None, NOT_FUSED))), weight
 
     def parameters(self) -> dict[int, tuple[Tensor, Reason, str, Optional[Candidate]]]:

@@ -48,7 +48,11 @@ def quantized_layer(
 ) -> LayerReport:
     """The report of a product that runs quantized."""
     assert candidate.shape is not None
-    return _quantized(name, candidate.shape, candidate.tokens, packed, graph, gemm, kernel)
+    rows = candidate.source.rows if candidate.source is not None else None
+    shape = (
+        candidate.shape if rows is None else (packed.out_features, packed.in_features)
+    )  # the weight's, of which it is a part
+    return _quantized(name, shape, candidate.tokens, packed, graph, gemm, kernel)
 
 
 def eager_layer(name: str, packed: IntScaleTensor) -> LayerReport:

@@ -195,6 +195,13 @@ class GraphRewrite:
                 node.meta[EXAMPLE] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+def argument(node: fx.Node, position: int, *names: str) -> Any:
+    """An argument of a call, by position or by one of its names; None where it is not given."""
+    if len(node.args) > position:
+        return node.args[position]
+    return next((node.kwargs[name] for name in names if name in node.kwargs), None)
+
+
 def example(node: Any) -> Any:
     """The fake tensor of a node, or None."""
     return node.meta.get(EXAMPLE, node.meta.get("val")) if isinstance(node, fx.Node) else node

@@ -1,13 +1,15 @@
 """Match: find every product of an activation with a constant weight, and say why those that stay are left alone.
 
 Matches ``F.linear`` (so ``nn.Linear``), ``matmul`` / ``@`` / ``mm`` / ``addmm`` with the weight as right operand in
-either orientation (``x @ w.t()`` or ``x @ w``, so GPT-2's ``Conv1D``), as functions or methods. Other products with a weight
-(``bmm``, grouped products of experts, ``einsum``, see ``other_products``) are listed with a reason.
+either orientation (``x @ w.t()`` or ``x @ w``, so GPT-2's ``Conv1D``), as functions or methods; ``inner``, ``tensordot`` and
+``einsum`` where they are such a product; and all of these with a range of a weight's output rows. Other products with a weight
+(``bmm``, grouped products of experts, see ``other_products``) are listed with a reason.
 Emits nothing: fills ``rewrite.candidates``. Needs Dynamo's graph with fake tensors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import operator
 import re
@@ -22,18 +24,21 @@ from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from ..tensors.expert_layers import ROUTER_CLASS, ROUTER_NAMES
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import output_config
-from .base import Candidate, GraphRewrite, Pass, example, writes_in_place
+from .base import Candidate, GraphRewrite, Pass, argument, example, writes_in_place
 from .other_products import other_products
 from .packed_weights import WeightSource
+from .respelled import respelled
 from .skipped import Skipped
+from .weight_rows import cut_of
 from .weight_views import is_unknown_view, root_of_view, transposes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}
-MATMUL = {torch.matmul, torch.mm, operator.matmul}
+MATMUL = {torch.matmul, torch.mm, operator.matmul, torch.linalg.matmul}
 MATMUL_METHODS = {"matmul", "mm", "__matmul__"}
-OTHER_PRODUCTS = {torch.bmm, torch.baddbmm, torch.einsum, torch.tensordot, torch.inner, torch.nn.functional.bilinear}
-OTHER_NAMES = {"bmm", "baddbmm", "einsum", "inner", "tensordot"}
+OTHER_PRODUCTS = {torch.nn.functional.bilinear, torch.linalg.multi_dot, torch.chain_matmul, torch.linalg.vecdot}
+OTHER_NAMES = {"bmm", "baddbmm", "einsum", "inner", "tensordot", "kron", "dot", "vdot", "scaled_dot_product_attention"}
+VECTOR_PRODUCTS = {"mv": 0, "addmv": 1}  # the place of the matrix, which is the left operand
 TRANSPOSES = {"t", "T", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims"}
 SELECTIONS = {"getitem", "__getitem__", "select", "index_select", "unbind"}
 PASS_THROUGH = {"to", "contiguous", "detach", "float", "half", "bfloat16", "type_as", "type", "double", "clone"}
@@ -123,6 +128,31 @@ class WeightFinder:
         source, swapped = self.source(root), None if root is None else transposes(node, root)
         return (None, False) if source is None or swapped is None else (source, swapped)
 
+    def resolve_rows(self, node: Any) -> tuple[Optional[WeightSource], bool, int]:
+        """The range of a weight that ``node`` is, maybe transposed or cast: the source with the range as its rows, whether it is
+        transposed, and the dimension of ``node`` along which it was cut. A source of None: it is no such thing.
+        """
+        flips, dim, start, end = 0, None, 0, 0
+        while isinstance(node, fx.Node) and not any(writes_in_place(user) for user in node.users):
+            source, transposed = self.resolve(node)
+            if source is not None:
+                if dim is None or self.tensor(source).dim() != 2:
+                    break
+                return dataclasses.replace(source, rows=(start, end)), transposed != bool(flips % 2), dim
+            name = function_name(node)
+            if name in TRANSPOSES and swaps_last_two(node, name):
+                flips += 1
+            elif name not in PASS_THROUGH:
+                cut = cut_of(node, name)
+                along = None if cut is None else (cut.dim + flips) % 2
+                if cut is None or dim not in (None, along):
+                    break
+                start, end = (start + cut.start, end + cut.start) if dim is not None else (cut.start, cut.end)
+                dim, node = along, cut.node
+                continue
+            node = node.args[0]
+        return None, False, 0
+
     def viewed(self, node: Any) -> Optional[WeightSource]:
         """The weight of which ``node`` is a view that :meth:`resolve` does not know, or None."""
         root = root_of_view(node) if isinstance(node, fx.Node) else None
@@ -181,13 +211,6 @@ def swaps_last_two(node: fx.Node, name: str) -> bool:
     return set(dims) == {rank - 2, rank - 1}
 
 
-def argument(node: fx.Node, position: int, *names: str) -> Any:
-    """An argument of a call, by position or by one of its names; None where it is not given."""
-    if len(node.args) > position:
-        return node.args[position]
-    return next((node.kwargs[name] for name in names if name in node.kwargs), None)
-
-
 def _candidate(node: fx.Node, weights: WeightFinder) -> Optional[Candidate]:
     if node.op not in ("call_function", "call_method"):
         return None
@@ -197,17 +220,30 @@ def _candidate(node: fx.Node, weights: WeightFinder) -> Optional[Candidate]:
     name = function_name(node)
     if node.target in MATMUL or (node.op == "call_method" and name in MATMUL_METHODS):
         left, right = argument(node, 0, "input"), argument(node, 1, "other", "mat2")
-        if weights.resolve(right)[0] is not None:
+        if weights.resolve(right)[0] is not None or weights.resolve_rows(right)[0] is not None:
             return _make(node, weights, left, right, None, weight_is_nk=False)
         return _left_alone(node, weights, left, Reason.LEFT_OPERAND)
     if node.target is torch.addmm or (node.op == "call_method" and name == "addmm"):
         return _addmm(node, weights)
+    if name in VECTOR_PRODUCTS:
+        return _left_alone(node, weights, argument(node, VECTOR_PRODUCTS[name], "input", "mat"), Reason.LEFT_OPERAND)
+    for x, weight, weight_is_nk in respelled(node, name):
+        if (made := _of_matrix(node, weights, x, weight, weight_is_nk)) is not None:
+            return made
     if node.target in OTHER_PRODUCTS or name in OTHER_NAMES or "grouped_mm" in name:
         found = next(
             (n for n in node.all_input_nodes if weights.resolve(n, through_selection=True)[0] is not None), None
         )
         return _left_alone(node, weights, found, Reason.UNKNOWN_FORM)
     return None
+
+
+def _of_matrix(node: fx.Node, weights: WeightFinder, x: Any, weight: Any, weight_is_nk: bool) -> Optional[Candidate]:
+    """The candidate of a product with a weight that is a matrix, or a range of its rows; else None."""
+    source = weights.resolve(weight)[0] or weights.resolve_rows(weight)[0]
+    if source is None or weights.tensor(source).dim() != 2:
+        return None
+    return _make(node, weights, x, weight, None, weight_is_nk)
 
 
 def _left_alone(node: fx.Node, weights: WeightFinder, weight: Any, reason: Reason) -> Optional[Candidate]:
@@ -239,6 +275,9 @@ def holds_experts(node: fx.Node, weight: str) -> bool:
 def _make(node: fx.Node, weights: WeightFinder, x: Any, weight: Any, bias: Any, weight_is_nk: bool) -> Candidate:
     source, transposed = weights.resolve(weight)
     if source is None:
+        source, transposed, along = weights.resolve_rows(weight)
+        source = source if along == (0 if weight_is_nk else 1) else None  # not along the input features
+    if source is None:
         expert = _left_alone(node, weights, weight, Reason.NOT_CONSTANT)
         viewed = weights.viewed(weight)
         reason = Reason.NOT_CONSTANT if viewed is None else Reason.UNKNOWN_VIEW
@@ -250,12 +289,13 @@ def _make(node: fx.Node, weights: WeightFinder, x: Any, weight: Any, bias: Any, 
         reason = Reason.EXPERTS if tensor.dim() == 3 else Reason.WEIGHT_RANK
         return Candidate(node, source.name, x, weight, bias, source, kept_kn, None, reason, tokens=tokens_of(x))
     n, k = reversed(tensor.shape) if kept_kn else tensor.shape
+    n = n if source.rows is None else source.rows[1] - source.rows[0]
     return Candidate(node, source.name, x, weight, bias, source, kept_kn, (n, k), tokens=tokens_of(x))
 
 
 def _addmm(node: fx.Node, weights: WeightFinder) -> Optional[Candidate]:
     bias, x, weight = argument(node, 0, "input"), argument(node, 1, "mat1"), argument(node, 2, "mat2")
-    if weights.resolve(weight)[0] is None:
+    if weights.resolve(weight)[0] is None and weights.resolve_rows(weight)[0] is None:
         return _left_alone(node, weights, x, Reason.LEFT_OPERAND)
     candidate = _make(node, weights, x, weight, bias, weight_is_nk=False)
     shape = candidate.shape
@@ -315,7 +355,7 @@ def _plain_reason(candidate: Candidate, tensor: Tensor, weights: WeightFinder, g
         return Reason.WEIGHT_DTYPE
     if tensor.device.type not in ("cpu", "cuda"):
         return Reason.DEVICE
-    if min(candidate.shape) < SMALLEST_FEATURES:  # type: ignore[type-var, arg-type]
+    if min(tensor.shape) < SMALLEST_FEATURES:
         return Reason.TOO_SMALL
     choice = weights.rewrite.models.choice(tensor)
     decided = weights.any_quantized or (choice is not None and choice.decided)

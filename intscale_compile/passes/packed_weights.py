@@ -16,6 +16,7 @@ from typing import Any, Optional, cast
 import torch
 from torch import Tensor
 
+from .. import format as fmt
 from ..config import IntScaleConfig
 from ..errors import CompileError
 from ..tensors.activation_parts import same_part
@@ -27,14 +28,18 @@ from .kept import remember
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where the caller's weight comes from: input ``index`` of the graph, or a constant attribute of it."""
+    """Where the caller's weight comes from: input ``index`` of the graph, or a constant attribute of it.
+
+    ``rows`` are the first output row and the one after the last, where a product reads a part of the weight.
+    """
 
     name: str
     index: Optional[int] = None
     constant: Optional[Tensor] = dataclasses.field(default=None, compare=False)
+    rows: Optional[tuple[int, int]] = None
 
     def tensor(self, args: Sequence[Any]) -> Tensor:
-        """The weight among the arguments of a call."""
+        """The weight among the arguments of a call, all rows of it."""
         return self.constant if self.index is None else args[self.index]  # type: ignore[return-value]
 
 
@@ -72,6 +77,12 @@ class Packed:
             return remember("merged", parts, (), lambda: concatenate(parts, 0).replaced(transposed=False))
 
     def _quantized(self, source: WeightSource, tensor: Tensor, transposed: bool) -> IntScaleTensor:
+        if source.rows is not None:
+            whole = dataclasses.replace(source, rows=None)
+            return remember(
+                "rows", [tensor], (source.rows, *self._how(transposed)),
+                lambda: _rows_of(self._quantized(whole, tensor, transposed), *source.rows),  # type: ignore[misc]
+            )  # fmt: skip
         if isinstance(tensor, IntScaleTensor):
             return tensor
 
@@ -80,14 +91,32 @@ class Packed:
             packed = IntScaleTensor.from_hp(weight.mT if transposed else weight, self.config, name=source.name)
             return packed.detach()  # its data are no views of temporaries, so they can move into a merged weight
 
-        return remember("quantized", [tensor], (transposed, dataclasses.astuple(self.config)), quantize)
+        return remember("quantized", [tensor], self._how(transposed), quantize)
+
+    def _how(self, transposed: bool) -> tuple:
+        return transposed, dataclasses.astuple(self.config)
+
+
+def _rows_of(weight: IntScaleTensor, start: int, end: int) -> IntScaleTensor:
+    """Some output rows of a weight, never transposed; they share its memory unless they cut through tiles."""
+    stored = weight.replaced(transposed=False)
+    whole_tiles = start % fmt.TILE_N == 0 and (end % fmt.TILE_N == 0 or end == weight.out_features)
+    stored = stored if whole_tiles else stored.to_packing("plain")
+    return stored[start:end]  # type: ignore[return-value]
 
 
 def merged(recipes: Sequence[Packed]) -> Packed:
-    """The recipe for the rows of several recipes, one after another."""
-    return Packed(
-        tuple(s for r in recipes for s in r.sources), tuple(t for r in recipes for t in r.transposed), recipes[0].config
-    )
+    """The recipe for the rows of several recipes, one after another. Rows of one weight that follow each other are one source."""
+    sources: list[tuple[WeightSource, bool]] = []
+    for source, transposed in ((s, t) for r in recipes for s, t in zip(r.sources, r.transposed)):
+        before = sources[-1][0] if sources else None
+        if before is not None and source.rows is not None and before.rows is not None:
+            joined = dataclasses.replace(before, rows=(before.rows[0], source.rows[1]))
+            if dataclasses.replace(source, rows=joined.rows) == joined and before.rows[1] == source.rows[0]:
+                sources[-1] = joined, transposed
+                continue
+        sources.append((source, transposed))
+    return Packed(tuple(s for s, _ in sources), tuple(t for _, t in sources), recipes[0].config)
 
 
 _PARTED = {  # what weights no longer share, and the mend

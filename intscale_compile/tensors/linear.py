@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedOpError
 from ..integrations.torch_state import differentiates
 from ..kernels.arguments import LinearArguments
 from ..kernels.hadamard import HADAMARD_OP, HADAMARD_QUANTIZE_OP
@@ -38,15 +38,21 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
 
     Raises:
         InputError: wrong dtype, device or number of features.
+        UnsupportedOpError: the weight is a stack, or transposed.
     """
     if not torch.compiler.is_compiling():
         y = eager_linear(x, weight, bias)
         if y is not None:
             return y
     check_activation(x)
-    if weight.dim() != 2 or weight.transposed:
-        raise InputError(
+    if weight.dim() != 2:
+        raise UnsupportedOpError(
             f"linear needs a 2-D [N, K] weight, not one of shape {tuple(weight.shape)}: select one expert first."
+        )
+    if weight.transposed:
+        raise UnsupportedOpError(
+            "linear needs a 2-D [N, K] weight, not a transposed one, whose group scales lie along the output dimension: leave a "
+            "weight that is used in both directions out of quantize_ (filter_fn), or give the other direction its own parameter."
         )
     if x.shape[-1] != weight.in_features:
         raise InputError(

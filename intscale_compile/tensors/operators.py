@@ -1,4 +1,4 @@
-"""Operators on ``IntScaleTensor``: products run quantized, structural operators rearrange the packed parts.
+"""Structural operators on ``IntScaleTensor``: they rearrange the packed parts (products: :mod:`.products`).
 
 An operator that has no exact meaning on packed data raises ``UnsupportedOpError``; nothing is dequantized silently.
 """
@@ -14,7 +14,6 @@ from ..errors import UnsupportedOpError
 from .activation_parts import PER_WEIGHT, same_part
 from .fields import DATA_NAMES
 from .intscale_tensor import IntScaleTensor
-from .linear import linear
 
 aten = torch.ops.aten
 implements = IntScaleTensor.implements
@@ -31,58 +30,6 @@ def refuse(what: str, mend: str = PLAIN_MEND) -> UnsupportedOpError:
 def as_view(func, args, kwargs, tensor: IntScaleTensor):
     """``tensor`` as the result of an operator that returns a view or a copy of its first argument."""
     return return_and_correct_aliasing(func, args, kwargs, tensor)
-
-
-# --- products ---------------------------------------------------------------------------------------------------------
-
-
-@implements(aten.linear.default)
-@implements_torch_function(torch.nn.functional.linear)
-def _(func, types, args, kwargs):
-    x, weight, bias = (
-        *args,
-        *(kwargs[name] for name in ("input", "weight", "bias")[len(args) :] if name in kwargs),
-        None,
-    )[:3]
-    if not isinstance(weight, IntScaleTensor) or isinstance(x, IntScaleTensor):
-        raise refuse("linear takes a quantized weight and a plain activation", "dequantize the other operand")
-    return linear(x, weight, bias)
-
-
-def _operands(args, kwargs, *names):
-    """Operands of a product, positional or by name; ``out=`` is refused rather than ignored."""
-    if kwargs.get("out") is not None:
-        raise refuse("a product with out=", "use the result that it returns")
-    return (*args, *(kwargs[name] for name in names if name in kwargs))
-
-
-def _matmul(x, weight, bias=None):
-    if isinstance(x, IntScaleTensor) or not isinstance(weight, IntScaleTensor):
-        raise refuse("only the right operand of a product may be a quantized weight", "write x @ weight.t()")
-    if not weight.transposed:
-        mend = (
-            "write x @ weight.t(), leave a weight that is used in both directions out of quantize_ (filter_fn), and quantized "
-            "weights out of what torch.func differentiates"
-        )
-        raise refuse("x @ weight would reduce over the output dimension", mend)
-    return linear(x, weight.transpose(-2, -1), bias)
-
-
-@implements([aten.mm.default, aten.matmul.default])
-@implements_torch_function([torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__])
-def _(func, types, args, kwargs):
-    return _matmul(*_operands(args, kwargs, "input", "other", "mat2"))
-
-
-@implements(aten.addmm.default)
-@implements_torch_function([torch.addmm, torch.Tensor.addmm])
-def _(func, types, args, kwargs):
-    bias, x, weight = _operands(args, kwargs, "input", "mat1", "mat2")[:3]
-    if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
-        raise refuse("addmm with beta or alpha other than 1", "scale its result instead")
-    # A bias vector goes into the product, so that it is added before the one rounding, as in a compiled graph.
-    is_vector = isinstance(weight, IntScaleTensor) and tuple(bias.shape) == (weight.shape[-1],)
-    return _matmul(x, weight, bias) if is_vector else _matmul(x, weight) + bias
 
 
 # --- structure --------------------------------------------------------------------------------------------------------

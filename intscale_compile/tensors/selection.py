@@ -139,7 +139,8 @@ def _special_layers(model: nn.Module) -> dict[int, Reason]:
     special: dict[int, Reason] = {}
     for module in model.modules():
         for path, reason in weight_reads(type(module)).items():  # type: ignore[arg-type]
-            if (child := _child(module, path)) is not None:
+            child = _child(module, path)
+            if child is not None and not (is_conv1d(child) and reason is Reason.UNKNOWN_FORM):
                 special[id(child)] = reason
         if isinstance(module, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             special |= {id(module.linear1): Reason.ONE_OPERATOR, id(module.linear2): Reason.ONE_OPERATOR}

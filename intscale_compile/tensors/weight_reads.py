@@ -1,8 +1,9 @@
 """Weights that a module reads itself instead of calling the layer that owns them, found in the source of its ``forward``.
 
 A quantized weight serves as the right operand of a product. Mamba multiplies ``self.dt_proj.weight @ x``, WavLM hands the
-weights of its projections to ``F.multi_head_attention_forward``, MobileBERT concatenates one with another. The layers look
-like any others, so only the code that uses them tells. ``forward`` and the methods that it calls on ``self`` are read; where
+weights of its projections to ``F.multi_head_attention_forward``, MobileBERT concatenates one with another, a tied decoder
+multiplies by its encoder's weight instead of its transpose. The layers look like any others, so only the code that uses them
+tells. ``forward`` and the methods that it calls on ``self`` are read, and names that are given to a weight there once; where
 there is no source, nothing is known.
 """
 
@@ -12,27 +13,51 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 from ..reasons import Reason
+from .product_forms import einsum_linear
 
 MATMULS = {"matmul", "mm", "bmm"}
+VECTORS = {"mv": 0, "addmv": 1}  # the place of the matrix, the left operand
+COMPUTED = {  # functions and methods that make another tensor of a weight
+    "normalize", "norm", "softmax", "log_softmax", "mul", "multiply", "add", "sub", "div", "where", "tril", "triu", "abs", "sign",
+    "clamp", "round", "square", "exp", "sigmoid", "tanh", "masked_fill", "roll", "flip", "pow", "sqrt", "sum", "mean", "addcmul",
+    "vector_norm", "index_select", "gather", "dropout", "layer_norm", "weight_norm", "svd", "qr", "eigh", "inverse", "inv",
+}  # fmt: skip
+OTHER_FORMS = {
+    "embedding", "conv1d", "conv2d", "conv3d", "kron", "cdist", "cosine_similarity", "scaled_dot_product_attention", "bilinear",
+    "dot", "vdot", "vecdot", "outer", "grouped_mm", "baddbmm", "multi_dot", "chain_matmul",
+}  # fmt: skip
 JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
 ATTENTION = "multi_head_attention_forward"
 
 
 @functools.lru_cache(maxsize=4096)
 def weight_reads(kind: type) -> dict[str, Reason]:
-    """Dotted names of children of a class whose weights it reads in a form that a quantized weight does not have, and why."""
+    """Dotted names of children of a class whose weights it reads in a form that a quantized weight does not have, and why.
+
+    A layer that is also called may have some of its columns read in a branch that is seldom taken, as Bloom does.
+    ``UNKNOWN_FORM`` where the weight itself is the right operand, not its transpose: GPT-2's ``Conv1D`` is meant to be used so.
+    """
     found: dict[str, Reason] = {}
+    called: set[str] = set()
+    in_parts: set[str] = set()
     for tree, me in _methods(kind):
-        for node in ast.walk(tree):
-            for value, reason in _unserved(node, me):
+        given = _names_of_weights(tree, me)
+        nodes = list(ast.walk(tree))
+        called |= {_path(node.func, me) for node in nodes if isinstance(node, ast.Call)}
+        parts = [
+            _Reader(given).bare(n.value) for n in nodes if isinstance(n, ast.Subscript) and not _takes_rows(n.slice)
+        ]
+        in_parts |= {path.removesuffix(".weight") for part in parts if (path := _path(part, me)).endswith(".weight")}
+        for node in nodes:
+            for value, reason in _unserved(node, me, given):
                 path = _path(value, me)
                 if path and path.endswith(".weight"):
                     found.setdefault(path.removesuffix(".weight"), reason)
-    return found
+    return dict.fromkeys(in_parts - called, Reason.NOT_CONSTANT) | found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -74,24 +99,117 @@ def _tree(method: Any) -> Optional[ast.FunctionDef]:
     return tree if isinstance(tree, ast.FunctionDef) else None
 
 
-def _unserved(node: ast.AST, me: str) -> Iterator[tuple[ast.AST, Reason]]:
+def _names_of_weights(tree: ast.AST, me: str) -> dict[str, ast.AST]:
+    """Local names that stand for a child's weight all along, and what they were given."""
+    given: dict[str, list[Optional[ast.AST]]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            given.setdefault(node.id, []).append(None)
+        elif isinstance(node, ast.arg):
+            given.setdefault(node.arg, []).append(None)
+    for node in ast.walk(tree):
+        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        if isinstance(target, ast.Name) and _path(_bare(node.value), me).endswith(".weight"):  # type: ignore[attr-defined]
+            given[target.id].append(node.value)  # type: ignore[attr-defined]
+    return {name: values[1] for name, values in given.items() if len(values) == 2 and values[1] is not None}
+
+
+def _unserved(node: ast.AST, me: str, given: dict[str, ast.AST]) -> Iterator[tuple[ast.AST, Reason]]:
     """Operands of one expression that cannot be quantized weights."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
-        yield _bare(node.left), Reason.LEFT_OPERAND
+    read = _Reader(given)
+    if isinstance(node, ast.BinOp):
+        if isinstance(node.op, ast.MatMult):
+            yield read.bare(node.left), Reason.LEFT_OPERAND
+            yield from read.untransposed(node.right, False)
+        elif isinstance(node.op, (ast.Mult, ast.Add, ast.Sub, ast.Div)):
+            yield from ((read.bare(value), Reason.NOT_CONSTANT) for value in (node.left, node.right))
     if not isinstance(node, ast.Call):
         return
-    name = _called(node)
-    if name in MATMULS and isinstance(node.func, ast.Attribute):
-        method = _path(_bare(node.func.value), me)  # self.layer.weight.matmul(x)
-        left = node.func.value if method else node.args[0] if node.args else None
-        if left is not None:
-            yield _bare(left), Reason.LEFT_OPERAND
-    values = [*node.args, *(keyword.value for keyword in node.keywords)]
+    name, values = _called(node), [*node.args, *(keyword.value for keyword in node.keywords)]
+    owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+    of_weight = owner is not None and _path(read.bare(owner), me).endswith(".weight")  # self.layer.weight.matmul(x)
+    operands = [owner, *node.args] if of_weight else node.args
+    yield from _products(read, name, operands)
     if name == ATTENTION:
-        yield from ((_bare(value), Reason.ONE_OPERATOR) for value in values)
+        yield from ((read.bare(value), Reason.ONE_OPERATOR) for value in values)
     if name in JOINS:
         parts = [part for value in values if isinstance(value, (ast.List, ast.Tuple)) for part in value.elts]
-        yield from ((_bare(part), Reason.NOT_CONSTANT) for part in parts)
+        yield from ((read.bare(part), Reason.NOT_CONSTANT) for part in parts)
+    for names, reason in ((COMPUTED, Reason.NOT_CONSTANT), (OTHER_FORMS, Reason.UNKNOWN_FORM)):
+        if name in names and (of_weight or _of_torch(node.func)):
+            yield from ((read.bare(value), reason) for value in ([owner] if of_weight else values) if value is not None)
+
+
+def _products(read: _Reader, name: str, operands: Sequence[Any]) -> Iterator[tuple[ast.AST, Reason]]:
+    """Operands of the product ``name`` that cannot be quantized weights."""
+    if name in MATMULS and operands:
+        yield read.bare(operands[0]), Reason.LEFT_OPERAND
+    if name in VECTORS and len(operands) > VECTORS[name]:
+        yield read.bare(operands[VECTORS[name]]), Reason.LEFT_OPERAND
+    if name in ("matmul", "mm", "linear") and len(operands) > 1:
+        yield from read.untransposed(operands[1], name == "linear")
+    if name == "bmm" and len(operands) > 1:
+        yield read.bare(operands[1]), Reason.UNKNOWN_FORM
+    if name == "einsum" and len(operands) > 1:
+        equation = operands[0].value if isinstance(operands[0], ast.Constant) else None
+        for place, value in enumerate(operands[1:]):
+            if len(operands) != 3 or einsum_linear(equation, place) != (not read.is_transposed(value)):
+                yield read.bare(value), Reason.UNKNOWN_FORM
+
+
+class _Reader:
+    """Values without what is around them, and through the local names ``given`` to weights."""
+
+    def __init__(self, given: dict[str, ast.AST]):
+        self._given = given
+
+    def bare(self, node: ast.AST) -> ast.AST:
+        """A value without transposes, casts and choices of entries around it."""
+        node = _bare(node)
+        return _bare(self._given.get(node.id, node)) if isinstance(node, ast.Name) else node
+
+    def is_transposed(self, node: ast.AST) -> bool:
+        """Whether an odd number of transposes is around a value."""
+        inner, count = _bare(node), _transposes(node)
+        if isinstance(inner, ast.Name) and inner.id in self._given:
+            count += _transposes(self._given[inner.id])
+        return count % 2 == 1
+
+    def untransposed(self, node: ast.AST, wanted: bool) -> Iterator[tuple[ast.AST, Reason]]:
+        """The right operand of a product, if it is a weight as a layer keeps it, or (``wanted``) its transpose."""
+        if self.is_transposed(node) is wanted:
+            yield self.bare(node), Reason.UNKNOWN_FORM
+
+
+def _takes_rows(index: ast.AST) -> bool:
+    """Whether an index may leave a matrix with all of its columns: no number, nothing that cuts them."""
+    if isinstance(index, ast.UnaryOp):
+        index = index.operand
+    if isinstance(index, ast.Tuple) and len(index.elts) > 1:
+        columns = index.elts[1]
+        return isinstance(columns, ast.Slice) and columns.lower is None and columns.upper is None
+    return not (isinstance(index, ast.Constant) and isinstance(index.value, int))
+
+
+def _transposes(node: ast.AST) -> int:
+    """How many transposes are around a value."""
+    count = 0
+    while True:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _called(node) in _REARRANGE:
+            count += _called(node) in ("t", "transpose", "permute")
+            node = node.func.value
+        elif isinstance(node, ast.Subscript) or (isinstance(node, ast.Attribute) and node.attr in ("T", "mT", "data")):
+            count += isinstance(node, ast.Attribute) and node.attr in ("T", "mT")
+            node = node.value
+        else:
+            return count
+
+
+def _of_torch(func: ast.AST) -> bool:
+    """Whether a function is written as one of torch: ``torch.norm``, ``F.normalize``, ``torch.nn.functional.normalize``."""
+    while isinstance(func, ast.Attribute):
+        func = func.value
+    return isinstance(func, ast.Name) and func.id in ("torch", "F", "nn", "functional")
 
 
 def _called(call: ast.Call) -> str:

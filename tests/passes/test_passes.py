@@ -237,7 +237,7 @@ LEFT_ALONE = {
     Reason.EXPERTS: lambda: nn.Sequential(
         ExpertHolder(lambda x, w: torch.bmm(w, x.t().expand(4, -1, -1)), torch.randn(4, 32, 64))
     ),
-    Reason.UNKNOWN_FORM: lambda: Holder(lambda x, w: torch.einsum("mk,nk->mn", x, w), torch.randn(32, 64)),
+    Reason.UNKNOWN_FORM: lambda: Holder(lambda x, w: torch.einsum("mk,nk->nm", x, w), torch.randn(32, 64)),
     Reason.SCALED_ADDMM: lambda: Holder(
         lambda x, w, b: torch.addmm(b, x, w, alpha=2), torch.randn(64, 32), torch.randn(32)
     ),

@@ -25,6 +25,11 @@ QUANTIZED = {
     "view": lambda x, w: F.linear(x, w.view(32, 64)),
     "select": lambda x, w: x @ w.unsqueeze(0)[0].t(),
     "strides": lambda x, w: x.mm(w.as_strided((64, 32), (1, 64))),
+    "inner": lambda x, w: torch.inner(x, w),
+    "tensordot": lambda x, w: torch.tensordot(x, w.mT, 1),
+    "einsum": lambda x, w: torch.einsum("...k,nk->...n", x, w),
+    "einsum-transposed": lambda x, w: torch.einsum("kn,bk->bn", [w.T, x]),
+    "linalg": lambda x, w: torch.linalg.matmul(x, w.t()),
     "twice": lambda x, w: F.linear(x, w.T.reshape(64, 32).movedim(1, 0)),
 }
 LEFT_ALONE = {

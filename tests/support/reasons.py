@@ -150,5 +150,5 @@ MODELS = {
     Reason.NOT_MULTIPLIED: lambda: Holder(lambda x, w: x + w, torch.randn(4, 64)),
     Reason.NOT_REACHED: Unused,
     Reason.SUBGRAPH: Checkpointed,
-    Reason.UNKNOWN_FORM: lambda: Holder(lambda x, w: torch.einsum("mk,nk->mn", x, w), torch.randn(32, 64)),
+    Reason.UNKNOWN_FORM: lambda: Holder(lambda x, w: torch.einsum("mk,nk->nm", x, w), torch.randn(32, 64)),
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from intscale_compile.errors import InputError
+from intscale_compile.errors import InputError, UnsupportedOpError
 from intscale_compile.kernels.quantize_per_token import quantize_per_token_aten
 from tests.support.tensors import PACKINGS, make, module
 
@@ -51,6 +51,13 @@ def test_every_spelling_of_a_product_is_the_same():
         F.linear(input=x, weight=weight),
         torch.ops.aten.mm.default(x, weight.t()),
         torch.ops.aten.linear.default(x, weight),
+        torch.inner(x, weight),
+        torch.tensordot(x, weight, dims=([-1], [1])),
+        torch.tensordot(x, weight.t(), dims=1),
+        torch.einsum("bk,nk->bn", x, weight),
+        torch.einsum("...k,kn->...n", [x, weight.t()]),
+        torch.einsum("nk,bk", weight, x),
+        torch.linalg.matmul(x, weight.t()),
     ]
     for i, other in enumerate(spellings):
         assert torch.equal(other, y), i
@@ -106,9 +113,9 @@ def test_bias_of_another_shape_is_refused(shape):
 
 
 def test_stack_and_transposed_weights_are_refused_by_linear():
-    with pytest.raises(InputError, match="select one expert"):
+    with pytest.raises(UnsupportedOpError, match="select one expert"):
         F.linear(torch.zeros(2, 256), make(3, 64, 256))
-    with pytest.raises(InputError, match="2-D \\[N, K\\]"):
+    with pytest.raises(UnsupportedOpError, match="2-D \\[N, K\\]"):
         F.linear(torch.zeros(2, 64), make(64, 256).t())
 
 

@@ -59,7 +59,7 @@ class IntegerPart:
             return MAKERS[self.kind](self, *(t.detach() for t in tensors), *self.how)
 
         with torch.no_grad():
-            return remember(self.key[0], tensors, self.how, make)
+            return remember(self.key[0], tensors, (self.how, tuple(source.rows for source in self.sources)), make)
 
 
 def _refuse_above(part: IntegerPart, value: Tensor, limit: float, what: str) -> None:
