@@ -170,6 +170,7 @@ class Tied(nn.Module):
             "parted",
             "spelled",
             "free",
+            "called",
         ):
             setattr(self, name, nn.Linear(64, 64, bias=False))
         self.gpt = Conv1D(64, 64)
