@@ -14,7 +14,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from ...config import IntScaleConfig
 from ...errors import ConfigError
 from ...importing.checkpoint_files import checkpoint_folder
-from ...ops import register_inductor
 from ...tensors.intscale_tensor import IntScaleTensor
 from . import NAME
 from .checkpoints import PLAIN, is_ours, kind_of, quantized_names
@@ -47,7 +46,6 @@ class IntScaleVllmConfig(QuantizationConfig):
         self.online = online or IntScaleConfig()
         self.ignore = ignore
         self.quantized: list[str] = []
-        register_inductor()
 
     def get_name(self) -> str:
         """``"intscale"``."""

@@ -18,7 +18,7 @@ from ...format import k_alignment
 from ...kernels.arguments import GroupedArguments, LinearArguments
 from ...kernels.w4a8_grouped import GROUPED_OP
 from ...kernels.w4a8_linear import LINEAR_OP
-from ...ops import KERNEL_ABI
+from ...ops import KERNEL_ABI, register_inductor
 from ...tensors.experts import scale_of_positions
 from ...tensors.intscale_tensor import IntScaleTensor
 from ...tensors.linear import quantize_activation
@@ -136,12 +136,16 @@ def hold(
 ) -> tuple[WeightForm, ...]:
     """Register the parts of weights as parameters of a layer, packed for the device; returns their forms.
 
+    Inductor is taught our operators here, in the process that has the weights: vLLM's workers get the configuration pickled,
+    and what Dynamo traces cannot import.
+
     Args:
         layer: of vLLM.
         weights: ``[N, K]`` or stacks ``[E, N, K]``, quantized, or plain matrices.
         device: where they go.
         prefix: of the parameters' names.
     """
+    register_inductor()
     forms = []
     for number, weight in enumerate(weights):
         start = f"{prefix}{number}_"
