@@ -11,10 +11,12 @@ Nothing is dequantized.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -215,16 +217,29 @@ def _joined(shards: list[Tensor], cut: Cut, name: str) -> Tensor:
 def save_shards(model: nn.Module, path: Any, **options: Any) -> None:
     """Write a divided model with ``torch.distributed.checkpoint``: each rank the shards that it has, whole tensors once.
 
+    The list of what is in the folder is removed first and written last: a save that failed leaves a folder that does not load.
+
     Args:
         model: divided by ``parallelize``, or of DTensors. Every rank of the default group calls this.
         path: folder.
         options: further arguments of ``torch.distributed.checkpoint.save``, such as ``process_group``.
+
+    Raises:
+        CheckpointError: the folder cannot be written; on every rank.
     """
     # Slow to import.
     import torch.distributed.checkpoint as dcp
 
     entries = _entries(model)
-    dcp.save({**entries, _record_key(): json.dumps(_digests(entries))}, checkpoint_id=path, **options)
+    record = json.dumps(_digests(entries))
+    try:
+        if "storage_writer" not in options:
+            with contextlib.suppress(FileNotFoundError):
+                (Path(path) / ".metadata").unlink()
+        dcp.save({**entries, _record_key(): record}, checkpoint_id=path, **options)
+    except (OSError, dcp.api.CheckpointException) as error:  # the latter is no Exception; it ends in what happened
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise CheckpointError(f"{path}: it cannot be written: {last}.") from error
 
 
 def load_shards(model: nn.Module, path: Any, *, verify: bool = False, **options: Any) -> nn.Module:

@@ -307,6 +307,17 @@ class IntScaleTensor(TorchAOBaseTensor):
             raise UnsupportedOpError(f"IntScaleTensor: {func} is not defined on packed data; {mend}.")
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
+    def storage(self) -> Any:
+        """Not there: the data are in the inner tensors.
+
+        Raises:
+            CheckpointError: always. ``safetensors.torch.save_file`` asks for it.
+        """
+        raise CheckpointError(
+            "a quantized weight has no storage of its own, so safetensors cannot write it: use intscale_compile.save_safetensors("
+            "model, path), or save_pretrained(model, folder) for a model of transformers."
+        )
+
     def __deepcopy__(self, memo) -> IntScaleTensor:
         """A copy that owns its data: a row slice of a merged weight would take the whole of it along."""
         for name in self.data_names:

@@ -8,6 +8,7 @@ is whole: a failed save leaves what was there before, and nothing beside it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from ..errors import CheckpointError, ConfigError, IntScaleError
 
@@ -198,7 +199,7 @@ def whole_file(path: PathLike) -> Iterator[Path]:
         os.close(handle)
     part = Path(name)
     try:
-        with _writing(path):
+        with _writing(path, part):
             yield part
             mask = os.umask(0)
             os.umask(mask)
@@ -211,48 +212,79 @@ def whole_file(path: PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(folder: PathLike) -> Iterator[Path]:
-    """A new folder beside ``folder`` to write to; what is in it moves into ``folder`` at the end.
+    """A new folder, in ``folder`` or beside it where that does not exist, to write to; what is in it moves to ``folder`` at the end.
 
-    Where the block fails, ``folder`` is as it was, and nothing lies beside it. Files of the same name are replaced one by
-    one, weights first and ``config.json`` last; weight files of an earlier model that the new one lacks are removed.
+    Where the block or the move fails, ``folder`` is as it was. No old file is there any more when the first new one arrives, and
+    ``config.json`` goes first and comes last: whoever reads the folder meanwhile, or after the process was killed, finds no model,
+    and not one of files that do not belong together. Weight files of an earlier model that the new one lacks are removed.
+
+    Raises:
+        CheckpointError: it cannot be written: no space, no permission.
     """
     folder = Path(folder)
     with _writing(folder):
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.absolute().parent))
+        # Where the folder is there, inside of it: it may be a mount point, or its parent not writable.
+        place = folder if folder.is_dir() else folder.absolute().parent
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=place))
+    old = part.with_suffix(".old")
     try:
-        yield part
-        with _writing(folder):
+        with _writing(folder, part, OF_WRITING):
+            yield part
+        with _writing(folder, part):
             folder.mkdir(exist_ok=True)
-            _move(part, folder)
+            _move(part, folder, old)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _move(part: Path, folder: Path) -> None:
-    weights_first = sorted(
-        part.iterdir(), key=lambda p: (p.name == "config.json", not p.name.startswith("model"), p.name)
+def _move(part: Path, folder: Path, old: Path) -> None:
+    """Move the files of ``part`` into ``folder``, and those that they replace to ``old``; all of them, or none."""
+    new = sorted(
+        (path.relative_to(part) for path in part.rglob("*") if not path.is_dir()),
+        key=lambda p: (p.name == "config.json", not p.name.startswith("model"), str(p)),
     )
-    for path in weights_first:
-        if path.is_dir():
-            (folder / path.name).mkdir(exist_ok=True)
-            _move(path, folder / path.name)
-        else:
-            path.replace(folder / path.name)
-    names = {path.name for path in weights_first}
-    if names & {SINGLE, INDEX}:  # a model was written: files of another one must not be read with it
-        for path in list(folder.iterdir()):
-            weights = path.name in (SINGLE, INDEX) or _SHARD.fullmatch(path.name)
-            if weights and path.name not in names:
-                path.unlink()
+    leaving = [path for path in reversed(new) if (folder / path).exists() or (folder / path).is_symlink()]
+    if {Path(SINGLE), Path(INDEX)} & set(new):  # a model was written: files of another one must not be read with it
+        there = [Path(path.name) for path in folder.iterdir() if not path.is_dir()]
+        leaving += [p for p in there if p not in new and (p.name in (SINGLE, INDEX) or _SHARD.fullmatch(p.name))]
+    gone: list[Path] = []
+    placed: list[Path] = []
+    try:
+        for path in leaving:
+            (old / path).parent.mkdir(parents=True, exist_ok=True)
+            gone.append(path)
+            (folder / path).replace(old / path)
+        for path in new:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            placed.append(path)
+            (part / path).replace(folder / path)
+    except BaseException:
+        for path in placed:
+            if not (part / path).exists():
+                (folder / path).unlink(missing_ok=True)
+        for path in reversed(gone):
+            if (old / path).exists() or (old / path).is_symlink():
+                (old / path).replace(folder / path)
+        raise
+
+
+OF_WRITING = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO))
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, part: Optional[Path] = None, numbers: Optional[frozenset[int]] = None) -> Iterator[None]:
+    """Errors of writing ``path``, maybe through ``part``, as one of ours; of the system's those of ``numbers``, None: all."""
     # Comes with transformers.
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: it cannot be written: {first_line(error)}.") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        of_system = isinstance(error, OSError) and (numbers is None or error.errno in numbers)
+        of_torch = isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)  # torch.save, on a full disk
+        if not (of_system or of_torch or isinstance(error, SafetensorError)):
+            raise
+        text = first_line(error) if part is None else first_line(error).replace(str(part), str(path))
+        raise CheckpointError(f"{path}: it cannot be written: {text}.") from error
