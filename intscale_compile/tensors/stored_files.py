@@ -212,11 +212,11 @@ def whole_file(path: PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(folder: PathLike) -> Iterator[Path]:
-    """A new folder, in ``folder`` or beside it where that does not exist, to write to; what is in it moves to ``folder`` at the end.
+    """A new folder to write to, in ``folder``, or beside it where that does not exist; its files move to ``folder`` at the end.
 
-    Where the block or the move fails, ``folder`` is as it was. No old file is there any more when the first new one arrives, and
-    ``config.json`` goes first and comes last: whoever reads the folder meanwhile, or after the process was killed, finds no model,
-    and not one of files that do not belong together. Weight files of an earlier model that the new one lacks are removed.
+    Where the block or the move fails, ``folder`` is as it was. No old file is there any more when the first new one arrives,
+    and ``config.json`` goes first and comes last: whoever reads the folder meanwhile, or after the process was killed, finds no
+    model, and not one of files that do not belong together. Weight files of an earlier model that the new one lacks are removed.
 
     Raises:
         CheckpointError: it cannot be written: no space, no permission.

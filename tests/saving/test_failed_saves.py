@@ -57,18 +57,18 @@ def test_a_full_disk_leaves_the_old_file_and_names_the_new_one(tmp_path):
     with full_disk(20_000), pytest.raises(CheckpointError, match=f"^{path}: it cannot be written: .*large"):
         save_safetensors(layers, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
-    with full_disk(20_000), pytest.raises(CheckpointError, match="^.*step.pt: it cannot be written"):
-        with whole_file(tmp_path / "step.pt") as part:  # as a calibration keeps its blocks
-            torch.save(torch.zeros(100_000), part)
+    said = pytest.raises(CheckpointError, match="^.*step.pt: it cannot be written")
+    with full_disk(20_000), said, whole_file(tmp_path / "step.pt") as part:  # as a calibration keeps its blocks
+        torch.save(torch.zeros(100_000), part)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_full_disk_leaves_the_old_folder_and_names_it(tmp_path):
     folder = tmp_path / "out"
     write(folder, OLD)
-    with full_disk(20_000), pytest.raises(CheckpointError, match=f"^{folder}: it cannot be written: .*large") as caught:
-        with whole_folder(folder) as part:
-            save_file({"x": torch.zeros(100_000)}, part / "model.safetensors")
+    said = pytest.raises(CheckpointError, match=f"^{folder}: it cannot be written: .*large")
+    with full_disk(20_000), said as caught, whole_folder(folder) as part:
+        save_file({"x": torch.zeros(100_000)}, part / "model.safetensors")
     assert ".part" not in str(caught.value) and read(folder) == OLD and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(ConnectionResetError), whole_folder(folder):
         raise ConnectionResetError("of the hub: nothing to do with files")
