@@ -202,6 +202,21 @@ def test_weights_in_other_products_and_in_the_other_direction():
     assert torch.isfinite(model(x)).all()
 
 
+class Masked(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight * 0.5, self.bias)
+
+
+class Cast(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), self.bias) + torch.tanh(self.bias)
+
+
+def test_linear_layers_that_compute_with_their_own_weight():
+    model = nn.Sequential(Masked(64, 64), Cast(64, 64)).requires_grad_(False)
+    assert quantized(compiler_choices(model, torch.randn(3, 64))) == chosen_by_quantize(model) == {"1.weight"}
+
+
 class Conv1D(nn.Module):
     """GPT-2's, which keeps its weight so that ``x @ weight`` is right."""
 

@@ -38,6 +38,8 @@ ATTENTION = "multi_head_attention_forward"
 def weight_reads(kind: type) -> dict[str, Reason]:
     """Dotted names of children of a class whose weights it reads in a form that a quantized weight does not have, and why.
 
+    The empty name is the class itself: a linear layer of one's own that masks or scales its weight.
+
     A layer that is also called may have some of its columns read in a branch that is seldom taken, as Bloom does.
     ``UNKNOWN_FORM`` where the weight itself is the right operand, not its transpose: GPT-2's ``Conv1D`` is meant to be used so.
     """
@@ -51,12 +53,12 @@ def weight_reads(kind: type) -> dict[str, Reason]:
         parts = [
             _Reader(given).bare(n.value) for n in nodes if isinstance(n, ast.Subscript) and not _takes_rows(n.slice)
         ]
-        in_parts |= {path.removesuffix(".weight") for part in parts if (path := _path(part, me)).endswith(".weight")}
+        in_parts |= {_owner(path) for part in parts if _is_weight(path := _path(part, me))}
         for node in nodes:
             for value, reason in _unserved(node, me, given):
                 path = _path(value, me)
-                if path and path.endswith(".weight"):
-                    found.setdefault(path.removesuffix(".weight"), reason)
+                if _is_weight(path):
+                    found.setdefault(_owner(path), reason)
     return dict.fromkeys(in_parts - called, Reason.NOT_CONSTANT) | found
 
 
@@ -109,7 +111,7 @@ def _names_of_weights(tree: ast.AST, me: str) -> dict[str, ast.AST]:
             given.setdefault(node.arg, []).append(None)
     for node in ast.walk(tree):
         target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
-        if isinstance(target, ast.Name) and _path(_bare(node.value), me).endswith(".weight"):  # type: ignore[attr-defined]
+        if isinstance(target, ast.Name) and _is_weight(_path(_bare(node.value), me)):  # type: ignore[attr-defined]
             given[target.id].append(node.value)  # type: ignore[attr-defined]
     return {name: values[1] for name, values in given.items() if len(values) == 2 and values[1] is not None}
 
@@ -127,7 +129,7 @@ def _unserved(node: ast.AST, me: str, given: dict[str, ast.AST]) -> Iterator[tup
         return
     name, values = _called(node), [*node.args, *(keyword.value for keyword in node.keywords)]
     owner = node.func.value if isinstance(node.func, ast.Attribute) else None
-    of_weight = owner is not None and _path(read.bare(owner), me).endswith(".weight")  # self.layer.weight.matmul(x)
+    of_weight = owner is not None and _is_weight(_path(read.bare(owner), me))  # self.layer.weight.matmul(x)
     operands = [owner, *node.args] if of_weight else node.args
     yield from _products(read, name, operands)
     if name == ATTENTION:
@@ -242,6 +244,16 @@ _REARRANGE = {
     "unsqueeze",
     "detach",
 }
+
+
+def _is_weight(path: str) -> bool:
+    """Whether a path is that of a weight: of a child, or the module's own."""
+    return path == "weight" or path.endswith(".weight")
+
+
+def _owner(path: str) -> str:
+    """The module that has a weight: empty for the one that reads it."""
+    return path.removesuffix("weight").removesuffix(".")
 
 
 def _path(node: ast.AST, me: str) -> str:
