@@ -270,6 +270,7 @@ def _move(part: Path, folder: Path, old: Path) -> None:
         raise
 
 
+TORCH_WRITERS = ("PytorchStreamWriter", "inline_container.cc")
 OF_WRITING = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO))
 
 
@@ -283,7 +284,8 @@ def _writing(path: Path, part: Optional[Path] = None, numbers: Optional[frozense
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         of_system = isinstance(error, OSError) and (numbers is None or error.errno in numbers)
-        of_torch = isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)  # torch.save, on a full disk
+        # What torch.save says on a full disk.
+        of_torch = isinstance(error, RuntimeError) and any(name in str(error) for name in TORCH_WRITERS)
         if not (of_system or of_torch or isinstance(error, SafetensorError)):
             raise
         text = first_line(error) if part is None else first_line(error).replace(str(part), str(path))
