@@ -20,7 +20,7 @@ from intscale_compile.tensors.stored_files import whole_file, whole_folder
 OLD = {"config.json": "old", "model-00001-of-00002.safetensors": "old", "model-00002-of-00002.safetensors": "old",
        "model.safetensors.index.json": "old", "tokenizer.json": "old", "notes.txt": "mine"}  # fmt: skip
 NEW = {"config.json": "new", "model.safetensors": "new", "tokenizer.json": "new", "more/part.txt": "new"}
-HIDDEN = re.compile(r"\.(part|old)\b")  # what is on its way
+HIDDEN = re.compile(r"[.](part|old)/")  # what is on its way
 AFTER = {**NEW, "notes.txt": "mine"}
 
 
