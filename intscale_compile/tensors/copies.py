@@ -18,6 +18,7 @@ implements = IntScaleTensor.implements
 implements_torch_function = IntScaleTensor.implements_torch_function
 SET_DATA: list[Any] = [torch.Tensor.data.__set__]  # type: ignore[attr-defined]
 TO_NUMPY: list[Any] = [torch.Tensor.numpy, torch.Tensor.__array__]
+OF_MEMORY: list[Any] = [torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_, torch.Tensor.__dlpack__]
 SAME_LAYOUT = ("shape", "block_size", "transposed", "weight_bits", "rotation", "data_names")
 
 
@@ -107,6 +108,12 @@ def _(func, types, args, kwargs):
     if len(sizes) != tensor.dim() or any(size not in (-1, have) for size, have in zip(sizes, tensor.shape)):
         raise refuse(f"expand of {tuple(tensor.shape)} to {tuple(sizes)}, which repeats packed data", DENSE_MEND)
     return as_view(func, args, kwargs, tensor.replaced())
+
+
+@implements_torch_function(OF_MEMORY)
+def _(func, types, args, kwargs):
+    """PyTorch would read and write at the address of the empty wrapper, which ends the process."""
+    raise refuse(f"{func.__name__} reads memory that a quantized weight does not have", DENSE_MEND)
 
 
 @implements_torch_function(TO_NUMPY)

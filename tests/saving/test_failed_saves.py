@@ -36,9 +36,8 @@ def write(folder, files):
 
 
 def read(folder):
-    return {
-        str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file() and ".part" not in str(p)
-    }
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {name: path.read_text() for path in files if not HIDDEN.search(name := str(path.relative_to(folder)))}
 
 
 @contextlib.contextmanager
