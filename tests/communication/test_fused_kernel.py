@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
-from intscale_compile.communication import word_kernels
+from intscale_compile.communication import code_words, word_kernels
 from intscale_compile.communication.fused_kernel import (
     LARGE_CHUNK,
     MOST_PROGRAMS,
@@ -69,6 +69,35 @@ def test_words_need_no_flag(kernel, ranks, tmp_path):
     stores = others * (1 + 1) if kernel == "one_shot" else others * (1 + 2 + 1 + 1)
     assert ptx.count("st.global.v4.b32") == stores + 1, "sent, emptied, sums sent, received; the own sum"
     assert "fence" not in ptx and "atom" not in ptx
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_code_words_need_no_flag(ranks, tmp_path):
+    pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "own_ptr": "*u8", "peers_ptr": "*i64", "counts_ptr": "*i32"}
+    aligned = ["elements", "length"]
+    signature = pointers | dict.fromkeys((*aligned, "groups", "begin", "programs"), "i32")
+    constants, target = dict(RANK=1, RANKS=ranks, GROUPS=code_words.GROUPS), GPUTarget("cuda", 90, 32)
+    options = dict(num_warps=code_words.WARPS, enable_fp_fusion=False)
+    compiled = assemble(
+        code_words.code_words_kernel, signature, constants, target, aligned=[*pointers, *aligned], **options
+    )
+    code = disassemble(compiled, tmp_path)
+    assert code.spill_bytes == 0 and code.registers <= 128
+    ptx, others = compiled.asm["ptx"], ranks - 1
+    words = code_words.GROUPS * 32 // 2 // (32 * code_words.WARPS)  # pairs of words of a thread
+    assert ptx.count("ld.volatile.global.v2.b32") == 2 * others * words, "two legs"
+    assert "fence" not in ptx and "atom" not in ptx
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
+def test_launches_of_code_words_cover_their_groups(ranks):
+    for elements in (1, 128 * ranks, 1 << 20, (1 << 20) + 1, 40_000_001, 32 << 20):
+        form = code_words.code_form(elements, ranks)
+        groups = WireFormat(8).slice_elements(elements, ranks) // 128
+        launches = [form.launched(groups - begin) for begin in range(0, groups, form.groups)]
+        assert sum(launches) * code_words.GROUPS >= groups > (sum(launches) - 1) * code_words.GROUPS
+        assert len(launches) <= -(-elements // (32 << 20)) and max(launches) <= form.programs
+    assert code_words.code_form(1, ranks).workspace_bytes < 8 << 20 and form.workspace_bytes < 256 << 20
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])

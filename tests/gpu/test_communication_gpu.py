@@ -31,7 +31,7 @@ def test_lossless_sums_are_rounded_once(ranks, tmp_path):
 def test_lossless_forms_compiled_with_cuda_graphs(ranks, tmp_path):
     """Beside NCCL's sum, which rounds to bf16 more than once: near, and the same on every rank."""
     for result in run_ranks(SCRIPT, ranks, tmp_path, "compiled", "auto", fork=False):
-        assert result["forms"] in (["two_shot"], []) and result["same"] and result["error"] <= 0.004
+        assert result["forms"] in (["one_shot"], ["two_shot"], []) and result["same"] and result["error"] <= 0.004
 
 
 @pytest.mark.parametrize("name", ["exact", "captured", "queued"])

@@ -12,7 +12,6 @@ import torch  # noqa: E402
 
 from intscale_compile.kernels.integer import arithmetic, attention, rows, triton_attention  # noqa: E402
 
-triton_attention.FUSED = True  # off until it has run on a GPU
 
 # batch, query heads, key heads, tokens, keys, features, masked, causal, bits of the activations
 CASES = {

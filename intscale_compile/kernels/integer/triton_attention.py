@@ -20,15 +20,13 @@ from torch import Tensor
 
 from ..launching import launch
 
-FUSED = False  # PyTorch operators, with scores in memory, until this kernel has run on a GPU
+FUSED = True  # False: PyTorch operators, with scores in memory
 DIVIDED = True  # False: one program for all keys, also where there are few queries
 MOST_KEYS = 1 << 17
 MOST_FEATURES = 256
 KEYS_PER_STEP = 64
-FEW_ROWS, PROGRAMS = (
-    16,
-    264,
-)  # most rows of a query block whose keys are divided, and about how many programs share the work
+FEW_ROWS = 16  # most rows of a query block whose keys are divided
+PROGRAMS = 264  # that share the work then, about
 HIDDEN = tl.constexpr(-(1 << 62))
 NOTHING = tl.constexpr(1 << 20)  # 2 ** -16 with 15 fraction bits is 0
 
