@@ -16,7 +16,6 @@ from .launching import launch
 from .split_k import take_counters
 
 KEYS_PER_STEP = 64
-WARPS, STAGES = 4, 2
 # Parts of one sequence's keys, at most, powers of two: more cost more in partial results than they bring in parallel work. On an
 # H100 64 parts took 1.06 to 1.24 times as long as 32 at 2048 and 8192 keys, 0.80 times at 32768.
 FEW_PARTS, MOST_PARTS = 32, 64
@@ -202,8 +201,25 @@ def _mask_kind(mask: Optional[Tensor]) -> str:
 
 
 @functools.lru_cache(None)
+def launch_options(mask: str, block_d: int, capability: Optional[tuple[int, int]]) -> dict[str, int]:
+    """Warps and stages; ``capability``: of an NVIDIA GPU.
+
+    Three stages of 128 features take 74 KiB of shared memory, which GPUs before sm_80 and AMD's do not have. Two warps and three
+    stages took 0.72 to 0.94 of the time of four and two on an H100 (benchmarks/results/2026-11-27-h100-contexts.md).
+    """
+    deep = mask in ("none", "bool") and block_d <= 128 and capability is not None and capability >= (8, 0)
+    return dict(num_warps=2, num_stages=3) if deep else dict(num_warps=4, num_stages=2)
+
+
+@functools.lru_cache(None)
+def _capability(device: torch.device) -> Optional[tuple[int, int]]:
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if nvidia else None
+
+
+@functools.lru_cache(None)
 def _can_overlap(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return (_capability(device) or (0, 0)) >= (9, 0)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -243,6 +259,6 @@ def decode_attention_cuda(
             HEADS=heads, ROWS=max(DOT_ROWS, triton.next_power_of_2(heads)), D=features, BLOCK_D=block_d,
             BLOCK_L=KEYS_PER_STEP, STEPS=steps, MASK=_mask_kind(mask), SPLIT=parts > 1, OVERLAP=overlap,
             SUM_ROWS=triton.next_power_of_2(heads), MOST=MOST_PARTS,
-            num_warps=WARPS, num_stages=STAGES, **({"launch_pdl": True} if overlap else {}),
+            **launch_options(_mask_kind(mask), block_d, _capability(q.device)), **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out

@@ -12,7 +12,6 @@ import torch  # noqa: E402
 
 from intscale_compile.kernels.integer import arithmetic, attention, rows, triton_attention  # noqa: E402
 
-
 # batch, query heads, key heads, tokens, keys, features, masked, causal, bits of the activations
 CASES = {
     "prefill": (1, 4, 2, 40, 40, 64, False, True, 18),

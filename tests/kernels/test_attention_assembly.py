@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 
 from intscale_compile.errors import InputError
 from intscale_compile.kernels.decode_attention import OP, unsupported
-from intscale_compile.kernels.triton_attention import MOST_PARTS, STAGES, WARPS, decode_attention_kernel
+from intscale_compile.kernels.triton_attention import MOST_PARTS, decode_attention_kernel, launch_options
 from intscale_compile.ops import KERNEL_ABI
 from tests.support.sass import assemble, disassemble
 
@@ -31,7 +31,8 @@ def compile_kernel(target: GPUTarget, mask: str, heads: int = 4, features: int =
     constants |= dict(STEPS=steps, MASK=mask, SPLIT=True, OVERLAP=overlap, SUM_ROWS=heads, MOST=MOST_PARTS)
     aligned = [name for name in signature if name not in ("L", "parts", "key_heads", "log2_scale", "mask_ptr")]
     aligned = [name for name in aligned if not name.startswith("mask_")]
-    options = dict(num_warps=WARPS, num_stages=STAGES, **({"launch_pdl": True} if overlap else {}))
+    capability = divmod(target.arch, 10) if target.backend == "cuda" else None
+    options = {**launch_options(mask, constants["BLOCK_D"], capability), **({"launch_pdl": True} if overlap else {})}
     return assemble(decode_attention_kernel, signature, constants, target, aligned=aligned, **options)
 
 
@@ -49,6 +50,7 @@ def test_nvidia(arch, mask, tmp_path):
         least = 16 if features == 80 else 0
         assert code.spill_bytes <= least, (features, heads, steps)
         assert ("griddepcontrol.wait" in compiled.asm["ptx"]) is (arch == 90)
+        assert code.shared <= 99 << 10, "what consumer GPUs have"
 
 
 @pytest.mark.parametrize(
