@@ -2,17 +2,19 @@
 
     python benchmarks/adapters.py                                    # tiny-llama in $INTSCALE_MODELS, or ../shared/models
     python benchmarks/adapters.py FOLDER --base quantize gptq --methods none svd apiq-lw apiq --rank 16
-    python benchmarks/adapters.py --text train.txt --test-text test.txt --tune 50
+    python benchmarks/adapters.py --methods none apiq --tune 50 --tune-text a.txt --tune-test b.txt --tune-lr 1e-3 3e-3
 
 ``--base quantize`` rounds without data, other bases are presets of ``calibrate``. The adapter rests in bf16 or fp32 beside the
 weights and is not merged. With ``--tune`` the adapters are trained for some steps on other text afterwards, from each start alike
-and from zero, and the perplexity is that on the test text. Held-out and calibration text are those of accuracy.py.
+and from zero, on ``--tune-seeds`` samples of the text and at every ``--tune-lr``; the perplexity is the mean of those on the test
+text. Compare starts each at its own best learning rate. Held-out and calibration text are those of accuracy.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import time
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from reporting import head, row
 from torch import Tensor, nn
 
 from intscale_compile import IntScaleConfig, calibrate, lora, quantize
+
+TUNE_TEST = 12  # sequences, spread over the test text
 
 
 def quantized(original: nn.Module, base: str, data: Tensor, group_size: int) -> nn.Module:
@@ -43,12 +47,11 @@ def with_adapter(model: nn.Module, rank: int):
     return get_peft_model(model, config).eval()
 
 
-def tune(peft_model, sequences: Tensor, steps: int, lr: float) -> None:
+def tune(peft_model, sequences: Tensor, lr: float) -> None:
     """Train an adapter on token ids ``[S, T]``, two sequences a step."""
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    for step in range(steps):
-        ids = sequences[torch.arange(2 * step, 2 * step + 2).remainder(len(sequences))]
+    for ids in sequences.split(2):
         with torch.enable_grad():
             loss = peft_model(input_ids=ids, labels=ids, use_cache=False).loss
             optimizer.zero_grad()
@@ -56,9 +59,25 @@ def tune(peft_model, sequences: Tensor, steps: int, lr: float) -> None:
         optimizer.step()
 
 
+def tuned_perplexities(peft_model, text: Tensor, test: Tensor, steps: int, lr: float, seeds: int) -> list[float]:
+    """Perplexity on ``test`` after tuning on each of ``seeds`` samples of the sequences of ``text``; the adapter is put back."""
+    start = {name: p.detach().clone() for name, p in peft_model.named_parameters() if "lora_" in name}
+    found = []
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        tune(peft_model, text[torch.randperm(len(text), generator=generator)[: 2 * steps]], lr)
+        found.append(perplexity(peft_model, test))
+        for name, p in peft_model.named_parameters():
+            if name in start:
+                p.copy_(start[name])
+    return found
+
+
 def text_sequences(tokenizer, path: str, sequences: int, tokens: int) -> Tensor:
-    """The first ids of a text file, ``[sequences, tokens]``."""
-    ids = tokenizer(Path(path).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
+    """The first ids of a text file, ``[sequences, tokens]``; of its first 1.2 million characters all where ``sequences`` is 0."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    ids = tokenizer(text if sequences else text[:1_200_000], add_special_tokens=False, verbose=False).input_ids
+    sequences = sequences or len(ids) // tokens
     return torch.tensor(ids[: sequences * tokens]).view(sequences, tokens)
 
 
@@ -76,6 +95,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", help="file: calibration and tuning text instead of Python's standard library")
     parser.add_argument("--test-text", help="file: held-out text")
     parser.add_argument("--tune", type=int, default=0, help="steps on --tune-text, from each start")
+    parser.add_argument("--tune-lr", type=float, nargs="+", default=[1e-3])
+    parser.add_argument("--tune-seeds", type=int, default=1, help="samples of --tune-text")
     parser.add_argument("--tune-text", help="file")
     parser.add_argument("--tune-test", help="file")
     return parser.parse_args(argv)
@@ -92,14 +113,17 @@ def main(argv: list[str] | None = None) -> None:
     else:
         held_out = held_out_sequences(tokenizer, modules, args.sequences, args.tokens)
         data = calibration_sequences(tokenizer, modules, args.calibration, args.tokens)
-    other = text_sequences(tokenizer, args.tune_text, 2 * args.tune, 256) if args.tune else None
-    other_test = text_sequences(tokenizer, args.tune_test, 8, args.tokens) if args.tune else None
+    other = text_sequences(tokenizer, args.tune_text, 0, 256) if args.tune else None
+    other_test = text_sequences(tokenizer, args.tune_test, 0, args.tokens) if args.tune else None
+    if other_test is not None:
+        other_test = other_test[torch.linspace(0, len(other_test) - 1, TUNE_TEST).long()]
     original = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     original.requires_grad_(False)
-    tuned = [f"after {args.tune} steps on other text"] if args.tune else []
+    rates = args.tune_lr if args.tune else []
+    tuned = [f"after {args.tune} steps on other text, lr {lr:g}" for lr in rates]
     print(head(["base", "adapter", "perplexity", *tuned, "seconds"]), flush=True)
     torch.set_grad_enabled(False)
-    after = [f"{perplexity(original, other_test):.2f} (untuned)"] if args.tune else []
+    after = [f"{perplexity(original, other_test):.2f} (untuned)" for _ in rates[:1]] + [""] * len(rates[1:])
     print(row(["original", "–", f"{perplexity(original, held_out):.3f}", *after, ""]), flush=True)
     for base in args.base:
         model = quantized(original, base, data, args.group_size)
@@ -109,9 +133,10 @@ def main(argv: list[str] | None = None) -> None:
                 lora.initialize(peft_model, original, data, method, progress=False)
             seconds = time.monotonic() - began
             cells = [base, method, f"{perplexity(peft_model, held_out):.3f}"]
-            if args.tune:
-                tune(peft_model, other, args.tune, 1e-3)
-                cells.append(f"{perplexity(peft_model, other_test):.2f}")
+            for lr in rates:
+                found = tuned_perplexities(peft_model, other, other_test, args.tune, lr, args.tune_seeds)
+                each = f" ({' '.join(f'{value:.2f}' for value in found)})" if len(found) > 1 else ""
+                cells.append(f"{statistics.fmean(found):.2f}{each}")
             print(row([*cells, f"{seconds:.0f}"]), flush=True)
 
 
