@@ -4,7 +4,7 @@
     python benchmarks/decode_attention.py --points 1x8192 16x8192 --room 128 --most-parts 32 64 128
 
 A point is BATCHxTOKENS; the cache has ``--room`` places more, which the mask hides from ours. ``flash`` and ``cudnn`` get the
-filled part alone, without a mask, which a static cache cannot give them; ``masked`` is what transformers' ``sdpa`` does:
+filled part alone, without a mask, which a static cache cannot give them; ``cudnn, mask`` the whole cache; ``masked`` is what transformers' ``sdpa`` does:
 keys and values repeated for every query head, and the mask. Outputs are compared first. Microseconds: medians of CUDA graphs
 over caches that do not fit in the L2 cache together.
 """
@@ -67,10 +67,15 @@ def peers(batch: int, tokens: int, args: argparse.Namespace) -> dict[str, list[C
         with sdpa_kernel(backend):
             return attention(q, k[:, :, :tokens], v[:, :, :tokens], scale=scale, enable_gqa=True)
 
+    def cudnn_masked(k: Any, v: Any) -> Any:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
     kinds: dict[str, Callable[..., Any]] = {
         f"ours, {n} parts": lambda k, v, n=n: ours(n, k, v) for n in args.most_parts
     }
     kinds |= {name: lambda k, v, b=backend: filled(b, k, v) for name, backend in BACKENDS.items()}
+    kinds["cudnn, mask"] = cudnn_masked
     kinds["masked"] = masked
     return {name: [lambda c=cache, f=call: f(*c) for cache in caches] for name, call in kinds.items()}
 
