@@ -3,10 +3,10 @@
     python benchmarks/decode_attention.py                                    # Llama-3-8B's heads
     python benchmarks/decode_attention.py --points 1x8192 16x8192 --room 128 --most-parts 32 64 128
 
-A point is BATCHxTOKENS; the cache has ``--room`` places more, which the mask hides from ours. ``flash`` and ``cudnn`` get the
-filled part alone, without a mask, which a static cache cannot give them; ``cudnn, mask`` the whole cache; ``masked`` is what transformers' ``sdpa`` does:
-keys and values repeated for every query head, and the mask. Outputs are compared first. Microseconds: medians of CUDA graphs
-over caches that do not fit in the L2 cache together.
+A point is BATCHxTOKENS; the cache has ``--room`` places more, which the mask hides. ``flash`` and ``cudnn`` get the filled part
+alone, without a mask, which a static cache cannot give them, ``cudnn, mask`` the whole cache; ``masked`` is what transformers'
+``sdpa`` does: keys and values repeated for every query head, and the mask. Outputs are compared first. Microseconds: medians of
+CUDA graphs over caches that do not fit in the L2 cache together.
 """
 
 from __future__ import annotations
