@@ -29,7 +29,8 @@ def einsum_linear(equation: Any, weight_at: int) -> Optional[bool]:
     labels = x.replace("...", "")
     if len(weight) != 2 or weight[0] == weight[1] or "." in weight or len(set(labels)) != len(labels):
         return None
-    for n, k in (weight, weight[::-1]):
+    for place in (0, 1):
+        n, k = weight[place], weight[1 - place]
         if x.endswith(k) and n not in x and output == x[:-1] + n:
             return weight == n + k
     return None
