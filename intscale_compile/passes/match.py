@@ -355,7 +355,7 @@ def _plain_reason(candidate: Candidate, tensor: Tensor, weights: WeightFinder, g
         return Reason.WEIGHT_DTYPE
     if tensor.device.type not in ("cpu", "cuda"):
         return Reason.DEVICE
-    if min(tensor.shape) < SMALLEST_FEATURES:
+    if min(tensor.shape[-2:]) < SMALLEST_FEATURES:  # of the whole weight, as quantize decides; a stack has few experts
         return Reason.TOO_SMALL
     choice = weights.rewrite.models.choice(tensor)
     decided = weights.any_quantized or (choice is not None and choice.decided)
