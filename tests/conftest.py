@@ -43,6 +43,40 @@ torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr
 SCALAR, VECTORIZED = 1, None
 torch._inductor.config.cpp.simdlen = SCALAR
 
+# Files that take longest, by processor time: they start first, or the last of them would run alone at the end.
+LONGEST = [
+    "tensors/test_static_activation",
+    "parallel/test_trained_shards",
+    "test_docs",
+    "kernels/test_gluon_assembly",
+    "communication/test_pass",
+    "kernels/test_assembly",
+    "tensors/test_joined_rows",
+    "parallel/test_four_ranks",
+    "communication/test_message_kernels",
+    "passes/test_experts_pass",
+    "parallel/test_engine",
+    "debug/test_logs",
+    "compile/test_caches_on_disk",
+    "passes/test_causal_attention",
+    "tensors/test_experts",
+    "communication/test_fused_kernel",
+    "importing/test_import_trained",
+    "kernels/test_hadamard",
+    "kernels/test_grouped_assembly",
+    "compile/test_compile_ahead",
+    "kernels/test_attention_assembly",
+    "passes/test_gated_activation",
+    "calibration/test_calibrate",
+    "calibration/test_trained_transforms",
+    "explanation/test_explain_mends",
+    "kernels/test_grouped_interpreter",
+    "kernels/test_gated_assembly",
+    "test_examples",
+    "test_two_doors",
+    "test_generation",
+]
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -97,21 +131,24 @@ def pytest_collection_finish(session):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Shuffle, and skip tests marked ``gpu`` that were asked for where there is no GPU.
+    """Shuffle, or put long files first, and skip tests marked ``gpu`` that were asked for where there is no GPU.
 
     Files stay whole: their module fixtures are set up once, whatever the order.
     """
+    files: dict[str, list] = {}
+    for item in items:
+        files.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    names = sorted(files)
     seed = config.getoption("--shuffle")
     if seed is not None:
         order = random.Random(seed)
-        files: dict[str, list] = {}
-        for item in items:
-            files.setdefault(item.nodeid.partition("::")[0], []).append(item)
-        names = sorted(files)
         order.shuffle(names)
         for name in names:
             order.shuffle(files[name])
-        items[:] = [item for name in names for item in files[name]]
+    else:
+        places = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
+        names.sort(key=lambda name: (places.get(name, len(LONGEST)), -len(files[name])))
+    items[:] = [item for name in names for item in files[name]]
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -37,12 +36,6 @@ def x(rows=5, k=256):
 def test_the_entry_point_names_the_plugin():
     text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
     assert f'intscale = "{plugin.__name__}:{plugin.register.__name__}"' in text
-
-
-@pytest.mark.slow  # a new process; import-linter sees that nothing below imports the plugin
-def test_importing_us_imports_no_vllm():
-    code = "import intscale_compile, sys; assert not [m for m in sys.modules if 'vllm' in m.split('.')]"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # --- rows --------------------------------------------------------------------------------------------------------------
