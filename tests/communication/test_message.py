@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from intscale_compile.communication.message import WireFormat
+from intscale_compile.communication.message import WireFormat, largest_code
 from intscale_compile.communication.pieces import pieces
 from intscale_compile.communication.reference import (
     SMALLEST_SCALE,
@@ -118,7 +118,7 @@ def test_every_element_is_within_half_a_step(wire):
     groups = x.view(-1, parsed.group_size)
     extent = groups.amax(1) - groups.amin(1)
     found = there_and_back(x, wire).view_as(groups)
-    step = extent / (2**parsed.bits - 1) * 1.02 + groups.abs().amax(1) * 2.0**-8 / (2**parsed.bits - 1)
+    step = extent / largest_code(parsed.bits) * 1.02 + groups.abs().amax(1) * 2.0**-8 / largest_code(parsed.bits)
     assert ((found - groups).abs() <= 0.501 * step[:, None] + 2.0**-9 * groups.abs() * parsed.spike_reserving).all()
     if parsed.spike_reserving:
         for at in (groups.argmin(1, True), groups.argmax(1, True)):
@@ -131,9 +131,10 @@ def test_exact_where_it_can_be(wire):
         constant = torch.full((300,), value).bfloat16().float()
         assert torch.equal(there_and_back(constant, wire), constant), value
     parsed = WireFormat.parse(wire)
-    grid = torch.randint(0, 2**parsed.bits, (4, 128)).float()
-    grid[:, ::32], grid[:, 1::32] = 0, 2**parsed.bits - 1
-    grid[:, 2::32], grid[:, 3::32] = 0, 2**parsed.bits - 1  # the ends twice: spikes do not shrink the range
+    largest = largest_code(parsed.bits)
+    grid = torch.randint(0, largest + 1, (4, 128)).float()
+    grid[:, ::32], grid[:, 1::32] = 0, largest
+    grid[:, 2::32], grid[:, 3::32] = 0, largest  # the ends twice: spikes do not shrink the range
     assert torch.equal(there_and_back(grid.flatten() * 0.25 - 1.5, wire), grid.flatten() * 0.25 - 1.5)
 
 
