@@ -19,7 +19,7 @@ def test_generate_on_two_ranks(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setenv("INTSCALE_LINKS", str(tmp_path / "links"))
     monkeypatch.setenv("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
-    first, second = run_ranks(SCRIPT, 2, tmp_path, "auto")
+    first, second = run_ranks(SCRIPT, 2, tmp_path, "auto", fork=False)  # the environment is read at imports
     assert torch.equal(first["auto"], second["auto"]) and first["auto"].shape == (1, 14)
     assert torch.equal(first["auto"], first["whole"]), "plain sums over gloo, as there is no symmetric memory"
     decisions = first["auto decisions"]
