@@ -213,8 +213,9 @@ def launch_options(mask: str, block_d: int, capability: Optional[tuple[int, int]
 
 @functools.lru_cache(None)
 def _capability(device: torch.device) -> Optional[tuple[int, int]]:
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return torch.cuda.get_device_capability(device) if nvidia else None
+    if device.type != "cuda":
+        return 9, 0  # the interpreter, for which nothing depends on it
+    return None if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
 @functools.lru_cache(None)

@@ -287,7 +287,7 @@ REFUSED = {
     "dense_weight": lambda w: F.linear(w, torch.zeros(5, 256)),
     "scaled_addmm": lambda w: torch.addmm(torch.zeros(128), torch.zeros(2, 256), w.t(), alpha=2),
     "mm_out": lambda w: torch.mm(torch.zeros(2, 256), w.t(), out=torch.zeros(2, 128)),
-    "einsum": lambda w: torch.einsum("mk,nk->mn", torch.zeros(2, 256), w),
+    "einsum": lambda w: torch.einsum("mk,nk->nm", torch.zeros(2, 256), w),
 }
 
 
