@@ -66,6 +66,7 @@ _members: weakref.WeakKeyDictionary[dist.ProcessGroup, _Member] = weakref.WeakKe
 LOSSLESS_DTYPES = (torch.bfloat16, torch.float16)
 MOST_IN_WORDS = 64 << 20  # bytes; larger messages take the kernel of the quantized form
 IN_CODE_WORDS = WireFormat(8)
+MOST_RANKS_IN_CODE_WORDS = 8  # the kernel for 16 compiles for 40 s and spills 248 bytes a thread
 
 
 def two_shot(x: Tensor, group: dist.ProcessGroup) -> Optional[Tensor]:
@@ -150,9 +151,9 @@ def all_reduce(x: Tensor, wire: Union[WireFormat, Elements], group: dist.Process
     # Imports Triton, which only GPUs need.
     from .fused_kernel import MOST_PROGRAMS, fused_all_reduce_kernel, gather_slots
 
-    if wire == IN_CODE_WORDS:
-        return _in_code_words(x, group)
     ranks = group.size()
+    if wire == IN_CODE_WORDS and ranks <= MOST_RANKS_IN_CODE_WORDS:
+        return _in_code_words(x, group)
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     sizes, constants, programs, needed = _plan(x.numel(), wire, ranks, multiprocessors)
     space = _workspace(group, x.device, needed)
