@@ -92,7 +92,7 @@ def _log_probabilities(model: Any) -> Optional[Tensor]:
         return None
     vocabulary = model.get_input_embeddings().num_embeddings
     # Beyond its table of positions a GPU would fail for the rest of the process.
-    tokens = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
+    tokens = min(TOKENS, longest_text(model.config) or TOKENS)
     ids = (torch.arange(1, tokens + 1) * 977 % vocabulary)[None].to(parameters[0].device)
     try:
         with torch.no_grad():
@@ -101,6 +101,12 @@ def _log_probabilities(model: Any) -> Optional[Tensor]:
         log.debug("the model cannot be run on a few tokens, so what quantizing changes is not looked at: %s", error)
         return None
     return logits[0].float().log_softmax(-1) if isinstance(logits, Tensor) and logits.dim() == 3 else None
+
+
+def longest_text(config: Any) -> Optional[int]:
+    """Tokens that a model takes by its configuration; None: any number (XLNet, which has no table of positions, says -1)."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _is_language_model(model: Any) -> bool:

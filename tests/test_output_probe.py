@@ -102,3 +102,11 @@ def test_a_model_of_few_positions_is_looked_at_within_them():
     )
     quantize_(model, IntScaleConfig(), filter_fn=lambda module, name: type(module).__name__ == "Conv1D")
     assert lengths == [16, 16] and probe_result(model) is not None
+
+
+@pytest.mark.parametrize("positions", [-1, 0])
+def test_models_without_a_table_of_positions(sensitive, positions):
+    """XLNet's configuration says -1: quantizing ended in an error of torch."""
+    sensitive.config.max_position_embeddings = positions
+    quantize_(sensitive, W8A8)
+    assert probe_result(sensitive) is not None

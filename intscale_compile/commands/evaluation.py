@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..debug.noise import jittered
 from ..debug.sqnr import sqnr
 from ..errors import ConfigError
+from ..output_probe import longest_text
 from ..tensors.stored_files import first_line
 from .loading import is_quantized
 
@@ -153,7 +154,7 @@ def _check_causal(model: Any, sequences: Tensor) -> None:
     generates = getattr(model, "can_generate", lambda: True)()
     if not generates or getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{type(model).__name__} is no causal language model: perplexity is not defined for it.")
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_text(config)
     if longest is not None and sequences.shape[1] > longest:
         raise ConfigError(f"--tokens {sequences.shape[1]} is more than the {longest} that the model takes: lower it.")
 

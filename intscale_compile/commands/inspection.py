@@ -14,6 +14,7 @@ from .. import format as fmt
 from ..config import IntScaleConfig
 from ..errors import ConfigError
 from ..explanation import Explanation, LayerReport, explain
+from ..output_probe import longest_text
 from ..reasons import Reason
 from ..saving.verifying import Verification, stored_by_ranks, verify_checkpoint
 from ..tensors.expert_layers import expert_stacks
@@ -44,7 +45,7 @@ def inspect_model(
             f"{type(model).__name__} takes {model.main_input_name}, not token ids: call intscale_compile.explain(model, "
             "*inputs) in Python."
         )
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_text(config)
     if tokens < 1 or (longest is not None and tokens > longest):
         raise ConfigError(f"--tokens {tokens} is not supported: use 1 to {longest or 'any number'}.")
     ids = random_ids(model, tokens)
