@@ -36,14 +36,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--sizes", type=size, nargs="+", default=[8 << 20, 32 << 20, 128 << 20], metavar="BYTES")
     parser.add_argument(
-        "--wires", nargs="+", default=["int8", "int4", "elements"], metavar="FORMAT", help="or elements"
+        "--wires", nargs="+", default=["int6", "int4", "elements"], metavar="FORMAT", help="or elements; not int8"
     )
     parser.add_argument("--chunk", type=int, default=fused_kernel.LARGE_CHUNK, help="elements of a large chunk")
     parser.add_argument("--per-round", type=int, nargs="+", default=PER_ROUND)
     parser.add_argument("--programs", type=int, nargs="+", default=PER_MULTIPROCESSOR, help="a multiprocessor")
     parser.add_argument("--seconds", type=float, default=300.0, help="after which the ranks are killed")
     parser.add_argument("--json", type=Path, help="write all times to this file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if "int8" in args.wires:
+        parser.error("--wires int8: it has another kernel (code_words), which is not divided so")
+    return args
 
 
 def set_schedule(chunk: int, per_round: int, programs: int) -> None:
