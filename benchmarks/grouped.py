@@ -52,9 +52,17 @@ def check(xq, weight, offsets, ids, form, tile) -> None:
             raise SystemExit(f"grouped: expert {expert} is not exact with {tile or 'the chosen tile'}")
 
 
-def sweep(rows: int, experts: int) -> Iterator:
-    """Tiles to try for a number of rows."""
+def sweep(rows: int, experts: int, n: int, k: int, gluon: bool) -> Iterator:
+    """Tiles to try for a number of rows: with ``gluon`` those of the Gluon kernels."""
+    from intscale_compile.kernels.grouped_tiles import choose_grouped_tile, gluon_grouped_tiles
     from intscale_compile.kernels.tile import Tile
+
+    if gluon:
+        yield choose_grouped_tile(rows, experts, n, k, 128, 4, 4)
+        yield from gluon_grouped_tiles("fold", few=rows <= 24 * experts)
+        if rows > 8 * experts:
+            yield from gluon_grouped_tiles("fold", few=False)
+        return
 
     mean = rows / experts
     heights = (16,) if mean <= 8 else (16, 32, 64) if mean <= 48 else (64, 128)
@@ -66,12 +74,12 @@ def sweep(rows: int, experts: int) -> Iterator:
             yield Tile(128, 128, group_n=group_n)
 
 
-def calls_of(weights, xq, token_scale, offsets, form, tile) -> list[Callable[[], object]]:
+def calls_of(weights, xq, token_scale, offsets, form, tile, indices) -> list[Callable[[], object]]:
     """One call for each copy of the weights."""
     from intscale_compile.kernels.triton_grouped import grouped_linear_cuda
 
     return [
-        lambda w=w: grouped_linear_cuda(xq, token_scale, *w, None, offsets, form, torch.bfloat16, tile=tile)
+        lambda w=w: grouped_linear_cuda(xq, token_scale, *w, None, offsets, form, torch.bfloat16, *indices, tile=tile)
         for w in weights
     ]
 
@@ -96,13 +104,19 @@ def measure(args, n: int, k: int, rows: int, bandwidth: float) -> None:
     xq = torch.randint(-127, 128, (rows, k), dtype=torch.int8, device="cuda")
     token_scale = torch.rand(rows, 1, device="cuda")
     offsets, ids = make_routing(rows, args.experts, args.top_k)
-    chosen = choose_grouped_tile(rows, args.experts, n, k, 128, 4, 4, capability(xq.device))
-    tiles = list(dict.fromkeys([chosen, *(sweep(rows, args.experts) if args.sweep else ())]))
+    chosen = choose_grouped_tile(rows, args.experts, n, k, 128, 4, 4, capability(xq.device), not args.plain)
+    swept = sweep(rows, args.experts, n, k, args.gluon) if args.sweep else ()
+    tiles = list(dict.fromkeys([chosen, *swept]))
+    indices = (None, None)
+    if args.indices:  # as a layer has it: the first product takes tokens by number, the second puts rows back in order
+        order = torch.randperm(rows, device="cuda").int()
+        first = args.shapes.index(f"{n}x{k}") % 2 == 0
+        indices = (order // args.top_k, None) if first else (None, order)
     graphs, used = {}, {}
     for tile in tiles:
         try:
             check(xq, weights[0], offsets, ids, form, tile)
-            calls = calls_of(weights, xq, token_scale, offsets, form, tile)
+            calls = calls_of(weights, xq, token_scale, offsets, form, tile, indices)
             graphs[tile], used[tile] = capture(calls), len(calls)
         except Exception as error:  # a tile that needs more shared memory than there is
             if tile == chosen:
@@ -117,7 +131,10 @@ def measure(args, n: int, k: int, rows: int, bandwidth: float) -> None:
     floor = busy * (n * k / 2 + n * k / 128) / bandwidth * 1e6
     for tile in sorted((t for t in tiles if t in times), key=lambda t: times[t]):
         mark = " <- chosen" if tile == chosen and args.sweep else ""
-        name = f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages} g{tile.group_n}{mark}"
+        name = f"{tile.kernel} {tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages} g{tile.group_n}"
+        if tile.kernel == "decode":
+            name += f" steps {tile.steps} p{tile.programs_per_sm}"
+        name += mark
         against = (number(times.get("bf16")), ratio(times.get("bf16"), times[tile]))
         share = f"{100 * floor / times[tile]:.0f} %"
         print(row([f"{n}x{k}", rows, busy, f"{times[tile]:.1f}", *against, share, name]), flush=True)
@@ -133,6 +150,9 @@ def main(argv=None) -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--sweep", action="store_true", help="time every tile, not only the chosen one")
+    parser.add_argument("--gluon", action="store_true", help="with --sweep: the tiles of the Gluon kernels")
+    parser.add_argument("--plain", action="store_true", help="choose among the tiles of plain Triton")
+    parser.add_argument("--indices", action="store_true", help="tokens by number and rows put back, as in a layer")
     parser.add_argument("--no-bf16", action="store_true", help="leave the comparison out")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():

@@ -32,19 +32,22 @@ from .gluon_gemm import finish_tile, split_range
 
 @gluon.jit
 def load_weights(
-    w_desc, s_desc, ws, ss, bar, slot, tile_n, block, pred,
+    w_desc, s_desc, ws, ss, bar, slot, row_tile, block, pred,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Announce all bytes of a stage and start the copies of the codes and group scales of both consumers."""
+    """Announce all bytes of a stage and start the copies of the codes and group scales of both consumers.
+
+    ``row_tile`` is the first of the tile's rows, in packing tiles of 64 rows.
+    """
     TILES: gl.constexpr = BLOCK_N // 64
     SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else BLOCK_N * 4 if SCALES == "float" else BLOCK_N
     CODE_BYTES: gl.constexpr = w_desc.block_shape[1]
     mbarrier.expect(bar, BLOCK_M * 128 + BLOCK_N * CODE_BYTES + SCALE_BYTES, pred=pred)
     for r in gl.static_range(TILES):
-        row = ((tile_n * TILES + r) * BLOCKS + block) * 64
+        row = ((row_tile + r) * BLOCKS + block) * 64
         copy_to_shared(w_desc, [row, 0], bar, ws.index(slot).slice(r * 64, 64, 0), pred=pred)
     if SCALES != "none":
-        copy_to_shared(s_desc, [tile_n * TILES, block // BLOCKS_PER_GROUP, 0], bar, ss.index(slot), pred=pred)
+        copy_to_shared(s_desc, [row_tile, block // BLOCKS_PER_GROUP, 0], bar, ss.index(slot), pred=pred)
 
 
 @gluon.jit
@@ -165,7 +168,7 @@ def produce_shared(
     ahead = gl.minimum(end - begin, STAGES)
     for i in gl.static_range(STAGES):
         load_weights(
-            w_desc, s_desc, ws, ss, full.index(i), i, tile_n, begin + i, i < ahead,
+            w_desc, s_desc, ws, ss, full.index(i), i, tile_n * (BLOCK_N // 64), begin + i, i < ahead,
             BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if OVERLAP:
@@ -184,7 +187,7 @@ def produce_shared(
             bar = full.index(slot)
             mbarrier.wait(empty.index(slot), ((stage // STAGES) & 1) ^ 1)
             load_weights(
-                w_desc, s_desc, ws, ss, bar, slot, tile_n, block, True,
+                w_desc, s_desc, ws, ss, bar, slot, tile_n * (BLOCK_N // 64), block, True,
                 BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             load_tokens(x_desc, xs, bar, slot, first, second, block, True, BLOCK_M)

@@ -26,27 +26,36 @@ SPLIT = gl.constexpr(4)  # warps that share K
 
 
 @gluon.jit
-def load_weight_stage(
-    w_desc, s_desc, ws, ss, full, item, items,
-    BLOCKS: gl.constexpr, ROUNDS: gl.constexpr, SCALES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, STEPS: gl.constexpr, RESIDENT: gl.constexpr,
+def copy_weights(
+    w_desc, s_desc, ws, ss, bar, slot, first, row, pred,
+    SCALES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STEPS: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
-    """Announce all bytes of a stage and start the copies of its codes and group scales, unless ``item >= items``.
+    """Announce all bytes of a stage and start the copies of its codes and group scales, from block ``first`` and ``row`` on.
 
     Behind the last block of a row the copy runs on into other rows: there the activation is filled with zeros.
     """
     DEPTH: gl.constexpr = STEPS * SPLIT
     SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else 4 if SCALES == "float" else 1
-    n0 = (gl.program_id(0) + item // ROUNDS * gl.num_programs(0)) * BLOCK_N
-    first = (n0 // 64) * BLOCKS + item % ROUNDS * DEPTH
-    slot = item % STAGES
-    bar = full.index(slot)
-    more = item < items
     ACTIVATION_BYTES: gl.constexpr = 0 if RESIDENT else BLOCK_M * 128
-    mbarrier.expect(bar, DEPTH * (BLOCK_N * (64 + SCALE_BYTES) + ACTIVATION_BYTES), pred=more)
-    copy_to_shared(w_desc, [first, n0 % 64, 0], bar, ws.index(slot), pred=more)
+    mbarrier.expect(bar, DEPTH * (BLOCK_N * (64 + SCALE_BYTES) + ACTIVATION_BYTES), pred=pred)
+    copy_to_shared(w_desc, [first, row, 0], bar, ws.index(slot), pred=pred)
     if SCALES != "none":
-        copy_to_shared(s_desc, [first, n0 % 64], bar, ss.index(slot), pred=more)
+        copy_to_shared(s_desc, [first, row], bar, ss.index(slot), pred=pred)
+
+
+@gluon.jit
+def load_weight_stage(
+    w_desc, s_desc, ws, ss, full, item, items,
+    BLOCKS: gl.constexpr, ROUNDS: gl.constexpr, SCALES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, STEPS: gl.constexpr, RESIDENT: gl.constexpr,
+):  # fmt: skip
+    """:func:`copy_weights` of one item, a stage of a tile of this program, unless ``item >= items``."""
+    n0 = (gl.program_id(0) + item // ROUNDS * gl.num_programs(0)) * BLOCK_N
+    first = (n0 // 64) * BLOCKS + item % ROUNDS * (STEPS * SPLIT)
+    slot = item % STAGES
+    copy_weights(
+        w_desc, s_desc, ws, ss, full.index(slot), slot, first, n0 % 64, item < items, SCALES, BLOCK_M, BLOCK_N, STEPS, RESIDENT
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -115,6 +124,39 @@ def after_loads(acc):
 
 
 @gluon.jit
+def multiply_round(
+    acc, item, x_slot, xs, ws, ss, empty, SCALES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, STEPS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Add stage ``item`` of the ring to the ``[SPLIT, BLOCK_N, BLOCK_M]`` sums and give a stage free."""
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=16)
+    B: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=LAYOUT, k_width=16)
+    zero = gl.zeros([SPLIT, BLOCK_N, BLOCK_M], gl.int32, LAYOUT)
+    slot = item % STAGES
+    for step in gl.static_range(STEPS):
+        packed = ws.index(slot).slice(step * SPLIT, SPLIT, 0).load(A)
+        x_low = xs.index(x_slot).permute((0, 2, 1)).slice(step * SPLIT, SPLIT, 0).load(B)
+        x_high = xs.index(x_slot + 1).permute((0, 2, 1)).slice(step * SPLIT, SPLIT, 0).load(B)
+        low, high = unpack_times16(packed)
+        part = mma_v2(low, x_low, zero)
+        part = mma_v2(high, x_high, part) >> 4
+        if SCALES == "none":
+            acc = acc + part
+        elif SCALES == "float":
+            scales = ss.index(slot).slice(step * SPLIT, SPLIT, 0).load(gl.SliceLayout(2, LAYOUT))
+            acc = acc + part.to(gl.float32) * gl.expand_dims(scales, 2)
+        else:
+            scales = ss.index(slot).slice(step * SPLIT, SPLIT, 0).load(gl.SliceLayout(2, LAYOUT))
+            acc = acc + part * gl.expand_dims(scales.to(gl.int32), 2)
+    if STAGES > 2:  # the stage before: the loads of this one, of which some have been used, came after all of its loads
+        mbarrier.arrive(empty.index((item + STAGES - 1) % STAGES), count=1, pred=item > 0)
+    else:
+        acc = after_loads(acc)
+        mbarrier.arrive(empty.index(slot), count=1)
+    return acc
+
+
+@gluon.jit
 def consume(
     xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
@@ -126,13 +168,10 @@ def consume(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[SPLIT, ROW_WARPS, 1], instr_shape=[1, 16, 8]
     )
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=16)
-    B: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=LAYOUT, k_width=16)
     m0 = gl.program_id(1) * BLOCK_M
     tiles = gl.cdiv(gl.cdiv(N, BLOCK_N) - gl.program_id(0), gl.num_programs(0))
     if OVERLAP:
         wait_for_previous_kernel()
-    zero = gl.zeros([SPLIT, BLOCK_N, BLOCK_M], gl.int32, LAYOUT)
     if RESIDENT:
         mbarrier.wait(full.index(STAGES), 0)
     item = 0
@@ -146,28 +185,7 @@ def consume(
             else:
                 x_slot = slot * 2
             mbarrier.wait(full.index(slot), (item // STAGES) & 1)
-            for step in gl.static_range(STEPS):
-                packed = ws.index(slot).slice(step * SPLIT, SPLIT, 0).load(A)
-                x_low = xs.index(x_slot).permute((0, 2, 1)).slice(step * SPLIT, SPLIT, 0).load(B)
-                x_high = xs.index(x_slot + 1).permute((0, 2, 1)).slice(step * SPLIT, SPLIT, 0).load(B)
-                low, high = unpack_times16(packed)
-                part = mma_v2(low, x_low, zero)
-                part = mma_v2(high, x_high, part) >> 4
-                if SCALES == "none":
-                    acc = acc + part
-                elif SCALES == "float":
-                    scales = ss.index(slot).slice(step * SPLIT, SPLIT, 0).load(gl.SliceLayout(2, LAYOUT))
-                    acc = acc + part.to(gl.float32) * gl.expand_dims(scales, 2)
-                else:
-                    scales = ss.index(slot).slice(step * SPLIT, SPLIT, 0).load(gl.SliceLayout(2, LAYOUT))
-                    acc = acc + part * gl.expand_dims(scales.to(gl.int32), 2)
-            if (
-                STAGES > 2
-            ):  # the stage before: the loads of this one, of which some have been used, came after all of its loads
-                mbarrier.arrive(empty.index((item + STAGES - 1) % STAGES), count=1, pred=item > 0)
-            else:
-                acc = after_loads(acc)
-                mbarrier.arrive(empty.index(slot), count=1)
+            acc = multiply_round(acc, item, x_slot, xs, ws, ss, empty, SCALES, BLOCK_M, BLOCK_N, STAGES, STEPS, LAYOUT)
             item += 1
         ROWS: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [ROW_WARPS, SPLIT], [0, 1])
         store_tile(

@@ -115,9 +115,10 @@ def _layout(block: tuple[int, ...], bits: int, swizzled: bool) -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=len(block))
 
 
-def _descriptor(
+def descriptor(
     base: Tensor, shape: list[int], strides: list[int], block: tuple[int, ...], swizzled: bool = True
 ) -> Any:
+    """A tensor descriptor of ``base``'s memory whose copies are blocks of ``block`` elements; for ``wgmma`` if swizzled."""
     # Only GPUs need Triton.
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -133,11 +134,11 @@ def _decode(
 
     xq, qdata, scale, blocks = operands["xq"], operands["qdata"], operands["scale"], operands["blocks"]
     row_tiles, depth = qdata.shape[0] // 64, 4 * tile.steps
-    x_desc = _descriptor(xq, [blocks, m, 128], [128, xq.stride(0), 1], (depth, tile.block_m, 64))
-    w_desc = _descriptor(qdata.view(torch.int8), [row_tiles * blocks, 64, 64], [4096, 64, 1], (depth, tile.block_n, 64))
+    x_desc = descriptor(xq, [blocks, m, 128], [128, xq.stride(0), 1], (depth, tile.block_m, 64))
+    w_desc = descriptor(qdata.view(torch.int8), [row_tiles * blocks, 64, 64], [4096, 64, 1], (depth, tile.block_n, 64))
     # Per channel there are no group scales to copy; the descriptor is never used, but has to describe something.
     scales = qdata.view(torch.uint8) if flags["SCALES"] == "none" else scale
-    s_desc = _descriptor(scales, [row_tiles * blocks, 64], [64, 1], (depth, tile.block_n), swizzled=False)
+    s_desc = descriptor(scales, [row_tiles * blocks, 64], [64, 1], (depth, tile.block_n), swizzled=False)
     tiles = triton.cdiv(n, tile.block_n)
     programs = min(tiles, grid_limit)
     launch(
@@ -160,8 +161,8 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
     code_bytes = 128 if int8 else 64
     blocks_per_group = max(1, operands["group_size"] // 128)
     groups = blocks // blocks_per_group
-    x_desc = _descriptor(xq, [m, xq.shape[1]], [xq.stride(0), 1], (tile.block_m // 2, 128))
-    w_desc = _descriptor(
+    x_desc = descriptor(xq, [m, xq.shape[1]], [xq.stride(0), 1], (tile.block_m // 2, 128))
+    w_desc = descriptor(
         qdata.view(torch.int8), [row_tiles * blocks * 64, code_bytes], [code_bytes, 1], (64, code_bytes)
     )
     scales = qdata.view(torch.uint8) if flags["SCALES"] == "none" else scale
@@ -169,7 +170,7 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
     if flags["GATED"] != "none":  # one copy takes the scales of gate rows and of up rows
         shape, strides = [2, row_tiles // 2, groups, 64], [row_tiles // 2 * groups * 64, *strides]
         block = [2, tile.block_n // 128, 1, 64]
-    s_desc = _descriptor(scales, shape, strides, tuple(block), swizzled=False)
+    s_desc = descriptor(scales, shape, strides, tuple(block), swizzled=False)
     cooperative = tile.kernel == "cooperative"
     unroll = blocks_in_body(cooperative, flags["SCALES"], int8, blocks)
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)

@@ -9,11 +9,23 @@ Swept on an H100 with the experts of Mixtral-8x7B (``benchmarks/grouped.py --swe
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
+from .gluon_tiles import deepest, illegal
 from .tile import SM_COUNT, Tile, tile_count
 
 
 def choose_grouped_tile(
-    rows: int, experts: int, n: int, k: int, group_size: int, scale_bits: int, weight_bits: int, capability: int = 90
+    rows: int,
+    experts: int,
+    n: int,
+    k: int,
+    group_size: int,
+    scale_bits: int,
+    weight_bits: int,
+    capability: int = 90,
+    gluon: bool = False,
 ) -> Tile:
     """Tile for ``rows`` rows (token, expert pairs) over ``experts`` stacks of ``n`` output and ``k`` input features.
 
@@ -33,3 +45,22 @@ def choose_grouped_tile(
     if mean <= 96 or accumulate:  # a second, half empty tile of 128 rows costs more than a third of 64
         return tall
     return Tile(128, 128) if capability == 90 else Tile(128, 128, num_warps=8)
+
+
+def gluon_grouped_tiles(schedule: str, few: bool, decode: bool = True) -> Iterator[Tile]:
+    """Tiles that the Gluon kernels can run, for few or many rows an expert; ``decode`` as in ``choose_gluon_tile``."""
+    if few and decode and schedule != "int8":
+        for m, n, steps, programs in itertools.product((8, 16), (16, 32, 64), (2, 4), (1, 2)):
+            tile = deepest(
+                Tile(m, n, 8 if n == 64 else 4, kernel="decode", steps=steps, programs_per_sm=programs), schedule
+            )
+            if illegal(tile, schedule, 1024) is None:
+                yield tile
+    if not few:
+        sizes = (
+            ((64, 128), (128, 128))
+            if schedule == "accumulate"
+            else ((64, 128), (64, 256), (128, 128), (128, 256), (256, 128))
+        )
+        for (m, n), group_n in itertools.product(sizes, (4, 16)):
+            yield deepest(Tile(m, n, 8, kernel="cooperative", group_n=group_n), schedule)

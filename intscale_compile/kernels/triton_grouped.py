@@ -18,11 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..format import schedule_bits
+from . import gluon_launch
+from .gluon_grouped_launch import launch_gluon_grouped
 from .grouped_tiles import choose_grouped_tile
 from .launching import launch
 from .tile import Tile
 from .triton_epilogue import add_bias, dequantize_tile
-from .triton_gemm import capability, schedule_flags, use_ptx
+from .triton_gemm import capability, gluon_obstacle, schedule_flags, use_ptx
 from .triton_tile import accumulate_tile, tile_position
 
 
@@ -146,8 +148,17 @@ def _launch(
     zero_point = None if zero_point is None else zero_point.contiguous()
     weight_bits, asymmetric = 8 if qdata.dtype is torch.int8 else 4, zero_point is not None
     if tile is None:
+        how = (k, form.group_size, form.scale_bits, weight_bits, form.packing, xq.device, asymmetric)
+        gluon = scale.dtype is not torch.int16 and gluon_launch.addressable(xq) and gluon_obstacle(*how) is None
         schedule = (form.group_size, schedule_bits(form.scale_bits, asymmetric), weight_bits)
-        tile = choose_grouped_tile(rows, experts, n, k, *schedule, capability(xq.device))
+        tile = choose_grouped_tile(rows, experts, n, k, *schedule, capability(xq.device), gluon)
+    if tile.kernel != "triton":
+        with torch.cuda.device(xq.device):
+            launch_gluon_grouped(
+                out, xq, token_scale, qdata, scale, row_scale, bias, offsets.to(torch.int32).contiguous(), _index(row_index),
+                _index(out_index), form.group_size, form.scale_bits, tile,
+            )  # fmt: skip
+        return
     grid = (row_tiles(rows, experts, tile.block_m) * triton.cdiv(n, tile.block_n),)
     with torch.cuda.device(xq.device) if xq.is_cuda else contextlib.nullcontext():
         launch(

@@ -63,6 +63,45 @@ def test_every_tile_is_exact(schedule):
         assert_exact(problem, tile)
 
 
+@pytest.mark.parametrize(
+    "group_size, scale_bits, weight_bits", [(128, 4, 4), (128, 8, 4), (256, 4, 4), (-1, 1, 4), (-1, 1, 8)]
+)
+@pytest.mark.parametrize("few", [True, False], ids=["few rows", "many rows"])
+def test_every_gluon_tile_is_exact(few, group_size, scale_bits, weight_bits):
+    """Ragged rows and features, experts without rows, rows without experts, a K that does not fill the last stage."""
+    from intscale_compile.kernels.grouped_tiles import gluon_grouped_tiles
+    from intscale_compile.kernels.tile import schedule_name
+    from intscale_compile.kernels.triton_gemm import gluon_obstacle
+    from tests.support.experts import make_grouped
+
+    reason = gluon_obstacle(1280, group_size, scale_bits, weight_bits, "tiled", torch.device("cuda"))
+    if reason:
+        pytest.skip(reason)
+    schedule = schedule_name(group_size, scale_bits, weight_bits)
+    options = dict(group_size=group_size, scale_bits=scale_bits, weight_bits=weight_bits, packing="tiled")
+    problems = [
+        make_grouped((0, 3, 140, 1, 17, 0), 5, 333, 1280, gather=True, scatter=True, **options),
+        make_grouped((1, 0, 2), 0, 70, 768, values="extreme", **options),
+        make_grouped((0, 0, 0), 20, 128, 256, **options),
+        make_grouped((9, *[0] * 40, 300, 1), 40, 300, 2048, scatter=True, **options),
+    ]
+    tiles = list(gluon_grouped_tiles(schedule, few, decode=group_size in (128, -1)))
+    for problem in problems:
+        for tile in tiles:
+            assert_exact(problem, tile)
+            assert_dequantized(problem, tile)
+
+
+def assert_dequantized(problem, tile) -> None:
+    """The epilogue with bias, against the op's own arithmetic on the exact accumulator."""
+    from intscale_compile.kernels.triton_grouped import grouped_linear_cuda
+
+    p = problem.to("cuda")
+    operands = (p.xq, p.token_scale, p.qdata, p.scale, p.row_scale, p.bias, p.offsets, p.form, torch.float32)
+    plain = grouped_linear_cuda(*operands, *p.indices, tile=tiles()[2])
+    assert torch.equal(grouped_linear_cuda(*operands, *p.indices, tile=tile), plain)
+
+
 def test_eight_bit_weights_and_sixteen_bit_scales():
     from tests.support.experts import make_grouped
 
