@@ -57,10 +57,8 @@ def gluon_grouped_tiles(schedule: str, few: bool, decode: bool = True) -> Iterat
             if illegal(tile, schedule, 1024) is None:
                 yield tile
     if not few:
-        sizes = (
-            ((64, 128), (128, 128))
-            if schedule == "accumulate"
-            else ((64, 128), (64, 256), (128, 128), (128, 256), (256, 128))
-        )
+        sizes = [(64, 128), (128, 128)]
+        if schedule != "accumulate":
+            sizes += [(64, 256), (128, 256), (256, 128)]
         for (m, n), group_n in itertools.product(sizes, (4, 16)):
             yield deepest(Tile(m, n, 8, kernel="cooperative", group_n=group_n), schedule)
