@@ -70,28 +70,30 @@ def tile_halves(first, rows, BLOCK_M: gl.constexpr):
 @gluon.jit
 def store_group_tile(
     acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, row_index_ptr, out_index_ptr,
-    first, second, start, end, n0, N, alive,
+    first, second, start, end, n0, N, group, experts, row_tiles,
     CHANNEL_SCALE: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Epilogue of one tile: int32 ``acc`` ``[BLOCK_N, BLOCK_M]`` to those rows of ``out`` that lie in ``start`` to ``end``.
 
-    Row scales, bias and channel scales are those of the tile's expert; ``alive`` says that there is one, else zeros are stored.
-    ``row_index_ptr`` (or None) gives the token of a row, ``out_index_ptr`` (or None) the row of the output.
+    Row scales, bias and channel scales are those of the expert ``group``; rows of group ``experts``, for which ``acc`` is 0, get
+    zeros. ``row_index_ptr`` (or None) gives the token of a row, ``out_index_ptr`` (or None) the row of the output.
     """
+    alive = group < experts
+    expert = gl.minimum(group, experts - 1)
     n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
     m = tile_tokens(first, second, BLOCK_M, gl.SliceLayout(0, LAYOUT))
     own = (m >= start) & (m < end) & alive
     if CHANNEL_SCALE:
-        acc = acc * gl.load(scale_ptr + n, mask=n < N, other=0).to(gl.int32)[:, None]
+        acc = acc * gl.load(scale_ptr + expert * (row_tiles * 64) + n, mask=n < N, other=0).to(gl.int32)[:, None]
     if DEQUANTIZE:
         if row_index_ptr is not None:
             m = gl.load(row_index_ptr + m, mask=own, other=0)
-        row_scale = gl.load(row_scale_ptr + n, mask=n < N, other=0.0)
+        row_scale = gl.load(row_scale_ptr + expert * N + n, mask=n < N, other=0.0)
         token_scale = gl.load(token_scale_ptr + m, mask=own, other=0.0)
         y = acc.to(gl.float32) * token_scale[None, :] * row_scale[:, None]
         if HAS_BIAS:
-            y = y + gl.load(bias_ptr + n, mask=(n < N) & alive, other=0.0).to(gl.float32)[:, None]
+            y = y + gl.load(bias_ptr + expert * N + n, mask=(n < N) & alive, other=0.0).to(gl.float32)[:, None]
     else:
         y = acc
     y = y.to(out_ptr.dtype.element_ty)
@@ -138,11 +140,9 @@ def consume_rows(
         if SCALES == "none" and not INT8:
             acc = acc >> 4
         first, second = tile_halves(first, rows, BLOCK_M)
-        expert = gl.minimum(group, experts - 1)
         store_group_tile(
-            acc, out_ptr, scale_ptr + expert * (row_tiles * 64), row_scale_ptr + expert * N, token_scale_ptr,
-            bias_ptr + expert * N if HAS_BIAS else None, row_index_ptr, out_index_ptr,
-            first, second, start, end, (tile_n * 2 + CONSUMER) * ROWS, N, group < experts,
+            acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, row_index_ptr, out_index_ptr,
+            first, second, start, end, (tile_n * 2 + CONSUMER) * ROWS, N, group, experts, row_tiles,
             SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT, BLOCK_M, ROWS, 4,
         )  # fmt: skip
 
@@ -256,11 +256,9 @@ def consume_stream(
                 acc, stage, slot * 2, xs, ws, ss, empty, SCALES, BLOCK_M, BLOCK_N, STAGES, STEPS, LAYOUT
             )
             stage += 1
-        expert = gl.minimum(group, experts - 1)
         store_group_tile(
-            gl.convert_layout(gl.sum(acc, axis=0), ROWS), out_ptr, scale_ptr + expert * (row_tiles * 64),
-            row_scale_ptr + expert * N, token_scale_ptr, bias_ptr + expert * N if HAS_BIAS else None, row_index_ptr,
-            out_index_ptr, first, first + BLOCK_M // 2, start, end, tile_n * BLOCK_N, N, group < experts,
+            gl.convert_layout(gl.sum(acc, axis=0), ROWS), out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr,
+            row_index_ptr, out_index_ptr, first, first + BLOCK_M // 2, start, end, tile_n * BLOCK_N, N, group, experts, row_tiles,
             SCALES == "none", DEQUANTIZE, HAS_BIAS, ROWS, BLOCK_M, BLOCK_N, WARPS,
         )  # fmt: skip
 
