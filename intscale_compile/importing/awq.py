@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .layers import QuantizedLayer, check_group_size, check_part, groups_of, nibbles, require, require_symmetric
+from .layers import (
+    ORIGINAL,
+    QuantizedLayer,
+    check_group_size,
+    check_part,
+    groups_of,
+    nibbles,
+    require,
+    require_symmetric,
+)
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -37,7 +46,7 @@ class AwqFormat:
     def __init__(self, config: Mapping[str, Any]):
         bits = config.get("bits", config.get("w_bit", 4))
         if bits != 4:
-            raise ConfigError(f"AWQ with bits={bits!r} cannot be imported: 4 bits can.")
+            raise ConfigError(f"AWQ with bits={bits!r} cannot be imported, 4 bits can: {ORIGINAL}")
         version = str(config.get("version", config.get("format", "gemm"))).lower()
         if version != "gemm" or config.get("backend", "autoawq") == "llm-awq":
             raise ConfigError(

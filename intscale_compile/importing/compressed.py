@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .layers import QuantizedLayer, check_group_size, check_part, groups_of, nibbles, require, require_symmetric
+from .layers import (
+    ORIGINAL,
+    QuantizedLayer,
+    check_group_size,
+    check_part,
+    groups_of,
+    nibbles,
+    require,
+    require_symmetric,
+)
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"
 
@@ -50,7 +59,7 @@ class CompressedTensorsFormat:
         _check_with_library(config)
         if config.get("transform_config"):
             raise ConfigError(
-                "compressed-tensors transform_config rotates activations online, which cannot be imported."
+                f"compressed-tensors transform_config rotates activations online, which cannot be imported: {ORIGINAL}"
             )
         if config.get("kv_cache_scheme"):
             raise ConfigError("compressed-tensors kv_cache_scheme cannot be imported: remove it from config.json.")
@@ -70,7 +79,9 @@ class CompressedTensorsFormat:
     def _check_scheme(self, group: str, scheme: Mapping[str, Any]) -> None:
         weights, inputs = scheme.get("weights"), scheme.get("input_activations")
         if not weights:
-            raise ConfigError(f"config_groups[{group!r}] does not quantize weights, which cannot be imported.")
+            raise ConfigError(
+                f"config_groups[{group!r}] does not quantize weights, which cannot be imported: {ORIGINAL}"
+            )
         storage = scheme.get("format") or self._format
         bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), _strategy(weights)
         symmetric = weights.get("symmetric", True)
@@ -78,8 +89,8 @@ class CompressedTensorsFormat:
         eight = bits == 8 and storage == PLAIN and strategy == "channel" and symmetric
         if kind != "int" or not (four or eight):
             raise ConfigError(
-                f"config_groups[{group!r}]: {kind}{bits} weights, {strategy}, {storage} cannot be imported: int4 per group "
-                "or channel, and symmetric int8 per channel in int-quantized format, can."
+                f"config_groups[{group!r}]: {kind}{bits} weights, {strategy}, {storage} cannot be imported, int4 per group "
+                f"or channel, and symmetric int8 per channel in int-quantized format, can: {ORIGINAL}"
             )
         if weights.get("actorder") in ("group", "dynamic", True):
             raise ConfigError(
@@ -92,7 +103,9 @@ class CompressedTensorsFormat:
                 "them from config.json to import the weights alone, for dynamic activations per token."
             )
         if scheme.get("output_activations"):
-            raise ConfigError(f"config_groups[{group!r}]: output_activations cannot be imported.")
+            raise ConfigError(
+                f"config_groups[{group!r}]: output_activations cannot be imported: remove them from config.json, or {ORIGINAL}"
+            )
 
     def _of_layer(self, name: str) -> Mapping[str, Any]:
         """The scheme of a layer: exact names before patterns before classes."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .layers import (
+    ORIGINAL,
     QuantizedLayer,
     check_group_size,
     check_part,
@@ -72,7 +73,7 @@ class GptqFormat:
                 chosen.update(changes)
                 break
         if chosen["bits"] != 4:
-            raise ConfigError(f"{name}: GPTQ with bits={chosen['bits']!r} cannot be imported: 4 bits can.")
+            raise ConfigError(f"{name}: GPTQ with bits={chosen['bits']!r} cannot be imported, 4 bits can: {ORIGINAL}")
         if chosen["sym"] not in (True, False, None):
             raise ConfigError(f"{name}: GPTQ with sym={chosen['sym']!r}: it is true or false.")
         return check_group_size(name, chosen["group_size"]), chosen["sym"]

@@ -24,6 +24,7 @@ from ..tensors.intscale_tensor import IntScaleTensor
 from .report import ConvertedLayer
 
 BLOCK_ELEMENTS = 1 << 20
+ORIGINAL = "quantize the original model with IntScaleConfig, or use this one without intscale."
 
 
 @dataclass(frozen=True)

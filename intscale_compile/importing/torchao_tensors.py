@@ -12,7 +12,16 @@ from torchao.utils import TorchAOBaseTensor
 from ..errors import ConfigError
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.selection import mark_loaded
-from .layers import QuantizedLayer, ScaleOptions, check_group_size, check_part, groups_of, require, to_intscale
+from .layers import (
+    ORIGINAL,
+    QuantizedLayer,
+    ScaleOptions,
+    check_group_size,
+    check_part,
+    groups_of,
+    require,
+    to_intscale,
+)
 from .report import ImportReport
 
 ZERO_TOLERANCE = 2.0**-6  # of a code: zero points that are stored in bf16 miss an integer by up to 2**-6
@@ -67,7 +76,7 @@ def _layer_of(weight: Any, name: str) -> QuantizedLayer:
         raise ConfigError(f"{name}: act_pre_scale multiplies the activation, which cannot be imported: fold it first.")
     if weight.dim() != 2 or any(size != 1 for size in weight.block_size[:-1]):
         raise ConfigError(
-            f"{name}: shape {tuple(weight.shape)}, block size {tuple(weight.block_size)} cannot be imported."
+            f"{name}: shape {tuple(weight.shape)}, block size {tuple(weight.block_size)} cannot be imported: {ORIGINAL}"
         )
     return READERS[kind](weight, name)
 
@@ -98,7 +107,9 @@ def _int4_tensor(weight: Any, name: str) -> QuantizedLayer:
 def _intx_tensor(weight: Any, name: str) -> QuantizedLayer:
     """``W = scale * (q - zero_point)`` with one code a byte; scales ``[N, G]``."""
     if weight.target_dtype != torch.int4:  # type: ignore[attr-defined]
-        raise ConfigError(f"{name}: torchao weights of {weight.target_dtype} cannot be imported: torch.int4 can.")
+        raise ConfigError(
+            f"{name}: torchao weights of {weight.target_dtype} cannot be imported, torch.int4 can: {ORIGINAL}"
+        )
     group_size = _group_size(weight, name)
     scale, zero_point = weight.scale.float(), weight.zero_point
     if zero_point.is_floating_point():

@@ -23,6 +23,7 @@ from ..errors import CheckpointError, ConfigError, IntScaleError
 
 PathLike = Union[str, Path]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DAMAGED = "the checkpoint is damaged: download it again, or save it again from the original model."
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -43,11 +44,9 @@ def reading(what: object) -> Iterator[None]:
     except (IntScaleError, FileNotFoundError, MemoryError):
         raise
     except RecursionError as error:
-        raise CheckpointError(f"{what}: it is nested too deeply to be read; the checkpoint is damaged.") from error
+        raise CheckpointError(f"{what}: it is nested too deeply to be read; {DAMAGED}") from error
     except Exception as error:
-        raise CheckpointError(
-            f"{what}: {type(error).__name__}: {first_line(error)}; the checkpoint is damaged."
-        ) from error
+        raise CheckpointError(f"{what}: {type(error).__name__}: {first_line(error)}; {DAMAGED}") from error
 
 
 def regular_file(path: PathLike) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import types
 from pathlib import Path
 
@@ -130,11 +131,32 @@ def test_ranks_hold_parts_of_the_whole_weight():
     assert torch.equal(dense, whole.dequantize())
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "fp8"},
+        {"quant_method": "gptq", "bits": 8, "group_size": 128},
+        {"quant_method": "awq", "bits": 3, "group_size": 128},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 8, "type": "float"}}}},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": ["Linear"]}}},
+        {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R1": {}}}},
+    ],
+)
+def test_formats_that_cannot_be_served_are_refused_in_one_line_with_the_mend(config):
+    with pytest.raises(ConfigError, match="original model") as caught:
+        kind_of(config)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_group_is_never_cut():
     with pytest.raises(
         ShardingError, match=r"model.down: tensor parallelism over 4 ranks cuts its 256 .* --tensor-parallel-size"
     ):
         cut(weight(64, 256), 1, 64, 64, "model.down", 4)
+    with pytest.raises(ShardingError) as caught:
+        cut(weight(64, 256), 1, 64, 64, "model.down", 4)
+    shown = "".join(traceback.format_exception(caught.value))  # what vLLM logs: one error, and no other mend
+    assert shown.count("Error: ") == 1 and "dequantize" not in shown and "\n" not in str(caught.value)
     with pytest.raises(ShardingError, match="scattered .an input order."):
         cut(FORMS["ordered"](), 1, 0, 128, "model.down", 2)
     with pytest.raises(ShardingError, match="through blocks of its rotation=256: use a smaller"):
