@@ -217,4 +217,6 @@ def _check_with_library(config: Mapping[str, Any]) -> None:
         QuantizationConfig.model_validate(known)
     except (ValueError, NotImplementedError, KeyError) as error:  # pydantic's errors are ValueErrors
         reason = " ".join(str(error).split())
-        raise ConfigError(f"compressed-tensors does not accept this quantization_config: {reason}") from error
+        raise ConfigError(
+            f"compressed-tensors does not accept this quantization_config: mend config.json, or {ORIGINAL} It says: {reason}"
+        ) from error

@@ -137,9 +137,12 @@ def test_ranks_hold_parts_of_the_whole_weight():
         {"quant_method": "fp8"},
         {"quant_method": "gptq", "bits": 8, "group_size": 128},
         {"quant_method": "awq", "bits": 3, "group_size": 128},
-        {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 8, "type": "float"}}}},
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"a": {"targets": ["Linear"], "weights": {"type": "float"}}},
+        },
         {"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": ["Linear"]}}},
-        {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R1": {}}}},
+        {"quant_method": "compressed-tensors", "config_groups": []},
     ],
 )
 def test_formats_that_cannot_be_served_are_refused_in_one_line_with_the_mend(config):
