@@ -21,6 +21,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         vocab_size=32000, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=65536,
     ),
+    "qwen3-30b-a3b": dict(
+        hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+        head_dim=128, vocab_size=151936, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+        norm_topk_prob=True, max_position_embeddings=65536,
+    ),
     "tiny": dict(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=512, max_position_embeddings=65536,
@@ -64,19 +69,19 @@ def build(
 
     ``quantize`` is called with each decoder layer as soon as it has weights: the whole model need not fit in bf16.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+    import transformers
 
     register_attention()
     values = dict(CONFIGS[name], tie_word_embeddings=False, attn_implementation=attention, dtype=torch.bfloat16)
     if layers is not None:
         values["num_hidden_layers"] = layers
-    mixture = "num_local_experts" in values
-    config = (MixtralConfig if mixture else LlamaConfig)(**values)
+    family = "Mixtral" if "num_local_experts" in values else "Qwen3Moe" if "num_experts" in values else "Llama"
+    config = getattr(transformers, f"{family}Config")(**values)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            model = (MixtralForCausalLM if mixture else LlamaForCausalLM)(config)
+            model = getattr(transformers, f"{family}ForCausalLM")(config)
     finally:
         torch.set_default_dtype(default)
     model = model.eval().requires_grad_(False)
