@@ -42,6 +42,10 @@ torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr
 # Files that compare what users run, and what tests start as commands, have them; `--vectorized` gives them to every test.
 SCALAR, VECTORIZED = 1, None
 torch._inductor.config.cpp.simdlen = SCALAR
+# Writing and compiling C++ takes longer than everything before it, which is what most tests are about: Dynamo's graph, our
+# passes, AOTAutograd, Inductor's passes and its calls of operators. There Inductor calls the operators of eager mode instead;
+# tests marked `generated` or `vectorized`, and what tests start as commands, have C++.
+torch._inductor.config.fallback_by_default = True
 
 # Files that take longest, by processor time: they start first, or the last of them would run alone at the end.
 LONGEST = [
@@ -81,11 +85,11 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _fresh(request):
+def _fresh():
     """Every test starts from the same state, whatever ran before it, so a failure repeats when the test is run alone.
 
-    The random state, the graphs that Dynamo has of a function (with too many it gives up), what was logged once, which
-    private names of other packages were missing, and how Inductor's C++ is compiled.
+    The random state, the graphs that Dynamo has of a function (with too many it gives up), what was logged once, and
+    which private names of other packages were missing.
     """
     from intscale_compile.integrations import registry
     from intscale_compile.reasons import log_once  # not for a test run that only collects
@@ -94,8 +98,14 @@ def _fresh(request):
     torch._dynamo.reset()
     log_once.cache_clear()
     registry._said.clear()
-    vectorized = request.config.getoption("--vectorized") or request.node.get_closest_marker("vectorized")
+
+
+def pytest_runtest_setup(item):
+    """How Inductor compiles for a test, and for the fixtures of its file that are set up with it."""
+    vectorized = item.config.getoption("--vectorized") or item.get_closest_marker("vectorized")
+    generated = vectorized or item.config.getoption("--generated") or item.get_closest_marker("generated")
     torch._inductor.config.cpp.simdlen = VECTORIZED if vectorized else SCALAR
+    torch._inductor.config.fallback_by_default = not generated
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +128,9 @@ def pytest_addoption(parser):
         "--shuffle", type=int, metavar="SEED", help="files, and the tests in each, in the random order of a seed"
     )
     parser.addoption("--vectorized", action="store_true", help="vector instructions in all C++ that Inductor compiles")
+    parser.addoption(
+        "--generated", action="store_true", help="C++ of Inductor in all tests, not only in those marked so"
+    )
 
 
 def pytest_collection_finish(session):

@@ -14,6 +14,8 @@ from intscale_compile.errors import ConfigError
 from intscale_compile.passes import PASSES
 from tests.support.compiled import Block, compiled, rewritten, w4a8
 
+pytestmark = pytest.mark.generated
+
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo():

@@ -147,6 +147,7 @@ def wrong_row(model, quantized):
     return model
 
 
+@pytest.mark.generated
 @pytest.mark.parametrize("name", [*INDUCTOR, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_INDUCTOR)])
 def test_inductor(name):
     """The whole backend, one layer: both doors to the bit, and near the eager path (xq may differ by one unit)."""

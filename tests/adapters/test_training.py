@@ -81,6 +81,7 @@ def test_autocast_trains_fp32_adapters_over_a_bf16_base(base):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.generated
 def test_compiled_training_is_eager_training():
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)

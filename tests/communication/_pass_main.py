@@ -93,4 +93,4 @@ def tuned(group) -> dict:
 
 
 if __name__ == "__main__":
-    main(forms)
+    main(forms, generated=True)

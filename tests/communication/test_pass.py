@@ -23,6 +23,8 @@ from intscale_compile.passes.quantize_collectives import Chain, QuantizeCollecti
 from intscale_compile.reasons import log_once
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.generated
+
 SCRIPT = Path(__file__).with_name("_pass_main.py")
 INT8 = {"intscale.communication": "int8", "intscale.communication_min_bytes": 0}
 

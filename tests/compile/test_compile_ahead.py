@@ -29,6 +29,8 @@ from intscale_compile.kernels import gluon_launch, triton_attention, triton_gemm
 from intscale_compile.kernels.launching import GPU_IMPLEMENTATIONS, collected, launch  # noqa: E402
 from tests.support.fake_cuda import fake_cuda  # noqa: E402
 
+pytestmark = pytest.mark.generated
+
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 gluon = pytest.mark.skipif(RELEASE not in gluon_launch.TRITON_RELEASES, reason=f"Gluon of Triton {triton.__version__}")
 H100 = "NVIDIA H100 80GB HBM3"

@@ -15,6 +15,8 @@ from intscale_compile import IntScaleConfig, compile_package, export_program
 from intscale_compile.errors import ConfigError
 from tests.support import forks
 
+pytestmark = pytest.mark.generated
+
 ROOT = Path(__file__).parents[2]
 MODEL = Path(os.environ.get("INTSCALE_MODELS", ROOT / "../shared/models")) / "tiny-llama"
 # What docs/export.md tells a process to do that has the package and nothing else.

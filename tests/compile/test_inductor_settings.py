@@ -15,6 +15,8 @@ from intscale_compile.compile.inductor_settings import code_generation, inductor
 from intscale_compile.versions import version_of
 from tests.support.fake_cuda import fake_cuda, fake_inputs, generate, triton_sources
 
+pytestmark = pytest.mark.generated
+
 HOPPER_ONLY = {"triton.enable_pdl", "combo_kernels", "combo_kernels_pointwise_only"}
 needs_pdl = pytest.mark.skipif(
     not inductor_settings.knows_early_launch(), reason="this torch has no such code generation"

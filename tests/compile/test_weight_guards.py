@@ -12,7 +12,7 @@ from intscale_compile.errors import CompileError
 from intscale_compile.versions import version_of
 from tests.support.moe import sqnr
 
-LAYERS = 6
+LAYERS = 3
 FORMATS = {
     "per channel": IntScaleConfig(group_size=-1),
     "8 bits": IntScaleConfig(weight_bits=8, scale_bits=8),
@@ -82,11 +82,11 @@ def test_exchanged_weight_of_another_format(name, compilations):
     compiled(x)
     torch.manual_seed(1)
     dense = torch.randn(256, 128) / 11
-    model.layers[3].up.weight = nn.Parameter(IntScaleTensor.from_hp(dense, FORMATS[name]), requires_grad=False)
+    model.layers[1].up.weight = nn.Parameter(IntScaleTensor.from_hp(dense, FORMATS[name]), requires_grad=False)
     assert len(compilations) == 1
     assert sqnr(model(x), compiled(x)) > 50
     assert len(compilations) == 2
-    model.layers[3].up.weight = nn.Parameter(IntScaleTensor.from_hp(-dense, FORMATS[name]), requires_grad=False)
+    model.layers[1].up.weight = nn.Parameter(IntScaleTensor.from_hp(-dense, FORMATS[name]), requires_grad=False)
     assert sqnr(model(x), compiled(x)) > 50
     assert len(compilations) == 2  # same format: same graph
 
@@ -124,9 +124,9 @@ def test_inner_tensor_of_another_layout_is_refused():
     model = make_stack()
     compiled, x = torch.compile(model, backend="intscale"), torch.randn(3, 128)
     compiled(x)
-    weight = model.layers[3].up.weight
+    weight = model.layers[1].up.weight
     weight.qdata = weight.qdata.T.contiguous().T
-    with pytest.raises(CompileError, match=r"layers\.3\.up\.weight: qdata has changed .* torch\._dynamo\.reset\(\)"):
+    with pytest.raises(CompileError, match=r"layers\.1\.up\.weight: qdata has changed .* torch\._dynamo\.reset\(\)"):
         compiled(x)
     torch._dynamo.reset()
     assert sqnr(model(x), compiled(x)) > 50

@@ -72,4 +72,4 @@ def run(device: str, compiled: str) -> dict:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, generated=True)

@@ -7,6 +7,8 @@ from torchao.quantization import quantize_
 from intscale_compile import IntScaleConfig, integer_only
 from intscale_compile.errors import IntegerOnlyError
 
+pytestmark = pytest.mark.generated
+
 transformers = pytest.importorskip("transformers")
 SMALL = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,

@@ -10,6 +10,8 @@ from intscale_compile import IntScaleConfig, IntScaleTensor, integer_only
 from intscale_compile.errors import IntegerOnlyError
 from tests.support.benchmarks import load as load_benchmark
 
+pytestmark = pytest.mark.generated
+
 transformers = pytest.importorskip("transformers")
 bench = load_benchmark(("perplexity",)).perplexity
 GOLDEN = (

@@ -9,6 +9,8 @@ from intscale_compile.kernels.integer import arithmetic, attention, cpu_attentio
 from intscale_compile.ops import KERNEL_ABI, register_inductor
 from tests.support import integers as oracle
 
+pytestmark = pytest.mark.generated
+
 I64 = torch.int64
 EDGES = [
     0,

@@ -7,6 +7,8 @@ from intscale_compile.integer_only.widths import paper_widths
 from intscale_compile.kernels.integer import arithmetic, attention, linear, pointwise, rows
 from tests.integer import test_integer_ops as ops
 
+pytestmark = pytest.mark.generated
+
 TOKEN_SCALE, SCALED, SCORE = arithmetic.TOKEN_SCALE, linear.SCALED, attention.SCORE
 
 

@@ -13,6 +13,8 @@ from intscale_compile.kernels.integer.define import DECOMPOSITIONS
 from intscale_compile.ops import register_inductor
 from tests.support import fake_cuda
 
+pytestmark = pytest.mark.generated
+
 
 class Block(torch.nn.Module):
     """An embedding and a residual block."""

@@ -18,6 +18,8 @@ from intscale_compile.kernels.tile_tables import active_tiles
 from intscale_compile.kernels.triton_gated import gated_obstacle, pick_gated_tile
 from tests.support import fake_cuda
 
+pytestmark = pytest.mark.generated
+
 H100 = "NVIDIA H100 80GB HBM3"
 SHAPES = ((2048, 1024), (28672, 4096), (22016, 4096), (57344, 8192))
 HIDDEN, INTERMEDIATE = 4096, 11008

@@ -14,6 +14,8 @@ from intscale_compile import ops
 from intscale_compile.compile.inductor_settings import code_generation, inductor_defaults
 from tests.support import fake_cuda, forks, interpreter_works, sass
 
+pytestmark = pytest.mark.generated
+
 HIDDEN, INTERMEDIATE = 4096, 11008  # deep enough that ptxas keeps the K loop
 quantize = torch.ops.intscale.quantize_per_token
 linear = torch.ops.intscale.w4a8_linear

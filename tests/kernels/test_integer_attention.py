@@ -14,6 +14,8 @@ from intscale_compile.kernels.integer import triton_attention
 from tests.support import interpreter_works, sass
 from tests.support.interpreter import EXTENTS, results_of
 
+pytestmark = pytest.mark.generated
+
 
 @interpreter_works
 @pytest.mark.parametrize("extent", EXTENTS)

@@ -290,6 +290,7 @@ def test_gradients_are_the_same():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.generated
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("family", ["Llama", pytest.param("Mistral", marks=pytest.mark.slow)])
 def test_whole_model_under_the_real_backend(family, dynamic, monkeypatch):

@@ -169,6 +169,7 @@ def test_autograd_is_left_alone():
     assert rewrites[0].counts["gated_activation"] == 0 and count(rewrites[0], LINEAR_OP) == 1
 
 
+@pytest.mark.generated
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled(dynamic):
     """Through Inductor, where the op stays whole: near the unfused graph, at other numbers of tokens too."""

@@ -111,6 +111,7 @@ def test_dynamic_sizes_are_compared_without_guards():
     assert rewrite.counts["merge_siblings"] == 1 and count(rewrite, torch.clone) == 1
 
 
+@pytest.mark.generated
 def test_strides_behind_a_graph_break_are_those_of_eager_mode():
     """``data_ptr`` and what follows run outside of the graph, on its results."""
     from tests.support.compiled import rewritten

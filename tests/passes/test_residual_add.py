@@ -142,6 +142,7 @@ def test_few_tokens_and_no_graphs(monkeypatch):
     assert asked == [(LEAST_TOKENS, False)] * 2
 
 
+@pytest.mark.generated
 def test_compiled_and_explained():
     """Through Inductor, where the op stays whole, at other numbers of tokens too."""
     model, x, results = MATCHED["residual-first"], activations(), {}

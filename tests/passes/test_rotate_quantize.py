@@ -25,6 +25,8 @@ from tests.kernels.test_inductor_codegen import weight_shapes
 from tests.support.graphs import arguments, assert_true_metadata, capture, count, run
 from tests.support.static import Siblings, outlying
 
+pytestmark = pytest.mark.generated
+
 COUNTED = (HADAMARD_OP, QUANTIZE_OP, STATIC_OP, LINEAR_OP)
 
 

@@ -104,6 +104,7 @@ def test_rows_that_follow_each_other_are_merged_without_a_copy():
     torch.testing.assert_close(run(rewrite)[0], model(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.generated
 def test_compiled_rows_follow_the_weight_and_are_explained_as_one_layer():
     model, x = Part(lambda x, w: F.linear(x, w[:32]) + F.linear(x, w[64:])), torch.randn(4, 64)
     report = explain(model, x)

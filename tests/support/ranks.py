@@ -63,9 +63,14 @@ def _run_apart(script: Path, ranks: int, folder: Path, arguments: tuple[str, ...
                 process.wait()
 
 
-def main(function: Callable[..., Any]) -> None:
-    """The body of a script: calls ``function(*arguments)`` as one rank, or in a fork for each."""
+def main(function: Callable[..., Any], generated: bool = False) -> None:
+    """The body of a script: calls ``function(*arguments)`` as one rank, or in a fork for each.
+
+    Args:
+        generated: Inductor writes C++, as for tests with the mark of that name; each rank compiles it.
+    """
     torch._inductor.config.cpp.simdlen = 1  # half of g++'s time: see tests/conftest.py
+    torch._inductor.config.fallback_by_default = not generated
     number, ranks, name, *arguments = sys.argv[1:]
     folder = Path(name)
     if number != "all":

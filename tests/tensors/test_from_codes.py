@@ -199,6 +199,7 @@ def test_parts_are_laid_out_alike():
     assert torch.equal(plain.dequantize(), strided.dequantize())
 
 
+@pytest.mark.generated
 def test_merged_weights_per_channel_with_zero_points():
     """Two of them that read one activation become one product."""
 

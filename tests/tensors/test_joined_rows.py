@@ -38,6 +38,7 @@ def binds(monkeypatch):
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.generated
 @pytest.mark.parametrize("packing", [pytest.param("plain", marks=pytest.mark.slow), "tiled"])
 @pytest.mark.parametrize("inductor", [False, True])
 def test_one_copy_of_merged_weights(packing, inductor):

@@ -76,6 +76,7 @@ def test_made_in_a_compiled_function():
     assert sqnr(IntScaleTensor.from_hp(dense, CONFIG).dequantize(), made.dequantize()) > 50
 
 
+@pytest.mark.generated
 def test_compiled_linear():
     dense, x = torch.randn(16, 128), torch.randn(32, 128)
     layer = nn.Linear(128, 16, bias=False)

@@ -234,6 +234,7 @@ def test_a_graph_does_not_serve_the_other_kind():
     assert len(counts) == 2
 
 
+@pytest.mark.generated
 def test_inductor_on_a_cpu():
     model, x = Block(), torch.randn(5, 192)
     with torch.no_grad():
