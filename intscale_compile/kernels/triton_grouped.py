@@ -153,7 +153,7 @@ def _launch(
         schedule = (form.group_size, schedule_bits(form.scale_bits, asymmetric), weight_bits)
         tile = choose_grouped_tile(rows, experts, n, k, *schedule, capability(xq.device), gluon)
     if tile.kernel != "triton":
-        with torch.cuda.device(xq.device):
+        with torch.cuda.device(xq.device) if xq.is_cuda else contextlib.nullcontext():
             launch_gluon_grouped(
                 out, xq, token_scale, qdata, scale, row_scale, bias, offsets.to(torch.int32).contiguous(), _index(row_index),
                 _index(out_index), form.group_size, form.scale_bits, tile,

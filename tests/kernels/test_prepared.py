@@ -12,7 +12,15 @@ from torchao.quantization import quantize_
 
 pytest.importorskip("triton")
 from intscale_compile import IntScaleConfig, IntScaleTensor  # noqa: E402
-from intscale_compile.kernels import gluon_launch, prepared, split_k, tile_tables, triton_gemm  # noqa: E402
+from intscale_compile.kernels import (  # noqa: E402
+    gluon_grouped_launch,
+    gluon_launch,
+    prepared,
+    split_k,
+    tile_tables,
+    triton_gemm,
+    triton_grouped,
+)
 from intscale_compile.kernels.c_launcher import CannotPrepare  # noqa: E402
 from intscale_compile.kernels.tiles import Tile  # noqa: E402
 from intscale_compile.tensors import eager, experts  # noqa: E402
@@ -263,6 +271,33 @@ def test_operands_that_share_memory_keep_their_places(driver):
         expected = [t.data_ptr() for t in (gather, scatter, offsets, y, w.qdata)]
         assert [gemm.arguments[name] for name in names] == expected
     assert driver.compilations == 2
+
+
+@pytest.mark.parametrize("kernel", ["cooperative", "decode"])
+def test_experts_rows_are_gathered_for_the_tensor_memory_accelerator(driver, monkeypatch, kernel):
+    """Where the rows come by number: a copy of them in the workspace, which the tensor map of the activations describes."""
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    tile = Tile(64, 128, 8, kernel=kernel) if kernel == "cooperative" else Tile(8, 32, kernel=kernel)
+    monkeypatch.setattr(triton_grouped, "choose_grouped_tile", lambda *_: tile)
+    monkeypatch.setattr(gluon_grouped_launch, "sm_count", lambda device: 132)
+    w = IntScaleTensor.from_hp(torch.randn(2, N, K), IntScaleConfig(packing_format="tiled"))
+    offsets, order = torch.tensor([2, 4], dtype=torch.int32), torch.tensor([1, 0, 3, 2], dtype=torch.int32)
+    for gather in (order, order.flip(0).contiguous(), None):
+        x = torch.randn(4, K)
+        y = experts.grouped_linear(x, w, offsets, row_index=gather, out_index=order)
+        quantize, *copy, gemm = driver.started()
+        arguments = gemm.arguments
+        rows = quantize.arguments["xq_ptr"]
+        if gather is not None:
+            assert copy[0].arguments["index_ptr"] == arguments["row_index_ptr"] == gather.data_ptr()
+            assert copy[0].arguments["x_ptr"] == rows and copy[0].grid == (4, 1, 1)
+            rows = copy[0].arguments["out_ptr"]
+        maps = [value[0] for value in arguments.values() if isinstance(value, tuple)]
+        assert maps == [rows, w.qdata.data_ptr(), w.scale.data_ptr()] and gemm.overlap
+        assert arguments["token_scale_ptr"] == quantize.arguments["scale_ptr"]
+        assert (arguments["out_index_ptr"], arguments["out_ptr"]) == (order.data_ptr(), y.data_ptr())
+        assert (arguments["rows"], arguments["experts"], arguments["row_tiles"]) == (4, 2, N // 64)
+    assert driver.compilations == 5, "calls of one form share their launches"
 
 
 def test_threads_start_the_same_sequence_at_once(driver):
