@@ -71,10 +71,36 @@ class Operator(nn.Linear):
         return torch.ops.aten.mm(x, self.weight.t())
 
 
-@pytest.mark.parametrize("kind", [Parts, Operator])
+class Overload(nn.Linear):
+    def forward(self, x):
+        return torch.ops.aten.addmm.default(self.bias, x, torch.ops.aten.t.default(self.weight))
+
+
+class Function(nn.Linear):
+    def forward(self, x):
+        return torch.ops.aten.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", [Operator, Overload, Function])
+def test_operators_of_aten_are_products_like_any_other(kind):
+    """explain said that they were in no graph, and a plain weight stayed plain."""
+    model = quantized(nn.Sequential(kind(64, 64)))
+    rows = [(row.name, row.quantized, row.kernel) for row in explain(model, X).layers]
+    named = [
+        (row.name, row.quantized, row.kernel) for row in explain(quantized(nn.Sequential(nn.Linear(64, 64))), X).layers
+    ]
+    assert rows == named
+    plain = explain(nn.Sequential(kind(64, 64)).requires_grad_(False), X).layers
+    assert [(row.name, row.quantized, row.reason) for row in plain] == [("0.weight", True, None)]
+
+
+@pytest.mark.parametrize("kind", [Parts])
 def test_a_quantized_weight_in_a_form_that_no_pass_knows_runs_quantized(kind):
     """explain called it left alone."""
-    model, plain = quantized(nn.Sequential(kind(64, 64))), nn.Linear(64, 64, bias=False)
+    model, plain = nn.Sequential(kind(64, 64)).requires_grad_(False), nn.Linear(64, 64, bias=False)
+    quantize_(
+        model, CONFIG, filter_fn=lambda module, name: isinstance(module, kind)
+    )  # named: by itself it is left alone
     plain.weight = model[0].weight
     assert torch.equal(rewritten(model)(X), plain(X))
     (row,) = explain(model, X).layers

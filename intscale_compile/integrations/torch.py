@@ -44,6 +44,11 @@ def leave_to_python(*functions: Any) -> None:
 
 # --- patches of Inductor ----------------------------------------------------------------------------------------------
 
+_NO_CAPSULE = "a DLPack capsule of a quantized weight holds a null pointer"
+TO_DLPACK = (
+    PrivateName("torch.utils.dlpack:to_dlpack", "refusing quantized weights", _NO_CAPSULE),
+    PrivateName("torch:to_dlpack", "refusing quantized weights", _NO_CAPSULE),
+)
 _DTYPE_RULES = PrivateName(
     "torch._inductor.dtype_propagation:DtypePropagationOpsHandler.__init__",
     "keeping Inductor's table of dtype rules",

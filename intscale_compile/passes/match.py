@@ -1,9 +1,9 @@
 """Match: find every product of an activation with a constant weight, and say why those that stay are left alone.
 
 Matches ``F.linear`` (so ``nn.Linear``), ``matmul`` / ``@`` / ``mm`` / ``addmm`` with the weight as right operand in
-either orientation (``x @ w.t()`` or ``x @ w``, so GPT-2's ``Conv1D``), as functions or methods; ``inner``, ``tensordot`` and
-``einsum`` where they are such a product; and all of these with a range of a weight's output rows. Other products with a weight
-(``bmm``, grouped products of experts, see ``other_products``) are listed with a reason.
+either orientation (``x @ w.t()`` or ``x @ w``, so GPT-2's ``Conv1D``), as functions, methods or operators of aten;
+``inner``, ``tensordot`` and ``einsum`` where they are such a product; and all of these with a range of a weight's output rows.
+Other products with a weight (``bmm``, grouped products of experts, see ``other_products``) are listed with a reason.
 Emits nothing: fills ``rewrite.candidates``. Needs Dynamo's graph with fake tensors.
 """
 
@@ -33,8 +33,12 @@ from .weight_rows import cut_of
 from .weight_views import is_unknown_view, root_of_view, transposes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}
-MATMUL = {torch.matmul, torch.mm, operator.matmul, torch.linalg.matmul}
+_ATEN = {
+    name: {(packet := getattr(torch.ops.aten, name)), packet.default} for name in ("linear", "matmul", "mm", "addmm")
+}
+LINEAR = {torch.nn.functional.linear, torch._C._nn.linear} | _ATEN["linear"]
+MATMUL = {torch.matmul, torch.mm, operator.matmul, torch.linalg.matmul} | _ATEN["matmul"] | _ATEN["mm"]
+ADDMM = {torch.addmm} | _ATEN["addmm"]
 MATMUL_METHODS = {"matmul", "mm", "__matmul__"}
 OTHER_PRODUCTS = {torch.nn.functional.bilinear, torch.linalg.multi_dot, torch.chain_matmul, torch.linalg.vecdot}
 OTHER_NAMES = {"bmm", "baddbmm", "einsum", "inner", "tensordot", "kron", "dot", "vdot", "scaled_dot_product_attention"}
@@ -223,7 +227,7 @@ def _candidate(node: fx.Node, weights: WeightFinder) -> Optional[Candidate]:
         if weights.resolve(right)[0] is not None or weights.resolve_rows(right)[0] is not None:
             return _make(node, weights, left, right, None, weight_is_nk=False)
         return _left_alone(node, weights, left, Reason.LEFT_OPERAND)
-    if node.target is torch.addmm or (node.op == "call_method" and name == "addmm"):
+    if node.target in ADDMM or (node.op == "call_method" and name == "addmm"):
         return _addmm(node, weights)
     if name in VECTOR_PRODUCTS:
         return _left_alone(node, weights, argument(node, VECTOR_PRODUCTS[name], "input", "mat"), Reason.LEFT_OPERAND)

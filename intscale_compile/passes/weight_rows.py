@@ -31,6 +31,8 @@ def cut_of(node: fx.Node, name: str) -> Optional[Cut]:
     if name == "narrow":
         values = [node.args[i] if i < len(node.args) else node.kwargs.get(n) for i, n in enumerate(NARROW)]
         return _cut(values[0], values[1], values[2], values[3], by_length=True)
+    if name == "slice":
+        return _aten_slice(node)
     if node.target is not operator.getitem and name != "__getitem__":
         return None
     whole, index = node.args[:2]
@@ -52,6 +54,19 @@ def cut_of(node: fx.Node, name: str) -> Optional[Cut]:
     return _cut(whole, dim, *bounds)  # type: ignore[misc]
 
 
+def _aten_slice(node: fx.Node) -> Optional[Cut]:
+    """The part that ``aten.slice`` takes, whose ends may lie outside."""
+    values = [
+        node.args[i] if i < len(node.args) else node.kwargs.get(n, default) for i, (n, default) in enumerate(SLICE)
+    ]
+    whole, dim, start, end, step = values
+    if not _is_matrix(whole) or not isinstance(dim, int):
+        return None
+    bounds = _bounds(slice(start, end, step), example(whole).shape[dim])
+    return None if bounds is None else _cut(whole, dim, *bounds)
+
+
+SLICE = (("self", None), ("dim", 0), ("start", None), ("end", None), ("step", 1))
 NARROW = ("input", "dim", "start", "length")
 
 

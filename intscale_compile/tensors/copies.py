@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..errors import UnsupportedOpError
+from ..integrations.torch import TO_DLPACK
 from ..kernels.cpu_gemm import forget
 from .activation_parts import PER_WEIGHT
 from .fields import ALL_NAMES
@@ -114,6 +116,21 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     """PyTorch would read and write at the address of the empty wrapper, which ends the process."""
     raise refuse(f"{func.__name__} reads memory that a quantized weight does not have", DENSE_MEND)
+
+
+def _refuse_capsules(to_dlpack: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """torch.utils.dlpack.to_dlpack asks no subclass: the capsule would hold a null pointer, which ends who reads it."""
+
+    def checked(tensor: Any) -> Any:
+        if isinstance(tensor, IntScaleTensor):
+            raise refuse("to_dlpack reads memory that a quantized weight does not have", DENSE_MEND)
+        return to_dlpack(tensor)
+
+    return checked
+
+
+for _name in TO_DLPACK:
+    _name.wrap(_refuse_capsules)
 
 
 @implements_torch_function(TO_NUMPY)

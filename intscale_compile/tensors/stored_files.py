@@ -216,6 +216,7 @@ def whole_folder(folder: PathLike) -> Iterator[Path]:
     Where the block or the move fails, ``folder`` is as it was. No old file is there any more when the first new one arrives,
     and ``config.json`` goes first and comes last: whoever reads the folder meanwhile, or after the process was killed, finds no
     model, and not one of files that do not belong together. Weight files of an earlier model that the new one lacks are removed.
+    Where the former files cannot be put back either, they stay in the folder that the error names.
 
     Raises:
         CheckpointError: it cannot be written: no space, no permission.
@@ -235,11 +236,14 @@ def whole_folder(folder: PathLike) -> Iterator[Path]:
             _move(part, folder, old)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _move(part: Path, folder: Path, old: Path) -> None:
-    """Move the files of ``part`` into ``folder``, and those that they replace to ``old``; all of them, or none."""
+    """Move the files of ``part`` into ``folder``, and those that they replace to ``old``, which goes; all of them, or none.
+
+    Raises:
+        CheckpointError: a move failed and the way back did too: the former files are in ``old``.
+    """
     new = sorted(
         (path.relative_to(part) for path in part.rglob("*") if not path.is_dir()),
         key=lambda p: (p.name == "config.json", not p.name.startswith("model"), str(p)),
@@ -259,14 +263,37 @@ def _move(part: Path, folder: Path, old: Path) -> None:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             placed.append(path)
             (part / path).replace(folder / path)
-    except BaseException:
-        for path in placed:
+    except BaseException as error:
+        _move_back(part, folder, old, placed, gone, error)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_back(part: Path, folder: Path, old: Path, placed: list[Path], gone: list[Path], error: BaseException) -> None:
+    """Take the files ``placed`` out of ``folder`` again and put those that are ``gone`` back; ``old`` goes if it is empty.
+
+    Raises:
+        CheckpointError: some could not be put back.
+    """
+    obstacles = []
+    for path in placed:
+        try:
             if not (part / path).exists():
                 (folder / path).unlink(missing_ok=True)
-        for path in reversed(gone):
+        except OSError as obstacle:
+            obstacles.append(f"{path.name} is new ({first_line(obstacle)})")
+    for path in reversed(gone):
+        try:
             if (old / path).exists() or (old / path).is_symlink():
                 (old / path).replace(folder / path)
-        raise
+        except OSError as obstacle:
+            obstacles.append(f"{path.name} is in {old} ({first_line(obstacle)})")
+    if obstacles:
+        raise CheckpointError(
+            f"{folder}: it cannot be written: {first_line(error)}; nor could its former files be put back: "
+            f"{'; '.join(obstacles)}: move them back by hand."
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
 
 
 TORCH_WRITERS = ("PytorchStreamWriter", "inline_container.cc")

@@ -25,6 +25,8 @@ COMPUTED = {  # functions and methods that make another tensor of a weight
     "normalize", "norm", "softmax", "log_softmax", "mul", "multiply", "add", "sub", "div", "where", "tril", "triu", "abs", "sign",
     "clamp", "round", "square", "exp", "sigmoid", "tanh", "masked_fill", "roll", "flip", "pow", "sqrt", "sum", "mean", "addcmul",
     "vector_norm", "index_select", "gather", "dropout", "layer_norm", "weight_norm", "svd", "qr", "eigh", "inverse", "inv",
+    "take", "take_along_dim", "masked_select", "index_add", "index_copy", "index_fill", "scatter", "scatter_add", "repeat",
+    "repeat_interleave", "tile", "diagonal", "std", "var", "max", "min", "amax", "amin", "neg", "log", "relu", "cumsum",
 }  # fmt: skip
 OTHER_FORMS = {
     "embedding", "conv1d", "conv2d", "conv3d", "kron", "cdist", "cosine_similarity", "scaled_dot_product_attention", "bilinear",
@@ -55,6 +57,10 @@ def weight_reads(kind: type) -> dict[str, Reason]:
         ]
         in_parts |= {_owner(path) for part in parts if _is_weight(path := _path(part, me))}
         for node in nodes:
+            if isinstance(node, ast.Subscript) and _gathers(node.slice):
+                path = _path(_Reader(given).bare(node.value), me)
+                if _is_weight(path):
+                    found.setdefault(_owner(path), Reason.NOT_CONSTANT)
             for value, reason in _unserved(node, me, given):
                 path = _path(value, me)
                 if _is_weight(path):
@@ -183,14 +189,36 @@ class _Reader:
             yield self.bare(node), Reason.UNKNOWN_FORM
 
 
+def _gathers(index: ast.AST) -> bool:
+    """Whether an index picks entries that need not lie side by side: a tensor, a list, a mask, or a slice with steps.
+
+    A name counts as one: what it stands for is not known here, and ranges are written as slices.
+    """
+    entries = index.elts if isinstance(index, ast.Tuple) else [index]
+    return any(not _is_range(entry) and not _is_number(entry) for entry in entries)
+
+
+def _is_range(index: ast.AST) -> bool:
+    if isinstance(index, ast.Constant):
+        return index.value is None or index.value is Ellipsis
+    return isinstance(index, ast.Slice) and (index.step is None or _is_one(index.step))
+
+
+def _is_one(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value == 1
+
+
+def _is_number(index: ast.AST) -> bool:
+    index = index.operand if isinstance(index, ast.UnaryOp) else index
+    return isinstance(index, ast.Constant) and isinstance(index.value, int)
+
+
 def _takes_rows(index: ast.AST) -> bool:
     """Whether an index may leave a matrix with all of its columns: no number, nothing that cuts them."""
-    if isinstance(index, ast.UnaryOp):
-        index = index.operand
     if isinstance(index, ast.Tuple) and len(index.elts) > 1:
         columns = index.elts[1]
         return isinstance(columns, ast.Slice) and columns.lower is None and columns.upper is None
-    return not (isinstance(index, ast.Constant) and isinstance(index.value, int))
+    return not _is_number(index)
 
 
 def _transposes(node: ast.AST) -> int:

@@ -28,6 +28,7 @@ ROWS = {  # of a weight [96, 64]
     "split": (lambda x, w: F.linear(x, torch.split(w, [64, 32])[1]), 64, 96),
     "split along the outputs": (lambda x, w: x @ w.T.split(48, dim=-1)[1], 48, 96),
     "inner": (lambda x, w: torch.inner(x, w[32:]), 32, 96),
+    "aten": (lambda x, w: torch.ops.aten.linear.default(x, torch.ops.aten.slice.Tensor(w, 0, 32, 2**63 - 1)), 32, 96),
     "addmm": (lambda x, w: torch.addmm(x.new_ones(32), x, w[:32].t()) - 1, 0, 32),
 }
 LEFT_ALONE = {
@@ -76,6 +77,68 @@ def test_rows_of_a_weight_are_quantized_by_both_doors(name):
 def test_other_parts_are_left_alone_with_a_reason(name):
     rewrite = rewritten(Part(LEFT_ALONE[name]), torch.randn(4, 64))
     assert [(c.name, c.reason) for c in rewrite.candidates] == [("layer.weight", Reason.NOT_CONSTANT)]
+
+
+class Reader(nn.Module):
+    """A layer whose weight is read by its owner's ``forward``, and another."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(64, 96, bias=False), nn.Linear(64, 64)
+        self.register_buffer("rows", torch.arange(0, 64, 2))
+        self.requires_grad_(False)
+
+
+class ByIndex(Reader):
+    def forward(self, x):
+        return F.linear(self.last(x), self.layer.weight[self.rows])
+
+
+class BySelect(Reader):
+    def forward(self, x):
+        return self.last(x) @ torch.index_select(self.layer.weight, 0, self.rows).t()
+
+
+class ByList(Reader):
+    def forward(self, x):
+        weight = self.layer.weight
+        return F.linear(self.last(x), weight[[0, 5, 7], :])
+
+
+class ByMask(Reader):
+    def forward(self, x):
+        return F.linear(self.last(x), self.layer.weight.t()[:, self.rows > 7].t())
+
+
+class ByStep(Reader):
+    def forward(self, x):
+        return F.linear(self.last(x), self.layer.weight[::2])
+
+
+class AlsoCalled(Reader):
+    def forward(self, x):
+        return self.layer(x)[:, :32] + F.linear(self.last(x), self.layer.weight[self.rows])
+
+
+class ByColumn(Reader):
+    def forward(self, x):
+        return F.linear(self.last(x)[:, self.rows], self.layer.weight[:, self.rows])
+
+
+@pytest.mark.parametrize("kind", [ByIndex, BySelect, ByList, ByMask, ByStep, AlsoCalled, ByColumn])
+def test_weights_whose_rows_are_picked_are_left_alone_by_both_doors(kind):
+    """quantize took them where they were written as an index, the compiler did not."""
+    model, x = kind(), torch.randn(4, 64)
+    if kind is ByMask:
+        model.rows = torch.arange(96)
+    plain = [(c.name, c.reason) for c in rewritten(model, x).candidates]
+    assert dict(plain) == {"layer.weight": Reason.NOT_CONSTANT, "last.weight": None}
+    twin = copy.deepcopy(model)
+    quantize(twin, IntScaleConfig())
+    assert type(twin.layer.weight) is nn.Parameter and isinstance(twin.last.weight, IntScaleTensor)
+    rewrite = rewritten(twin, x)
+    assert count(rewrite, LINEAR_OP) == 1 and torch.equal(run(rewrite)[0], twin(x))
+    assert torch.equal(run(rewritten(model, x))[0], twin(x))
 
 
 class Attention(nn.Module):

@@ -76,15 +76,15 @@ def test_a_full_disk_leaves_the_old_folder_and_names_it(tmp_path):
 
 
 class Renames:
-    """Looks before each rename, and ends it with an error from number ``last`` on."""
+    """Looks before each rename, and ends number ``last`` with an error, with ``broken`` all later ones too."""
 
-    def __init__(self, monkeypatch, look=lambda: None, error=KeyboardInterrupt, last=10**6):
+    def __init__(self, monkeypatch, look=lambda: None, error=KeyboardInterrupt, last=10**6, broken=False):
         self.count, rename = 0, Path.replace
 
         def replace(path, target):
             look()
             self.count += 1
-            if self.count == last:
+            if self.count == last or (broken and self.count > last):
                 raise error
             return rename(path, target)
 
@@ -120,6 +120,25 @@ def test_a_move_that_fails_is_taken_back(tmp_path, monkeypatch, error):
                 write(part, NEW)
         assert read(folder) == OLD and [p.name for p in tmp_path.iterdir()] == ["out"], last
         assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_old_files_that_cannot_be_put_back_are_kept_and_named(tmp_path, monkeypatch, interrupted):
+    """They were removed with the folder that they had been moved to."""
+    error = KeyboardInterrupt() if interrupted else OSError(5, "Input/output error")
+    for last in range(2, 10):
+        folder = tmp_path / str(last)
+        write(folder, OLD)
+        with monkeypatch.context() as patch:
+            Renames(patch, error=error, last=last, broken=True)
+            with pytest.raises(type(error) if interrupted else CheckpointError) as caught, whole_folder(folder) as part:
+                write(part, NEW)
+        (kept,) = (p for p in folder.iterdir() if p.name.endswith(".old"))
+        there, aside = {n: t for n, t in read(folder).items() if ".old" not in n}, read(kept)
+        assert {n: t for n, t in (there | aside).items() if n in OLD} == OLD
+        assert not [p for p in folder.iterdir() if p.name.endswith(".part")]
+        if not interrupted:
+            assert f"config.json is in {kept}" in str(caught.value) and "move them back" in str(caught.value)
 
 
 def test_a_folder_that_is_there_needs_no_room_beside_it(tmp_path):

@@ -124,7 +124,17 @@ def test_quantized_head_of_a_tied_model_is_saved_and_loaded(tmp_path):
     assert torch.equal(loaded(ids).logits, expected)
 
 
-@pytest.mark.parametrize("read", [lambda w: w.apply_(abs), lambda w: w.map_(w, max), lambda w: w.__dlpack__()])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: w.apply_(abs),
+        lambda w: w.map_(w, max),
+        lambda w: w.__dlpack__(),
+        torch.from_dlpack,
+        torch.to_dlpack,
+        torch.utils.dlpack.to_dlpack,
+    ],
+)
 def test_memory_that_is_not_there_is_not_read(read):
     """apply_ ended the process."""
     with pytest.raises(UnsupportedOpError, match="use weight.dequantize"):
