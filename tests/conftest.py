@@ -44,7 +44,7 @@ SCALAR, VECTORIZED = 1, None
 torch._inductor.config.cpp.simdlen = SCALAR
 # Writing and compiling C++ takes longer than everything before it, which is what most tests are about: Dynamo's graph, our
 # passes, AOTAutograd, Inductor's passes and its calls of operators. There Inductor calls the operators of eager mode instead;
-# tests marked `generated` or `vectorized`, and what tests start as commands, have C++.
+# tests marked `generated`, `vectorized` or `slow`, and what tests start as commands, have C++.
 torch._inductor.config.fallback_by_default = True
 
 # Files that take longest, by processor time: they start first, or the last of them would run alone at the end.
@@ -103,7 +103,8 @@ def _fresh():
 def pytest_runtest_setup(item):
     """How Inductor compiles for a test, and for the fixtures of its file that are set up with it."""
     vectorized = item.config.getoption("--vectorized") or item.get_closest_marker("vectorized")
-    generated = vectorized or item.config.getoption("--generated") or item.get_closest_marker("generated")
+    asked = item.config.getoption("--generated") or item.get_closest_marker("generated")
+    generated = vectorized or asked or item.get_closest_marker("slow")
     torch._inductor.config.cpp.simdlen = VECTORIZED if vectorized else SCALAR
     torch._inductor.config.fallback_by_default = not generated
 
