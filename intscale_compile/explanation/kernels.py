@@ -26,13 +26,14 @@ def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, behind: 
     rows = int(tokens) if tokens.isdigit() else 1024
     if grouped:
         # Imports Triton, which only GPUs need.
-        from ..kernels.grouped_tiles import choose_grouped_tile
-        from ..kernels.triton_gemm import capability
+        from ..kernels.triton_grouped import pick_grouped_tile
 
-        sizes = (packed.shape[0], packed.out_features, packed.in_features)
-        form = (packed.group_size, scale_bits, packed.weight_bits)
-        tile = choose_grouped_tile(rows, *sizes, *form, capability(packed.device))
-        return f"triton grouped {schedule} {tile.block_n}x{tile.block_m}"
+        tile = pick_grouped_tile(
+            rows, packed.shape[0], packed.out_features, packed.in_features, packed.group_size, packed.scale_bits,
+            packed.weight_bits, packed.packing_format, packed.device, packed.zero_point is not None,
+        )  # fmt: skip
+        name = "triton" if tile.kernel == "triton" else f"gluon {tile.kernel}"
+        return f"{name} grouped {schedule} {tile.block_n}x{tile.block_m}"
     gluon = _gluon_obstacle(packed) is None and (cuda_graphs or rows >= GLUON_TOKENS or behind is not None)
     shape = (packed.out_features, packed.in_features)
     pick = pick_gated_tile if behind not in (None, "residual") else pick_tile
@@ -58,5 +59,5 @@ def _gluon_obstacle(packed: IntScaleTensor) -> Optional[str]:
 
 def kernel_notes(packed: IntScaleTensor) -> set[str]:
     """Why a weight on a GPU runs in plain Triton although Gluon kernels exist."""
-    obstacle = _gluon_obstacle(packed) if packed.device.type == "cuda" and packed.dim() == 2 else None
+    obstacle = _gluon_obstacle(packed) if packed.device.type == "cuda" else None
     return {f"plain Triton instead of Gluon: {obstacle}."} if obstacle else set()

@@ -120,6 +120,17 @@ def row_tiles(rows: int, experts: int, block_m: int) -> int:
     return groups + (rows - groups) // block_m
 
 
+def pick_grouped_tile(
+    rows: int, experts: int, n: int, k: int, group_size: int, scale_bits: int, weight_bits: int, packing: str,
+    device: torch.device, asymmetric: bool = False, readable: bool = True,
+) -> Tile:  # fmt: skip
+    """Kernel and tile for a problem on a device; ``readable`` says whether the Gluon kernels can read the operands."""
+    how = (k, group_size, scale_bits, weight_bits, packing, device, asymmetric)
+    gluon = readable and gluon_obstacle(*how) is None
+    schedule = (group_size, schedule_bits(scale_bits, asymmetric), weight_bits)
+    return choose_grouped_tile(rows, experts, n, k, *schedule, capability(device), gluon)
+
+
 def _index(index: Optional[Tensor]) -> Optional[Tensor]:
     return None if index is None else index.to(torch.int32).contiguous()
 
@@ -148,10 +159,9 @@ def _launch(
     zero_point = None if zero_point is None else zero_point.contiguous()
     weight_bits, asymmetric = 8 if qdata.dtype is torch.int8 else 4, zero_point is not None
     if tile is None:
-        how = (k, form.group_size, form.scale_bits, weight_bits, form.packing, xq.device, asymmetric)
-        gluon = scale.dtype is not torch.int16 and gluon_launch.addressable(xq) and gluon_obstacle(*how) is None
-        schedule = (form.group_size, schedule_bits(form.scale_bits, asymmetric), weight_bits)
-        tile = choose_grouped_tile(rows, experts, n, k, *schedule, capability(xq.device), gluon)
+        how = (form.group_size, form.scale_bits, weight_bits, form.packing, xq.device, asymmetric)
+        readable = scale.dtype is not torch.int16 and gluon_launch.addressable(xq)
+        tile = pick_grouped_tile(rows, experts, n, k, *how, readable)
     if tile.kernel != "triton":
         with torch.cuda.device(xq.device) if xq.is_cuda else contextlib.nullcontext():
             launch_gluon_grouped(

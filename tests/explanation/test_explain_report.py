@@ -1,6 +1,7 @@
 """``explain`` as data: folding, graphs in every stage, several graphs, dynamic shapes, times, and differences."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -317,3 +318,28 @@ def test_diff_of_something_else_is_refused():
         explain.diff(report, {"schema": 0})
     with pytest.raises(InputError, match="a is not"):
         explain.diff("text", report)
+
+
+@pytest.mark.parametrize(
+    "obstacle, rows, name",
+    [
+        (None, "4096", "gluon cooperative grouped fold 256x128"),
+        (None, "2", "triton grouped fold 128x16"),
+        ("groups of 64", "4096", "triton grouped fold 128x128"),
+    ],
+)
+def test_the_kernel_of_experts_is_the_one_that_is_launched(monkeypatch, obstacle, rows, name):
+    """The experts of Mixtral on a GPU of capability 9.0, where Gluon can run and where it cannot."""
+    pytest.importorskip("triton")
+    from intscale_compile.explanation import kernels
+    from intscale_compile.kernels import triton_grouped
+
+    stack = SimpleNamespace(
+        shape=(8, 28672, 4096), out_features=28672, in_features=4096, group_size=128, scale_bits=4, weight_bits=4,
+        packing_format="tiled", zero_point=None, device=torch.device("cuda"), dim=lambda: 3,
+    )  # fmt: skip
+    monkeypatch.setattr(triton_grouped, "capability", lambda device: 90)
+    monkeypatch.setattr(triton_grouped, "gluon_obstacle", lambda *_: obstacle)
+    monkeypatch.setattr(kernels, "_gluon_obstacle", lambda packed: obstacle)
+    assert kernels.kernel_name(stack, rows, cuda_graphs=True) == name
+    assert kernels.kernel_notes(stack) == ({f"plain Triton instead of Gluon: {obstacle}."} if obstacle else set())

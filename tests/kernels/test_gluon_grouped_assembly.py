@@ -84,7 +84,7 @@ def cases() -> list:
         (schedule, tile, groups, out)
         for schedule in SCHEDULES
         for tile in sorted(chosen(schedule), key=str)
-        for groups, out in ((32, "bf16"), (256, "bf16"), (32, "fp32"), (256, "fp32"), (32, "i32"))
+        for groups, out in ((32, "bf16"), (256, "bf16"), (512, "bf16"), (32, "fp32"), (256, "fp32"), (32, "i32"))
     ]
     quick = {
         ("fold", "decode", "bf16"): 256,

@@ -278,7 +278,7 @@ def test_experts_rows_are_gathered_for_the_tensor_memory_accelerator(driver, mon
     """Where the rows come by number: a copy of them in the workspace, which the tensor map of the activations describes."""
     pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
     tile = Tile(64, 128, 8, kernel=kernel) if kernel == "cooperative" else Tile(8, 32, kernel=kernel)
-    monkeypatch.setattr(triton_grouped, "choose_grouped_tile", lambda *_: tile)
+    monkeypatch.setattr(triton_grouped, "pick_grouped_tile", lambda *_: tile)
     monkeypatch.setattr(gluon_grouped_launch, "sm_count", lambda device: 132)
     w = IntScaleTensor.from_hp(torch.randn(2, N, K), IntScaleConfig(packing_format="tiled"))
     offsets, order = torch.tensor([2, 4], dtype=torch.int32), torch.tensor([1, 0, 3, 2], dtype=torch.int32)
