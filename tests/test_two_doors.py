@@ -202,6 +202,43 @@ def test_weights_in_other_products_and_in_the_other_direction():
     assert torch.isfinite(model(x)).all()
 
 
+class Absorbed(nn.Module):
+    """Weights that are taken apart or computed with: DeepSeek's latent attention reads ``up`` head by head."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("up", "groups", "double", "scaled", "aten", "turned", "moved", "parts", "free"):
+            setattr(self, name, nn.Linear(64, 64, bias=False))
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        up = self.up.weight if self.up.bias is None else x.new_zeros(64, 64)
+        up = up.view(4, -1, 64)
+        y = torch.einsum("bhd,hdk->bk", x.view(-1, 4, 16), up)
+        y = y + torch.bmm(y.view(-1, 2, 32).transpose(0, 1), self.groups.weight.reshape(2, 32, 64)).sum(0)
+        y = y + F.linear(y.double(), self.double.weight.double()).float()
+        y = y + torch.addmm(y, y, self.scaled.weight.t(), beta=0.5)
+        y = y + y @ torch.ops.aten.index_select.default(self.aten.weight, 0, torch.arange(64)).t()
+        y = y + y @ torch.rot90(self.turned.weight)
+        y = y + y @ self.moved.weight.movedim(0, 1) + y @ self.moved.weight.adjoint()
+        return self.free(y + torch.cat([F.linear(y, part) for part in self.parts.weight.unsafe_chunk(2)], dim=-1))
+
+
+def test_weights_that_are_taken_apart_are_left_alone_by_both_doors():
+    """quantize took them, and the first call failed."""
+    model, x = Absorbed(), torch.randn(3, 64)
+    assert {name: reason.name for name, reason in weight_reads(Absorbed).items()} == {
+        "up": "UNKNOWN_VIEW",
+        "groups": "UNKNOWN_VIEW",
+        "scaled": "SCALED_ADDMM",
+        **dict.fromkeys(("double", "aten", "turned"), "NOT_CONSTANT"),
+    }
+    served = {f"{name}.weight" for name in ("moved", "parts", "free")}
+    assert quantized(compiler_choices(model, x)) == chosen_by_quantize(model) == served
+    quantize(model, CONFIG)
+    assert torch.isfinite(model(x)).all() and quantized(compiler_choices(model, x)) == served
+
+
 class Masked(nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight * 0.5, self.bias)

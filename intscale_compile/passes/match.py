@@ -43,9 +43,14 @@ MATMUL_METHODS = {"matmul", "mm", "__matmul__"}
 OTHER_PRODUCTS = {torch.nn.functional.bilinear, torch.linalg.multi_dot, torch.chain_matmul, torch.linalg.vecdot}
 OTHER_NAMES = {"bmm", "baddbmm", "einsum", "inner", "tensordot", "kron", "dot", "vdot", "scaled_dot_product_attention"}
 VECTOR_PRODUCTS = {"mv": 0, "addmv": 1}  # the place of the matrix, which is the left operand
-TRANSPOSES = {"t", "T", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims"}
-SELECTIONS = {"getitem", "__getitem__", "select", "index_select", "unbind"}
-PASS_THROUGH = {"to", "contiguous", "detach", "float", "half", "bfloat16", "type_as", "type", "double", "clone"}
+TRANSPOSES = {
+    "t", "T", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "mH",
+}  # fmt: skip
+SELECTIONS = {"getitem", "__getitem__", "select", "index_select", "unbind", "index"}
+PASS_THROUGH = {
+    "to", "_to_copy", "contiguous", "detach", "float", "half", "bfloat16", "type_as", "type", "double", "clone",
+}  # fmt: skip
+DIMS = (("dim0", "source"), ("dim1", "destination"))
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 
 
@@ -203,9 +208,9 @@ def swaps_last_two(node: fx.Node, name: str) -> bool:
     rank = value.dim() if isinstance(value, Tensor) else 2
     if name in ("t", "T", "numpy_T"):
         return rank == 2
-    if name == "mT":
+    if name in ("mT", "mH", "adjoint"):
         return True
-    dims = [a for a in node.args[1:]] or [node.kwargs.get("dim0"), node.kwargs.get("dim1")]
+    dims = list(node.args[1:]) or [node.kwargs.get(first, node.kwargs.get(second)) for first, second in DIMS]
     dims = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
     if not all(isinstance(d, int) for d in dims):
         return False
@@ -298,7 +303,7 @@ def _make(node: fx.Node, weights: WeightFinder, x: Any, weight: Any, bias: Any, 
 
 
 def _addmm(node: fx.Node, weights: WeightFinder) -> Optional[Candidate]:
-    bias, x, weight = argument(node, 0, "input"), argument(node, 1, "mat1"), argument(node, 2, "mat2")
+    bias, x, weight = argument(node, 0, "input", "self"), argument(node, 1, "mat1"), argument(node, 2, "mat2")
     if weights.resolve(weight)[0] is None and weights.resolve_rows(weight)[0] is None:
         return _left_alone(node, weights, x, Reason.LEFT_OPERAND)
     candidate = _make(node, weights, x, weight, bias, weight_is_nk=False)

@@ -84,7 +84,7 @@ def _parts_of(index: slice) -> tuple:
 
 def _part(parts: Any, index: Any) -> Optional[Cut]:
     """An entry of what ``split`` and the like return."""
-    name = str(parts.target) if parts.op == "call_method" else getattr(parts.target, "__name__", "")
+    name = str(parts.target) if parts.op == "call_method" else getattr(parts.target, "__name__", "").split(".")[0]
     sizes = example(parts)
     whole = parts.args[0] if parts.args else None
     if (

@@ -286,14 +286,14 @@ def _concatenate_experts(tensors) -> IntScaleTensor:
     return parts[0].replaced(**data, scale_bits=max(t.scale_bits for t in parts))
 
 
-@implements(aten.split.Tensor)
+@implements([aten.split.Tensor, aten.unsafe_split.Tensor])
 def _(func, types, args, kwargs):
     tensor, size, dim = fill_defaults(args, 3, [0])
     dim = kwargs.get("dim", dim)
     return tuple(aten.slice.Tensor(tensor, dim, i, i + size, 1) for i in range(0, tensor.shape[dim], size))
 
 
-@implements(aten.split_with_sizes.default)
+@implements([aten.split_with_sizes.default, aten.unsafe_split_with_sizes.default])
 def _(func, types, args, kwargs):
     tensor, sizes, dim = fill_defaults(args, 3, [0])
     dim, start, parts = kwargs.get("dim", dim), 0, []

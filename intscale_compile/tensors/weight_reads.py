@@ -26,12 +26,15 @@ COMPUTED = {  # functions and methods that make another tensor of a weight
     "clamp", "round", "square", "exp", "sigmoid", "tanh", "masked_fill", "roll", "flip", "pow", "sqrt", "sum", "mean", "addcmul",
     "vector_norm", "index_select", "gather", "dropout", "layer_norm", "weight_norm", "svd", "qr", "eigh", "inverse", "inv",
     "take", "take_along_dim", "masked_select", "index_add", "index_copy", "index_fill", "scatter", "scatter_add", "repeat",
-    "repeat_interleave", "tile", "diagonal", "std", "var", "max", "min", "amax", "amin", "neg", "log", "relu", "cumsum",
+    "repeat_interleave", "tile", "diagonal", "rot90", "double", "std", "var", "max", "min", "amax", "amin", "neg", "log", "relu",
+    "cumsum",
 }  # fmt: skip
 OTHER_FORMS = {
     "embedding", "conv1d", "conv2d", "conv3d", "kron", "cdist", "cosine_similarity", "scaled_dot_product_attention", "bilinear",
     "dot", "vdot", "vecdot", "outer", "grouped_mm", "baddbmm", "multi_dot", "chain_matmul",
 }  # fmt: skip
+# From how many sizes on they take a matrix apart.
+VIEWS = {"view": 3, "reshape": 3, "unflatten": 0, "expand": 0, "as_strided": 0, "flatten": 0, "unfold": 0}
 JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
 ATTENTION = "multi_head_attention_forward"
 
@@ -50,6 +53,7 @@ def weight_reads(kind: type) -> dict[str, Reason]:
     in_parts: set[str] = set()
     for tree, me in _methods(kind):
         given = _names_of_weights(tree, me)
+        aliases = _aliases(tree, me)
         nodes = list(ast.walk(tree))
         called |= {_path(node.func, me) for node in nodes if isinstance(node, ast.Call)}
         parts = [
@@ -65,6 +69,9 @@ def weight_reads(kind: type) -> dict[str, Reason]:
                 path = _path(value, me)
                 if _is_weight(path):
                     found.setdefault(_owner(path), reason)
+        for node in nodes:
+            for path in _viewed(node, me, aliases):
+                found.setdefault(_owner(path), Reason.UNKNOWN_VIEW)
     return dict.fromkeys(in_parts - called, Reason.NOT_CONSTANT) | found
 
 
@@ -122,6 +129,34 @@ def _names_of_weights(tree: ast.AST, me: str) -> dict[str, ast.AST]:
     return {name: values[1] for name, values in given.items() if len(values) == 2 and values[1] is not None}
 
 
+def _aliases(tree: ast.AST, me: str) -> dict[str, set[str]]:
+    """Local names that stand for a child's weight somewhere, maybe under a condition, and its dotted names."""
+    found: dict[str, set[str]] = {}
+    for node in ast.walk(tree):
+        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        if isinstance(target, ast.Name):
+            value = node.value  # type: ignore[attr-defined]
+            values = [value.body, value.orelse] if isinstance(value, ast.IfExp) else [value]
+            paths = {path for v in values if _is_weight(path := _path(_bare(v), me))}
+            found.setdefault(target.id, set()).update(paths)
+    return found
+
+
+def _viewed(node: ast.AST, me: str, aliases: dict[str, set[str]]) -> Iterator[str]:
+    """Dotted names of the weight that a call takes apart into more dimensions: ``weight.view(heads, -1, rank)``."""
+    name = _called(node) if isinstance(node, ast.Call) else ""
+    if name not in VIEWS or not isinstance(node.func, ast.Attribute):  # type: ignore[attr-defined]
+        return
+    values = list(node.args)  # type: ignore[attr-defined]
+    owner = values.pop(0) if _of_torch(node.func) and values else node.func.value  # type: ignore[attr-defined]
+    sizes = values[0].elts if len(values) == 1 and isinstance(values[0], (ast.Tuple, ast.List)) else values
+    if len(sizes) < VIEWS[name]:
+        return
+    owner = _bare(owner)
+    paths = aliases.get(owner.id, set()) if isinstance(owner, ast.Name) else {_path(owner, me)}
+    yield from filter(_is_weight, paths)
+
+
 def _unserved(node: ast.AST, me: str, given: dict[str, ast.AST]) -> Iterator[tuple[ast.AST, Reason]]:
     """Operands of one expression that cannot be quantized weights."""
     read = _Reader(given)
@@ -138,6 +173,9 @@ def _unserved(node: ast.AST, me: str, given: dict[str, ast.AST]) -> Iterator[tup
     of_weight = owner is not None and _is_weight(_path(read.bare(owner), me))  # self.layer.weight.matmul(x)
     operands = [owner, *node.args] if of_weight else node.args
     yield from _products(read, name, operands)
+    factors = [keyword.value for keyword in node.keywords if keyword.arg in ("beta", "alpha")]
+    if name == "addmm" and len(operands) > 2 and not all(map(_is_one, factors)):
+        yield read.bare(operands[2]), Reason.SCALED_ADDMM
     if name == ATTENTION:
         yield from ((read.bare(value), Reason.ONE_OPERATOR) for value in values)
     if name in JOINS:
@@ -239,12 +277,16 @@ def _of_torch(func: ast.AST) -> bool:
     """Whether a function is written as one of torch: ``torch.norm``, ``F.normalize``, ``torch.nn.functional.normalize``."""
     while isinstance(func, ast.Attribute):
         func = func.value
-    return isinstance(func, ast.Name) and func.id in ("torch", "F", "nn", "functional")
+    return isinstance(func, ast.Name) and func.id in ("torch", "F", "nn", "functional", "aten")
 
 
 def _called(call: ast.Call) -> str:
-    """Last part of the name of the function that is called."""
+    """Last part of the name of the function that is called: ``index_select`` of ``aten.index_select.default`` too."""
     func = call.func
+    if isinstance(func, ast.Attribute) and isinstance(func.value, ast.Attribute) and _of_torch(func):
+        above = func.value.value
+        if (above.attr if isinstance(above, ast.Attribute) else getattr(above, "id", "")) == "aten":
+            return func.value.attr
     return func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
 
 
