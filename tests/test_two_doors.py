@@ -207,7 +207,7 @@ class Absorbed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name in ("up", "groups", "double", "scaled", "aten", "turned", "moved", "parts", "free"):
+        for name in ("up", "groups", "upcast", "scaled", "aten", "turned", "moved", "parts", "free"):
             setattr(self, name, nn.Linear(64, 64, bias=False))
         self.requires_grad_(False)
 
@@ -216,7 +216,7 @@ class Absorbed(nn.Module):
         up = up.view(4, -1, 64)
         y = torch.einsum("bhd,hdk->bk", x.view(-1, 4, 16), up)
         y = y + torch.bmm(y.view(-1, 2, 32).transpose(0, 1), self.groups.weight.reshape(2, 32, 64)).sum(0)
-        y = y + F.linear(y.double(), self.double.weight.double()).float()
+        y = y + F.linear(y.double(), self.upcast.weight.double()).float()
         y = y + torch.addmm(y, y, self.scaled.weight.t(), beta=0.5)
         y = y + y @ torch.ops.aten.index_select.default(self.aten.weight, 0, torch.arange(64)).t()
         y = y + y @ torch.rot90(self.turned.weight)
@@ -231,7 +231,7 @@ def test_weights_that_are_taken_apart_are_left_alone_by_both_doors():
         "up": "UNKNOWN_VIEW",
         "groups": "UNKNOWN_VIEW",
         "scaled": "SCALED_ADDMM",
-        **dict.fromkeys(("double", "aten", "turned"), "NOT_CONSTANT"),
+        **dict.fromkeys(("upcast", "aten", "turned"), "NOT_CONSTANT"),
     }
     served = {f"{name}.weight" for name in ("moved", "parts", "free")}
     assert quantized(compiler_choices(model, x)) == chosen_by_quantize(model) == served
