@@ -42,8 +42,8 @@ def size_of(model: nn.Module) -> Size:
     return Size(sum(p.numel() for p in parameters), nbytes, _is_tied(model))
 
 
-def announce(model: nn.Module, config: CalibrationConfig) -> None:
-    """Log what a calibration will change, before it does."""
+def announce(model: nn.Module, config: CalibrationConfig) -> Size:
+    """Log what a calibration will change, before it does; the size before."""
     if config.rotation != "none" and _is_tied(model):
         weight: Any = model.get_output_embeddings().weight  # type: ignore[operator]
         log.info(
@@ -53,6 +53,7 @@ def announce(model: nn.Module, config: CalibrationConfig) -> None:
         )
     for pattern, other in config.overrides.items():
         log.info("weights that match %r are quantized in %d bits", pattern, other.weight_bits)
+    return size_of(model)
 
 
 def changes_of(model: nn.Module, before: Size) -> list[str]:

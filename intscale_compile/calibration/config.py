@@ -53,6 +53,8 @@ class CalibrationConfig:
             there to be compared with.
         tuning_steps: steps of gradient descent on row scales and norm weights of each block, to match the output of
             the original block on the original inputs (ApiQ's block-wise objective, arXiv 2402.05147). 0: none.
+        distillation_steps: in the end, steps of gradient descent on row scales, norm weights and biases of the whole model,
+            to match the original's next-token distribution on the data (``distill``). 0: none.
         seed: of everything random.
 
     Raises:
@@ -73,6 +75,7 @@ class CalibrationConfig:
     activation: str = "dynamic"
     scales: str = "integer"
     tuning_steps: int = 0
+    distillation_steps: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,11 +83,13 @@ class CalibrationConfig:
             self._check(name, getattr(self, name) in allowed, f"one of {allowed}")
         self._check("base_config", type(self.base_config) is IntScaleConfig, "an IntScaleConfig")
         self._check("damping", isinstance(self.damping, float) and 0 < self.damping <= 1, "a float in (0, 1]")
-        for name in ("sweeps", "tuning_steps", "seed"):
+        for name in ("sweeps", "tuning_steps", "distillation_steps", "seed"):
             value = getattr(self, name)
             self._check(name, type(value) is int and value >= 0, "an integer, 0 or more")
         policy = self.activation == "dynamic" or self.smoothing in ("fptq", "outliers")
         self._check("activation", policy, '"dynamic" unless smoothing is "fptq" or "outliers"')
+        whole = self.distillation_steps == 0 or self.scales == "integer"
+        self._check("distillation_steps", whole, '0 unless scales="integer"')
         self._check("sweeps", self.sweeps == 0 or self.rounding == "gptq", '0 unless rounding="gptq"')
         for pattern, config in self.overrides.items():
             _compiled(pattern)

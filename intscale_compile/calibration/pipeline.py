@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -22,9 +23,10 @@ from ..tensors.selection import linears_and_experts, mark_decided, model_weights
 from ..tensors.weight_checks import check_module
 from .block_clipping import learn_block_steps
 from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_of, relative_error, statistics
-from .changes import announce, changes_of, check_model, size_of
+from .changes import announce, changes_of, check_model
 from .clipping import on_integer_grid
 from .config import CalibrationConfig, as_calibration_config
+from .distilling import Distillation, distill_as
 from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stages, weights_of
 from .replay import Replay, replayed
 from .restoring import restored_on_failure
@@ -43,16 +45,17 @@ class CalibrationReport:
 
     Attributes:
         config: the configuration.
-        losses: squared error of each block's output relative to the original block's, by name; the errors of all blocks
-            before it are in it.
-        weights: names of the quantized parameters.
+        losses: squared error of each block's output relative to the original block's, those of earlier blocks included.
+        weights: names of quantized parameters.
         changes: what else is different now: bytes, an output embedding of its own, 8-bit weights, rotated inputs.
+        distillation: its losses.
     """
 
     config: CalibrationConfig
     losses: dict[str, float] = field(default_factory=dict)
     weights: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
+    distillation: Optional[Distillation] = None
 
     def __str__(self) -> str:
         rows = [f"  {name}: {loss:.3e}" for name, loss in self.losses.items()]
@@ -103,12 +106,14 @@ def calibrate(
     check_model(model)
     report = CalibrationReport(chosen)
     store = Checkpoint.open(checkpoint_dir, chosen, digest_of(batches), model) if checkpoint_dir is not None else None
-    before = size_of(model)
-    announce(model, chosen)
+    before = announce(model, chosen)
+    original = copy.deepcopy(model) if chosen.distillation_steps else None
     with restored_on_failure(model, restore):
         _calibrate_blocks(model, batches, chosen, report, store, progress)
         if chosen.base_config.output_embedding is not None:
             report.weights += quantize_output_embedding(model, chosen.base_config)
+        if original is not None:
+            report.distillation = distill_as(model, original, data, chosen, progress)
         _finish(model, chosen)
     report.changes = changes_of(model, before)
     return report
@@ -234,9 +239,8 @@ class _Streams:
     original: list[Tensor]
     quantized: list[Tensor]
 
-    def runs(self, hidden: list[Tensor], place: int, device: torch.device) -> Iterator[Callable]:
-        for batch, states in enumerate(hidden):
-            yield lambda batch=batch, states=states: self.inputs.inputs(batch, place, states, device)
+    def runs(self, hidden: list[Tensor], place: int, device: torch.device) -> list[Callable]:
+        return [partial(self.inputs.inputs, batch, place, states, device) for batch, states in enumerate(hidden)]
 
 
 @dataclass
@@ -279,7 +283,7 @@ class _Block:
         self.streams.original, self.streams.quantized = target, output
 
     def _runs(self, hidden: list[Tensor]) -> list[Callable[[], Inputs]]:
-        return list(self.streams.runs(hidden, self.place, self.device))
+        return self.streams.runs(hidden, self.place, self.device)
 
     def _smooth(self) -> None:
         batches = _Lazy(self._runs(self.streams.quantized))

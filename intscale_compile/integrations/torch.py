@@ -42,6 +42,21 @@ def leave_to_python(*functions: Any) -> None:
     after_import("torch._dynamo.eval_frame", skip)
 
 
+# --- what the processor has ------------------------------------------------------------------------------------------
+
+_AMX = PrivateName(
+    "torch.cpu:_is_amx_tile_supported",
+    "whether a CPU multiplies in bf16 faster than in fp32",
+    "distill multiplies in fp32 on CPUs, which takes several times as long",
+)
+
+
+def has_amx() -> bool:
+    """Whether the CPU has instructions for products of bf16 matrices."""
+    function = _AMX.find()
+    return function is not None and bool(function())
+
+
 # --- patches of Inductor ----------------------------------------------------------------------------------------------
 
 _NO_CAPSULE = "a DLPack capsule of a quantized weight holds a null pointer"

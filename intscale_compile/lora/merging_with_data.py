@@ -94,6 +94,7 @@ def _configuration(
         activation="dynamic",
         scales="integer",
         tuning_steps=0,
+        distillation_steps=0,
     )
 
 

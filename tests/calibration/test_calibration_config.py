@@ -85,6 +85,8 @@ def test_says_what_differs():
         {"sweeps": -1},
         {"sweeps": True},
         {"tuning_steps": 1.0},
+        {"distillation_steps": -1},
+        {"distillation_steps": 1, "scales": "float"},
         {"seed": None},
         {"base_config": "int4"},
         {"overrides": {"(": W8A8}},
