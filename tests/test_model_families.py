@@ -15,7 +15,7 @@ from intscale_compile import IntScaleConfig, IntScaleTensor, linears_and_experts
 pytest.importorskip("transformers")
 from tests.support.model_families import FAMILIES, Family, linear_modules  # noqa: E402
 
-INDUCTOR = ("gpt2", "gemma2", "vit")
+INDUCTOR = (pytest.param("gpt2", marks=pytest.mark.generated), "gemma2", "vit")
 SLOW_INDUCTOR = ("qwen3", "opt", "phi3", "t5")
 # Vectorized C++ takes a compiler twice as long, and is not what these tests are about.
 QUICK_CPP = {"cpp.simdlen": 1}
@@ -147,7 +147,6 @@ def wrong_row(model, quantized):
     return model
 
 
-@pytest.mark.generated
 @pytest.mark.parametrize("name", [*INDUCTOR, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_INDUCTOR)])
 def test_inductor(name):
     """The whole backend, one layer: both doors to the bit, and near the eager path (xq may differ by one unit)."""

@@ -29,8 +29,6 @@ from intscale_compile.kernels import gluon_launch, triton_attention, triton_gemm
 from intscale_compile.kernels.launching import GPU_IMPLEMENTATIONS, collected, launch  # noqa: E402
 from tests.support.fake_cuda import fake_cuda  # noqa: E402
 
-pytestmark = pytest.mark.generated
-
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 gluon = pytest.mark.skipif(RELEASE not in gluon_launch.TRITON_RELEASES, reason=f"Gluon of Triton {triton.__version__}")
 H100 = "NVIDIA H100 80GB HBM3"
@@ -182,10 +180,8 @@ def check_foreseen(cases, names, started, compiled):
 
 @gluon
 def test_decoding_launches_what_was_compiled_ahead(started, compiled):
-    shapes = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
-    cases = [linear_case(1, n, k) for n, k in shapes] + [attention_case(1, 256)]
-    names = ["gemm_decode", "gemm_decode", "gemm_specialized", "gemm_decode"] + ["decode_attention_kernel"]
-    check_foreseen(cases, names, started, compiled)
+    cases = [linear_case(1, 6144, 4096), linear_case(1, 28672, 4096), attention_case(1, 256)]
+    check_foreseen(cases, ["gemm_decode", "gemm_specialized", "decode_attention_kernel"], started, compiled)
 
 
 @gluon

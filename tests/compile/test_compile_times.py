@@ -15,8 +15,6 @@ from intscale_compile.compile.times import timed
 from intscale_compile.debug import compile_times
 from intscale_compile.passes import PASSES
 
-pytestmark = pytest.mark.generated
-
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo():

@@ -15,8 +15,6 @@ from intscale_compile import IntScaleConfig, compile_package, export_program
 from intscale_compile.errors import ConfigError
 from tests.support import forks
 
-pytestmark = pytest.mark.generated
-
 ROOT = Path(__file__).parents[2]
 MODEL = Path(os.environ.get("INTSCALE_MODELS", ROOT / "../shared/models")) / "tiny-llama"
 # What docs/export.md tells a process to do that has the package and nothing else.
@@ -81,6 +79,7 @@ def same_in_a_fresh_process(model, inputs, tmp_path, dynamic_shapes=None, forwar
     return program
 
 
+@pytest.mark.generated
 def test_a_package_computes_the_bits_of_the_backend_in_a_fresh_process(tmp_path):
     torch.manual_seed(0)
     model = Block()
@@ -101,6 +100,7 @@ class Logits(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.generated
 @pytest.mark.skipif(not MODEL.exists(), reason="needs tiny-llama")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_a_package_of_tiny_llama(dynamic, tmp_path):

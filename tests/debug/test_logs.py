@@ -13,6 +13,8 @@ import intscale_compile
 MODEL = """
 import sys, torch
 assert not any(name.startswith("intscale") for name in sys.modules), "imported with torch"
+import torch._inductor.config
+torch._inductor.config.fallback_by_default = True  # no C++ to compile
 model = torch.nn.Linear(64, 32).requires_grad_(False)
 with torch.no_grad():
     torch.compile(model, backend="intscale")(torch.randn(2, 64))
@@ -53,6 +55,8 @@ SHOWN = {  # by name: what is logged, and what is not
 }
 COMPILE = """
 import sys
+import torch._inductor.config
+torch._inductor.config.fallback_by_default = True
 model = torch.nn.Linear(64, 32).requires_grad_(False)
 for level in (logging.DEBUG, logging.INFO):
     torch._logging.set_logs(modules={"intscale": level})

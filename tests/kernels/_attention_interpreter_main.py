@@ -105,8 +105,8 @@ def check_nothing_visible() -> None:
 def check_alone() -> None:
     """A sequence alone gets the bits that it gets in a batch."""
     for keys, kind in ((60, "float"), (700, "none"), (700, "bool")):
-        q, k, v = operands(3, 4, 2, keys, 64)
-        mask = mask_of(kind, 3, 4, keys)
+        q, k, v = operands(3, 2, 1, keys, 64)
+        mask = mask_of(kind, 3, 2, keys)
         whole = decode_attention_cuda(q, k, v, mask, SCALE)
         for i in (0, 2):
             own = None if mask is None else mask[i : i + 1]

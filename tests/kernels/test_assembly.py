@@ -64,7 +64,12 @@ def check_loop(code: Sass, tensor_core: tuple[str, ...], outside: int = 0) -> No
     assert outside or code.count("STL") == code.count("LDL") == 0
 
 
-SM90_CASES = [(s, t) for s in (FOLD, ACCUMULATE, PER_CHANNEL) for t in chosen_tiles(s)]
+SM90_CASES = [
+    pytest.param(s, t, marks=() if s is FOLD or t in (tiles[0], tiles[-1]) else pytest.mark.slow)
+    for s in (FOLD, ACCUMULATE, PER_CHANNEL)
+    for tiles in [chosen_tiles(s)]
+    for t in tiles
+]
 SM90_CASES += [
     pytest.param(s, chosen_tiles(s)[-1], marks=pytest.mark.slow if s in ((64, 8, 4), (256, 8, 4)) else ())
     for s in (W8A8, (32, 4, 4), (32, 8, 4), (64, 8, 4), (256, 4, 4), (256, 8, 4))
