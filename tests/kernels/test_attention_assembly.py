@@ -39,10 +39,15 @@ def compile_kernel(target: GPUTarget, mask: str, heads: int = 4, features: int =
 SIZES = {90: ((64, 1, 1), (80, 4, 1), (128, 8, 4)), 80: ((80, 4, 4), (128, 8, 1))}  # features, heads, steps
 
 
-@pytest.mark.parametrize("mask", MASK_TYPES)
+SIZED = {"float": SIZES, "none, other sizes": {arch: sizes[:-1] for arch, sizes in SIZES.items()}}
+
+
+@pytest.mark.parametrize("mask", [*MASK_TYPES, pytest.param("none, other sizes", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_nvidia(arch, mask, tmp_path):
-    for features, heads, steps in SIZES[arch] if mask == "float" else SIZES[arch][-1:]:
+    sizes = SIZED[mask][arch] if mask in SIZED else SIZES[arch][-1:]
+    mask = mask.partition(",")[0]
+    for features, heads, steps in sizes:
         compiled = compile_kernel(GPUTarget("cuda", arch, 32), mask, heads, features, steps, overlap=arch == 90)
         code = disassemble(compiled, tmp_path)
         assert any(code.count(opcode) for opcode in TENSOR_CORE), code.opcodes()
