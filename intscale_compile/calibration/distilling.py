@@ -123,7 +123,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
     """Linear layers with a quantized weight of their own; shared weights and stacks of experts keep their row scales."""
     owners = [m for m in model.modules() if isinstance(getattr(m, "weight", None), IntScaleTensor)]
     count = Counter(id(module.weight) for module in owners)
-    found = [m for m in owners if m.weight.dim() == 2 and count[id(m.weight)] == 1 and not isinstance(m, nn.Embedding)]
+    found = [m for m in owners if m.weight.ndim == 2 and count[id(m.weight)] == 1 and not isinstance(m, nn.Embedding)]
     if not found:
         raise CalibrationError("there is no quantized linear layer to distill: quantize or calibrate the model first.")
     return [_Layer(module) for module in found]
@@ -288,7 +288,9 @@ def _descend(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * step / max(1, steps))) / 2
     )
-    generator, order, losses = torch.Generator().manual_seed(seed), [], []
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    losses: list[Tensor] = []
     try:
         for vector in vectors:
             vector.requires_grad_(True)
