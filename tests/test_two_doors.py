@@ -207,7 +207,19 @@ class Absorbed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name in ("up", "groups", "upcast", "scaled", "aten", "turned", "moved", "parts", "free"):
+        for name in (
+            "up",
+            "groups",
+            "upcast",
+            "scaled",
+            "aten",
+            "turned",
+            "stacked",
+            "picked",
+            "moved",
+            "parts",
+            "free",
+        ):
             setattr(self, name, nn.Linear(64, 64, bias=False))
         self.requires_grad_(False)
 
@@ -219,7 +231,8 @@ class Absorbed(nn.Module):
         y = y + F.linear(y.double(), self.upcast.weight.double()).float()
         y = y + torch.addmm(y, y, self.scaled.weight.t(), beta=0.5)
         y = y + y @ torch.ops.aten.index_select.default(self.aten.weight, 0, torch.arange(64)).t()
-        y = y + y @ torch.rot90(self.turned.weight)
+        y = y + y @ torch.rot90(self.turned.weight) + (y @ self.stacked.weight.t()[None])[0]
+        y = y + F.linear(y, torch.ops.aten.index.Tensor(self.picked.weight, [torch.arange(64)]))
         y = y + y @ self.moved.weight.movedim(0, 1) + y @ self.moved.weight.adjoint()
         return self.free(y + torch.cat([F.linear(y, part) for part in self.parts.weight.unsafe_chunk(2)], dim=-1))
 
@@ -230,8 +243,9 @@ def test_weights_that_are_taken_apart_are_left_alone_by_both_doors():
     assert {name: reason.name for name, reason in weight_reads(Absorbed).items()} == {
         "up": "UNKNOWN_VIEW",
         "groups": "UNKNOWN_VIEW",
+        "stacked": "UNKNOWN_VIEW",
         "scaled": "SCALED_ADDMM",
-        **dict.fromkeys(("upcast", "aten", "turned"), "NOT_CONSTANT"),
+        **dict.fromkeys(("upcast", "aten", "turned", "picked"), "NOT_CONSTANT"),
     }
     served = {f"{name}.weight" for name in ("moved", "parts", "free")}
     assert quantized(compiler_choices(model, x)) == chosen_by_quantize(model) == served

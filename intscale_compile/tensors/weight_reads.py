@@ -27,7 +27,7 @@ COMPUTED = {  # functions and methods that make another tensor of a weight
     "vector_norm", "index_select", "gather", "dropout", "layer_norm", "weight_norm", "svd", "qr", "eigh", "inverse", "inv",
     "take", "take_along_dim", "masked_select", "index_add", "index_copy", "index_fill", "scatter", "scatter_add", "repeat",
     "repeat_interleave", "tile", "diagonal", "rot90", "double", "std", "var", "max", "min", "amax", "amin", "neg", "log", "relu",
-    "cumsum",
+    "cumsum", "index",
 }  # fmt: skip
 OTHER_FORMS = {
     "embedding", "conv1d", "conv2d", "conv3d", "kron", "cdist", "cosine_similarity", "scaled_dot_product_attention", "bilinear",
@@ -225,6 +225,8 @@ class _Reader:
         """The right operand of a product, if it is a weight as a layer keeps it, or (``wanted``) its transpose."""
         if self.is_transposed(node) is wanted:
             yield self.bare(node), Reason.UNKNOWN_FORM
+        elif _is_stacked(node):
+            yield self.bare(node), Reason.UNKNOWN_VIEW
 
 
 def _gathers(index: ast.AST) -> bool:
@@ -271,6 +273,22 @@ def _transposes(node: ast.AST) -> int:
             node = node.value
         else:
             return count
+
+
+def _is_stacked(node: ast.AST) -> bool:
+    """Whether a value got a dimension more: ``weight.t()[None]``, ``weight.unsqueeze(0)``."""
+    while True:
+        if isinstance(node, ast.Subscript):
+            entries = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+            return any(isinstance(entry, ast.Constant) and entry.value is None for entry in entries)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _called(node) in _REARRANGE:
+            if _called(node) == "unsqueeze":
+                return True
+            node = node.func.value
+        elif isinstance(node, ast.Attribute) and node.attr in ("T", "mT", "data"):
+            node = node.value
+        else:
+            return False
 
 
 def _of_torch(func: ast.AST) -> bool:
