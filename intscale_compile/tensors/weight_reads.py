@@ -174,7 +174,7 @@ def _unserved(node: ast.AST, me: str, given: dict[str, ast.AST]) -> Iterator[tup
     operands = [owner, *node.args] if of_weight else node.args
     yield from _products(read, name, operands)
     factors = [keyword.value for keyword in node.keywords if keyword.arg in ("beta", "alpha")]
-    if name == "addmm" and len(operands) > 2 and not all(map(_is_one, factors)):
+    if name == "addmm" and len(operands) > 2 and operands[2] is not None and not all(map(_is_one, factors)):
         yield read.bare(operands[2]), Reason.SCALED_ADDMM
     if name == ATTENTION:
         yield from ((read.bare(value), Reason.ONE_OPERATOR) for value in values)
