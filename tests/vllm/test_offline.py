@@ -57,8 +57,11 @@ def check_layers(llm, model, ids, linears=LINEARS):
     return calls
 
 
-def check_agreement(llm, model, ids, at_least=0.003):
-    """The likelihood of held-out text: rounding differs in attention and norms, and a code flips here and there."""
+def check_agreement(llm, model, ids, at_least=0.01):
+    """The likelihood of held-out text: rounding differs around our layers, and codes flip here and there.
+
+    Embeddings that are changed by 1e-7 of themselves move transformers' own by up to 0.4 %; test_tokens.py compares to the bit.
+    """
     ours, theirs = log_likelihood(llm, ids), reference_log_likelihood(model, ids)
     assert abs(ours - theirs) < at_least * abs(theirs), (ours, theirs)
     return f"log likelihood of a token {ours:.6f} (transformers {theirs:.6f})"
