@@ -43,9 +43,8 @@ def choose_grouped_tile(
     # A row more than the tile holds reads the expert's weights a second time, from L2: so a tile for the mean is enough.
     mean = tile_count(rows, max(1, experts))
     busy = min(rows, experts)  # experts that have rows, if routing is even
-    if gluon:
-        schedule = schedule_name(group_size, scale_bits, weight_bits)
-        tile = _gluon_tile(mean, busy, n, k, schedule, decode=group_size in (128, -1))
+    if gluon and group_size == 128 and weight_bits == 4:  # the other formats were assembled, and not run on a GPU yet
+        tile = _gluon_tile(mean, busy, n, k, schedule_name(group_size, scale_bits, weight_bits))
         if tile is not None:
             return tile
     if mean <= 64:
@@ -57,11 +56,11 @@ def choose_grouped_tile(
     return Tile(128, 128) if capability == 90 else Tile(128, 128, num_warps=8)
 
 
-def _gluon_tile(mean: int, busy: int, n: int, k: int, schedule: str, decode: bool) -> Optional[Tile]:
+def _gluon_tile(mean: int, busy: int, n: int, k: int, schedule: str) -> Optional[Tile]:
     """Tile of a Gluon kernel, or None where the plain one is faster: its programs begin 3 us earlier (H100)."""
     if mean <= FEW_ROWS:
         few = busy * tile_count(n, 128) < SM_COUNT  # of the plain kernel's tiles
-        if decode and schedule != "int8" and (k >= 2 * DEEP or few and k >= DEEP):
+        if k >= 2 * DEEP or few and k >= DEEP:
             return deepest(Tile(8, 32, kernel="decode", steps=4), schedule, most=4)
         return None
     if mean <= MANY_ROWS and (n * k < LARGE_WEIGHT or schedule == "accumulate"):
