@@ -96,7 +96,7 @@ def measure(args, n: int, k: int, rows: int, bandwidth: float) -> None:
     """Print one line of the table, or the whole sweep."""
     from intscale_compile.kernels.grouped_tiles import choose_grouped_tile
     from intscale_compile.kernels.triton_gemm import capability
-    from intscale_compile.kernels.triton_grouped import GroupedForm
+    from intscale_compile.kernels.triton_grouped import GroupedForm, pick_grouped_tile
 
     form = GroupedForm(n, 128, 4, "tiled")
     copies = copy_count(args.experts * n * k // 2, l2_bytes())
@@ -104,7 +104,9 @@ def measure(args, n: int, k: int, rows: int, bandwidth: float) -> None:
     xq = torch.randint(-127, 128, (rows, k), dtype=torch.int8, device="cuda")
     token_scale = torch.rand(rows, 1, device="cuda")
     offsets, ids = make_routing(rows, args.experts, args.top_k)
-    chosen = choose_grouped_tile(rows, args.experts, n, k, 128, 4, 4, capability(xq.device), not args.plain)
+    problem = (rows, args.experts, n, k, 128, 4, 4)
+    plain = choose_grouped_tile(*problem, capability(xq.device))
+    chosen = plain if args.plain else pick_grouped_tile(*problem, "tiled", xq.device)  # Gluon where this machine can
     swept = sweep(rows, args.experts, n, k, args.gluon) if args.sweep else ()
     tiles = list(dict.fromkeys([chosen, *swept]))
     indices = (None, None)
