@@ -61,10 +61,10 @@ def _large(m: int, n: int, k: int, sms: int) -> Iterator[Tile]:
     for bm, bn in ((64, 128), (128, 64), (128, 128)):
         if tile_count(m, bm) * tile_count(n, bn) > sms // 2:
             yield Tile(bm, bn, kernel="pipelined", group_n=16 if m >= 512 else 8)
-    for bm, bn, stages in ((128, 128, 8), (256, 128, 8), (128, 256, 8)):
+    for bm, bn, warps in ((128, 128, 8), (256, 128, 8), (128, 256, 8), (128, 192, 12)):
         count = tile_count(m, bm) * tile_count(n, bn)
         for split in _splits(count, k, sms) if m > bm // 2 else ():
-            yield Tile(bm, bn, 8, stages, kernel="cooperative", split_k=split)
+            yield Tile(bm, bn, warps, 8, kernel="cooperative", split_k=split)
 
 
 def fp8_us(m: int, n: int, k: int, copies: int = 3) -> float:

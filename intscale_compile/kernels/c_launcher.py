@@ -76,7 +76,7 @@ def open_library(driver: str) -> Any:
     ]
     made.intscale_add_pointer.argtypes = [_pointer, _int, _int, _u64]
     made.intscale_add_map.argtypes = [
-        _pointer, _int, _int, _u64, _u64, _int, _pointer, _pointer, _pointer, _int, _int, _int,
+        _pointer, _int, _int, _u64, _u64, _int, _pointer, _pointer, _pointer, _int, _int,
     ]  # fmt: skip
     made.intscale_run.argtypes = [_pointer, _int, _u64, ctypes.c_char_p]
     if made.intscale_open(driver.encode()):
@@ -128,13 +128,13 @@ class LaunchList:
 
     def add_map(
         self, offset: int, slot: int, add: int, address: int, sizes: Items[int], strides: Items[int], box: Items[int],
-        kind: int, swizzle: int, nan_fill: bool,
+        kind: int, swizzle: int,
     ) -> None:  # fmt: skip
-        """At ``offset`` comes a tensor map; sizes, strides in bytes and box as PyTorch orders dimensions."""
+        """At ``offset`` comes a tensor map of the driver's type ``kind``; sizes, strides (bytes), box in PyTorch's order."""
         self._check(
             self._library.intscale_add_map(
                 self.handle, offset, slot, add, address, len(sizes), _array(_u64, sizes[::-1]),
-                _array(_u64, strides[-2::-1]), _array(ctypes.c_uint32, box[::-1]), kind, swizzle, nan_fill,
+                _array(_u64, strides[-2::-1]), _array(ctypes.c_uint32, box[::-1]), kind, swizzle,
             )
         )  # fmt: skip
 

@@ -15,6 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 # Starts a copy of a tensor descriptor's block to shared memory; renamed in Triton 3.8, the old name fails from 3.9 on.
 copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+# Starts a copy from shared memory to a block of a tensor descriptor; renamed in Triton 3.8 too.
+copy_to_global = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # from Triton 3.9 on

@@ -1,20 +1,25 @@
-"""Gluon kernel of the W4A8 linear layer for many tokens: a producer warp and two consumer warpgroups that share activations.
+"""Gluon kernel of the W4A8 linear layer for many tokens: a producer warp and two or three consumers that share activations.
 
-A stage of the ring is one packing block of 128 input features: activations ``[BLOCK_M, 128]``, which both consumers read,
-and codes with their group scales ``[BLOCK_N]``, of which each consumer has half the rows. While one consumer expands codes
-in registers, the tensor cores work for the other; each waits for its own wgmma once a stage, since ptxas serializes wgmma
+A stage of the ring is one packing block of 128 input features: activations ``[BLOCK_M, 128]``, which all consumers read, and
+codes with their group scales ``[BLOCK_N]``, of which each consumer (a warpgroup) has its own rows. While one consumer expands
+codes in registers, the tensor cores work for another; each waits for its own wgmma once a stage, since ptxas serializes wgmma
 that are left in flight across stages beside ``setmaxnreg``. With 64 rows and 256 tokens a consumer reads half the codes and
-scales for each wgmma that a square tile of 128 would.
+scales for each wgmma that a square tile of 128 would. Three consumers of 64 rows and 128 tokens (BLOCK_N 192) keep the tensor
+cores busier than two where a tile has to be small, or where each holds two sums.
 
-``SCALES`` is as in ``gluon_gemm``. ``accumulate`` drains an int32 partial sum after every group; the other consumer's wgmma
-runs meanwhile. The accumulator is that of every other kernel, bit for bit.
+With ``TMA_STORE`` the epilogue writes 16-bit results to shared memory, from where the tensor memory accelerator takes them while
+the next tile is multiplied; scales are fetched before the loop, and so is a residual, to where the results will be. Without, and
+for other outputs, results are stored as in ``gluon_gemm``'s kernels.
+
+``SCALES`` is as in ``gluon_gemm``. ``accumulate`` drains an int32 partial sum after every group; the other consumers' wgmma
+run meanwhile. The accumulator is that of every other kernel, bit for bit.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from .gluon_common import (
     allow_next_kernel,
@@ -22,12 +27,14 @@ from .gluon_common import (
     fold_codes,
     load_tokens,
     reinterpret_shared,
+    store_tile,
     tile_position,
     token_halves,
     unpack_times16,
     wait_for_previous_kernel,
 )
-from .gluon_gemm import finish_tile, split_range
+from .gluon_epilogue import half_scales, start_residual, store_half, sum_parts
+from .gluon_gemm import split_range
 
 
 @gluon.jit
@@ -35,17 +42,19 @@ def load_weights(
     w_desc, s_desc, ws, ss, bar, slot, row_tile, block, pred,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Announce all bytes of a stage and start the copies of the codes and group scales of both consumers.
+    """Announce all bytes of a stage and start the copies of the codes and group scales of all consumers.
 
-    ``row_tile`` is the first of the tile's rows, in packing tiles of 64 rows.
+    ``row_tile`` is the first of the tile's rows, in packing tiles of 64 rows. ``ws`` has a slot for each consumer and stage.
     """
-    TILES: gl.constexpr = BLOCK_N // 64
-    SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else BLOCK_N * 4 if SCALES == "float" else BLOCK_N
+    ROWS: gl.constexpr = ws.shape[1]
+    CONSUMERS: gl.constexpr = BLOCK_N // ROWS
+    SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else ss.shape[1] * 64 * (4 if SCALES == "float" else 1)
     CODE_BYTES: gl.constexpr = w_desc.block_shape[1]
     mbarrier.expect(bar, BLOCK_M * 128 + BLOCK_N * CODE_BYTES + SCALE_BYTES, pred=pred)
-    for r in gl.static_range(TILES):
+    for r in gl.static_range(BLOCK_N // 64):
         row = ((row_tile + r) * BLOCKS + block) * 64
-        copy_to_shared(w_desc, [row, 0], bar, ws.index(slot).slice(r * 64, 64, 0), pred=pred)
+        rows = ws.index(slot * CONSUMERS + r * 64 // ROWS).slice(r * 64 % ROWS, 64, 0)
+        copy_to_shared(w_desc, [row, 0], bar, rows, pred=pred)
     if SCALES != "none":
         copy_to_shared(s_desc, [row_tile, block // BLOCKS_PER_GROUP, 0], bar, ss.index(slot), pred=pred)
 
@@ -56,9 +65,8 @@ def consumer_scales(
 ):  # fmt: skip
     """Group scales of one consumer's rows, ``[ROWS]``, as int32 (or fp32)."""
     LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    scales = (
-        reinterpret_shared(ss.index(slot), ss.dtype, [2 * ROWS], LINEAR).slice(CONSUMER * ROWS, ROWS, 0).load(LAYOUT)
-    )
+    ALL: gl.constexpr = ss.shape[1] * 64
+    scales = reinterpret_shared(ss.index(slot), ss.dtype, [ALL], LINEAR).slice(CONSUMER * ROWS, ROWS, 0).load(LAYOUT)
     return scales if ss.dtype == gl.float32 else scales.to(gl.int32)
 
 
@@ -80,13 +88,13 @@ def one_where_loaded(scales):
 
 @gluon.jit
 def multiply_half(
-    acc, slot, xs, ws, ss, empty, CONSUMER: gl.constexpr,
+    acc, slot, xs, ws, ss, empty, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
     SCALES: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr, INT8: gl.constexpr,
 ):  # fmt: skip
     """Add one stage to the ``[ROWS, BLOCK_M]`` sums of a consumer, and free its part of the stage."""
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=4)
     x = xs.index(slot)
-    rows = ws.index(slot).slice(CONSUMER * ROWS, ROWS, 0)
+    rows = ws.index(slot * CONSUMERS + CONSUMER)
     if INT8:
         acc = warpgroup_mma(rows, x.permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -121,37 +129,77 @@ def multiply_half(
 
 @gluon.jit
 def consume_half(
-    CONSUMER: gl.constexpr, xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr,
-    residual_ptr, partial_ptr, counter_ptr, M, N,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc,
+    out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.constexpr,
-    OVERLAP: gl.constexpr, INT8: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    OVERLAP: gl.constexpr, INT8: gl.constexpr, HAS_RESIDUAL: gl.constexpr, TMA_STORE: gl.constexpr,
 ):  # fmt: skip
     """One consumer: the products of its rows with every stage of every tile of this program, and their epilogue."""
-    ROWS: gl.constexpr = BLOCK_N // 2
+    ROWS: gl.constexpr = BLOCK_N // CONSUMERS
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M if BLOCK_M < 128 else 128, 32]
     )
+    EARLY: gl.constexpr = SCALES == "fold" or SCALES == "none"  # with two sums there are no registers to keep scales in
     items = gl.cdiv(N, BLOCK_N) * gl.cdiv(M, BLOCK_M) * SPLIT_K
     if OVERLAP:
         wait_for_previous_kernel()
+    bar = residual_bars.index(CONSUMER)
     stage = 0
+    phase = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile_m, tile_n = tile_position(item // SPLIT_K, M, N, BLOCK_M, BLOCK_N, GROUP_N)
         begin, end = split_range(item % SPLIT_K, BLOCKS, SPLIT_K, UNROLL)
+        first, second = token_halves(tile_m, M, BLOCK_M)
+        n0 = tile_n * BLOCK_N + CONSUMER * ROWS
+        if TMA_STORE and EARLY:
+            factor, row_scale, token_scale, bias = half_scales(
+                scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, first, second, n0, M, N,
+                SCALES, HAS_BIAS, BLOCK_M, ROWS, LAYOUT,
+            )  # fmt: skip
+        if TMA_STORE and HAS_RESIDUAL and SPLIT_K == 1:
+            start_residual(residual_desc, ys, bar, first, second, n0, CONSUMER, BLOCK_M, ROWS)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32 if SCALES == "float" else gl.int32, LAYOUT)
         for _ in range(begin // UNROLL, end // UNROLL):
             for u in gl.static_range(UNROLL):
                 slot = (stage + u) % STAGES
                 mbarrier.wait(full.index(slot), ((stage + u) // STAGES) & 1)
-                acc = multiply_half(acc, slot, xs, ws, ss, empty, CONSUMER, SCALES, BLOCK_M, ROWS, LAYOUT, INT8)
+                acc = multiply_half(
+                    acc, slot, xs, ws, ss, empty, CONSUMER, CONSUMERS, SCALES, BLOCK_M, ROWS, LAYOUT, INT8
+                )
             stage += UNROLL
-        # A consumer's half of a tile is a tile of half the rows, for the epilogue and for the sum over parts of K.
-        finish_tile(
-            acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr,
-            item // SPLIT_K * 2 + CONSUMER, item % SPLIT_K, tile_m, tile_n * 2 + CONSUMER, M, N,
-            SCALES, SPLIT_K, DEQUANTIZE, HAS_BIAS, BLOCK_M, ROWS, 4, LAYOUT, INT8, "none", HAS_RESIDUAL,
-        )  # fmt: skip
+        last = True
+        if SPLIT_K > 1:
+            acc, last = sum_parts(
+                acc, partial_ptr, counter_ptr, item // SPLIT_K * CONSUMERS + CONSUMER, item % SPLIT_K,
+                SPLIT_K, BLOCK_M, ROWS, LAYOUT,
+            )  # fmt: skip
+        if last:
+            if TMA_STORE:
+                if not EARLY:
+                    factor, row_scale, token_scale, bias = half_scales(
+                        scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, first, second, n0, M, N,
+                        SCALES, HAS_BIAS, BLOCK_M, ROWS, LAYOUT,
+                    )  # fmt: skip
+                if HAS_RESIDUAL and SPLIT_K > 1:
+                    start_residual(residual_desc, ys, bar, first, second, n0, CONSUMER, BLOCK_M, ROWS)
+                if HAS_RESIDUAL:
+                    mbarrier.wait(bar, phase)
+                    phase ^= 1
+                store_half(
+                    acc, out_desc, ys, factor, row_scale, token_scale, bias, first, second, n0, CONSUMER,
+                    SCALES, HAS_BIAS, BLOCK_M, ROWS, LAYOUT, INT8, HAS_RESIDUAL,
+                )  # fmt: skip
+            else:
+                if SCALES == "none" and not INT8:
+                    acc = acc >> 4
+                store_tile(
+                    acc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr,
+                    first, second, n0, M, N, SCALES == "none", DEQUANTIZE, HAS_BIAS, LAYOUT,
+                    BLOCK_M, ROWS, 4, "none", HAS_RESIDUAL,
+                )  # fmt: skip
+    if TMA_STORE:
+        tma.store_wait(0)
 
 
 @gluon.jit
@@ -196,50 +244,109 @@ def produce_shared(
 
 @gluon.jit(do_not_specialize=["M"])
 def gemm_cooperative(
-    x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr,
-    counter_ptr, M, N,
+    x_desc, w_desc, s_desc, out_desc, residual_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr,
+    residual_ptr, partial_ptr, counter_ptr, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, DEQUANTIZE: gl.constexpr,
     HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr,
     SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, TMA_STORE: gl.constexpr,
 ):  # fmt: skip
-    """``out[m, n]``, ``[M, N]``; persistent. Launched with 4 warps: one consumer; the other and the producer are beside it."""
+    """``out[m, n]``, ``[M, N]``; persistent. Launched with 4 warps: one consumer; the other and the producer are beside it.
+
+    ``TMA_STORE`` (for 16-bit outputs whose rows are a multiple of 16 bytes): by ``out_desc`` and ``residual_desc``
+    instead of the pointers.
+    """
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
-    ws = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
-    ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, BLOCK_N // 64, 1, 64], s_desc.layout)
+    CONSUMERS: gl.constexpr = 3 if BLOCK_N == 192 else 2
+    ws = gl.allocate_shared_memory(
+        gl.int8, [STAGES * CONSUMERS, BLOCK_N // CONSUMERS, w_desc.block_shape[1]], w_desc.layout
+    )
+    ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, s_desc.block_shape[0], 1, 64], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    ys = full  # not read without TMA_STORE
+    residual_bars = empty
+    if TMA_STORE:
+        ys = gl.allocate_shared_memory(out_desc.dtype, [BLOCK_N // 64, BLOCK_M, 64], out_desc.layout)
+        if HAS_RESIDUAL:
+            residual_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+            for i in gl.static_range(CONSUMERS):
+                mbarrier.init(residual_bars.index(i), count=1)
     if OVERLAP:
         allow_next_kernel()
-    gl.warp_specialize(
-        [
-            (
-                consume_half,
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
                 (
-                    0, xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr,
-                    partial_ptr, counter_ptr, M, N, BLOCKS, SCALES, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N,
-                    SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
+                    consume_half,
+                    (
+                        0, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
+                        row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
+                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
+                        TMA_STORE,
+                    ),
                 ),
-            ),
-            (
-                consume_half,
                 (
-                    1, xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr,
-                    partial_ptr, counter_ptr, M, N, BLOCKS, SCALES, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N,
-                    SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
+                    consume_half,
+                    (
+                        1, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
+                        row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
+                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
+                        TMA_STORE,
+                    ),
                 ),
-            ),
-            (
-                produce_shared,
                 (
-                    x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M,
-                    BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP,
+                    produce_shared,
+                    (
+                        x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+                        STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP,
+                    ),
                 ),
-            ),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    consume_half,
+                    (
+                        0, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
+                        row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
+                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
+                        TMA_STORE,
+                    ),
+                ),
+                (
+                    consume_half,
+                    (
+                        1, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
+                        row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
+                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
+                        TMA_STORE,
+                    ),
+                ),
+                (
+                    consume_half,
+                    (
+                        2, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
+                        row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
+                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
+                        TMA_STORE,
+                    ),
+                ),
+                (
+                    produce_shared,
+                    (
+                        x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+                        STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP,
+                    ),
+                ),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )  # fmt: skip

@@ -135,7 +135,7 @@ def consume_rows(
             for u in gl.static_range(UNROLL):
                 slot = (stage + u) % STAGES
                 mbarrier.wait(full.index(slot), ((stage + u) // STAGES) & 1)
-                acc = multiply_half(acc, slot, xs, ws, ss, empty, CONSUMER, SCALES, BLOCK_M, ROWS, LAYOUT, INT8)
+                acc = multiply_half(acc, slot, xs, ws, ss, empty, CONSUMER, 2, SCALES, BLOCK_M, ROWS, LAYOUT, INT8)
             stage += UNROLL
         if SCALES == "none" and not INT8:
             acc = acc >> 4
@@ -189,7 +189,7 @@ def grouped_cooperative(
     ``row_tiles`` are packing tiles of 64 rows of one expert's weight. GROUPS is a power of 2 above ``experts``, at least 32.
     """
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
-    ws = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
+    ws = gl.allocate_shared_memory(gl.int8, [STAGES * 2, BLOCK_N // 2, w_desc.block_shape[1]], w_desc.layout)
     ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, BLOCK_N // 64, 1, 64], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

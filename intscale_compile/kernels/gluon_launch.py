@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..format import pack_block
 from ..reasons import log_once
-from .gluon_tiles import fits_resident, for_output
+from .gluon_tiles import fits_resident, for_output, scale_tiles
 from .launching import collecting, described, launch
 from .split_k import take_counters
 from .tile import Tile, schedule_name
@@ -30,6 +30,7 @@ REGISTERS = {
     (4, 3): 80,
     (8, 1): 168,
     (8, 2): 80,
+    (12, 1): 128,
 }  # by (warps, programs an SM): a thread's share
 
 
@@ -111,7 +112,7 @@ def _layout(block: tuple[int, ...], bits: int, swizzled: bool) -> Any:
     from triton.experimental.gluon import language as gl
 
     if swizzled:
-        return gl.NVMMASharedLayout.get_default_for(list(block), gl.int8)
+        return gl.NVMMASharedLayout.get_default_for(list(block), {8: gl.int8, 16: gl.int16}[bits])
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=len(block))
 
 
@@ -166,7 +167,7 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
         qdata.view(torch.int8), [row_tiles * blocks * 64, code_bytes], [code_bytes, 1], (64, code_bytes)
     )
     scales = qdata.view(torch.uint8) if flags["SCALES"] == "none" else scale
-    shape, strides, block = [row_tiles, groups, 64], [groups * 64, 64, 1], [tile.block_n // 64, 1, 64]
+    shape, strides, block = [row_tiles, groups, 64], [groups * 64, 64, 1], [scale_tiles(tile), 1, 64]
     if flags["GATED"] != "none":  # one copy takes the scales of gate rows and of up rows
         shape, strides = [2, row_tiles // 2, groups, 64], [row_tiles // 2 * groups * 64, *strides]
         block = [2, tile.block_n // 128, 1, 64]
@@ -179,18 +180,34 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
     if split_k > 1:
         dtype = torch.float32 if flags["SCALES"] == "float" else torch.int32
         partial = torch.empty(tiles * split_k * tile.block_m * tile.block_n, dtype=dtype, device=xq.device)
-        counters = take_counters(xq.device, tiles * (2 if cooperative else 1))  # each consumer has its own sums
+        sums = tile.num_warps // 4 if cooperative else 1  # each consumer has its own
+        counters = take_counters(xq.device, tiles * sums)
+    out, residual = operands["epilogue"][0], operands["residual"]
+    stores: tuple[Any, ...] = ()
+    if cooperative:
+        flags = flags | {"TMA_STORE": copies_results(out, residual)}
+        box = (tile.block_m // 2, 64)
+        stores = tuple(
+            descriptor(x, list(out.shape), [out.stride(0), 1], box) if flags["TMA_STORE"] and x is not None else None
+            for x in (out, residual)
+        )
     kernels = {"specialized": gemm_specialized, "pipelined": gemm_pipelined, "cooperative": gemm_cooperative}
     persistent = tile.kernel != "pipelined"
     options = dict(maxnreg=REGISTERS[tile.num_warps, tile.programs_per_sm]) if persistent else {}
     grid = tiles * split_k
     launch(
         kernels[tile.kernel], (min(grid, grid_limit) if persistent else grid,),
-        x_desc, w_desc, s_desc, *operands["epilogue"], operands["residual"], partial, counters, m, n,
+        x_desc, w_desc, s_desc, *stores, *operands["epilogue"], residual, partial, counters, m, n,
         BLOCKS=blocks, BLOCKS_PER_GROUP=blocks_per_group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STAGES=tile.num_stages, GROUP_N=tile.group_n, SPLIT_K=split_k, UNROLL=unroll, OVERLAP=overlap, INT8=int8,
         num_warps=4 if cooperative else tile.num_warps, launch_pdl=overlap, **options, **flags,
     )  # fmt: skip
+
+
+def copies_results(out: Tensor, residual: Optional[Tensor]) -> bool:
+    """Whether the tensor memory accelerator can write these results, and read the residual."""
+    aligned = all(x is None or collecting() or x.data_ptr() % 16 == 0 for x in (out, residual))
+    return out.element_size() == 2 and out.shape[1] % 8 == 0 and aligned
 
 
 def launch_gluon(

@@ -19,7 +19,14 @@ SCHEDULES = ("fold", "accumulate", "none", "float", "int8")
 SCALE_BYTES = {"fold": 1, "accumulate": 1, "none": 0, "float": 4, "int8": 0}
 SHARED_BYTES = {1: 232448, 2: 116000, 3: 76000}  # of one program, by programs on an SM
 RESERVED_BYTES = 2048  # barriers, alignment
+BARRIER_BYTES = 512  # the same where every byte counts
 LEGAL_WARPS = ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2))  # (warps, programs on an SM) with a register budget
+COOPERATIVE = (
+    (128, 128, 8, 1),
+    (256, 128, 8, 1),
+    (128, 256, 8, 1),
+    (128, 192, 12, 1),
+)  # block_m, block_n, warps, programs
 MAX_STAGES = 8
 DECODE_TOKENS = 16
 MIN_SPLIT_BLOCKS = 8  # blocks of 128 features that a part of K keeps
@@ -32,7 +39,12 @@ def stage_bytes(tile: Tile, schedule: str) -> int:
         scale = SCALE_BYTES[schedule]
         return 4 * tile.steps * (tile.block_n * (64 + scale) + tile.block_m * 128)
     codes = tile.block_n * (128 if schedule == "int8" else 64)
-    return tile.block_m * 128 + codes + max(tile.block_n, 128) * SCALE_BYTES[schedule]
+    return tile.block_m * 128 + codes + 64 * max(scale_tiles(tile), 2) * SCALE_BYTES[schedule]
+
+
+def scale_tiles(tile: Tile) -> int:
+    """Packing tiles of 64 rows whose group scales are copied for each stage: a power of 2, as boxes of descriptors are."""
+    return 4 if tile.block_n == 192 else tile.block_n // 64
 
 
 def scratch_bytes(tile: Tile, out_bytes: int = 2) -> int:
@@ -43,6 +55,8 @@ def scratch_bytes(tile: Tile, out_bytes: int = 2) -> int:
     """
     area = tile.block_m * tile.block_n
     wide = min(4 * area, 4096 * tile.num_warps) if out_bytes > 2 else 0
+    if tile.kernel == "cooperative" and out_bytes == 2:  # results on their way, a consumer's token scales
+        return BARRIER_BYTES + 2 * area + tile.num_warps * tile.block_m
     narrow = {"decode": 16 * area, "specialized": 2 * area, "pipelined": 0, "cooperative": 8192}[tile.kernel]
     return RESERVED_BYTES + (narrow if tile.kernel in ("decode", "pipelined") else max(narrow, wide))
 
@@ -118,12 +132,14 @@ def _gemm_illegal(tile: Tile, schedule: str, k: int) -> Optional[str]:
         if programs not in (1, 2) or programs == 2 and m * n >= 128 * 128:
             return f"{programs} programs of {m} x {n} on an SM"  # 128 x 128 spills 12 bytes with two
     elif tile.kernel == "cooperative":
-        if (m, n) not in ((128, 128), (256, 128), (128, 256)) or (warps, programs) != (8, 1):
-            return "cooperative takes 128 x 128, 256 x 128 or 128 x 256, 8 warps and programs_per_sm 1"
-        if schedule in ("accumulate", "float") and m * n > 128 * 128:
+        if (m, n, warps, programs) not in COOPERATIVE:
+            return (
+                "cooperative takes 128 x 128, 256 x 128 or 128 x 256 with 8 warps, 128 x 192 with 12, programs_per_sm 1"
+            )
+        if schedule == "accumulate" and m * n > 2048 * warps or schedule == "float" and m * n > 128 * 128:
             return f"{schedule} spills at {m} x {n}"
-        if tile.split_k > 1 and m * n > 128 * 128:
-            return f"split_k {tile.split_k} spills at {m} x {n}"
+        if tile.split_k > 1 and schedule in ("accumulate", "float") and m * n > 128 * 128:
+            return f"split_k {tile.split_k} with {schedule} spills at {m} x {n}"
     else:
         return f"kernel {tile.kernel!r} is not known"
     if schedule in ("accumulate", "float") and m * n * 4 > 8192 * warps:
@@ -175,7 +191,7 @@ def costed_tile(
     tile = Tile(
         block_m,
         block_n,
-        num_warps=8 if kernel == "cooperative" else 4,
+        num_warps=4 if kernel != "cooperative" else 12 if block_n == 192 else 8,
         group_n=group_n,
         kernel=kernel,
         split_k=split,

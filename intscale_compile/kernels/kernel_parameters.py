@@ -30,8 +30,9 @@ INTEGERS = {
 }
 FLOATS = {"fp32": "f", "f32": "f", "fp64": "d"}
 MAP_BYTES = 128
-# Triton counts 8 to 10 otherwise than the driver does; codes and scales are bytes, type 0 in both.
-BYTE_TYPE = 0
+# The driver's numbers of unsigned integers, by bytes an element. A copy moves bits, whatever they mean, and fills with zeros;
+# Triton's own numbers differ from the driver's for some floating-point types.
+UNSIGNED_TYPES = {1: 0, 2: 1, 4: 2}
 
 
 @dataclass
@@ -75,8 +76,10 @@ class Parameters:
         """A tensor map with sizes and strides behind it."""
         if not isinstance(metadata, dict) or metadata.get("is_im2col") or metadata.get("fp4_padded"):
             raise CannotPrepare("a descriptor of another form")
-        if metadata["elem_type"] != BYTE_TYPE or metadata["elem_size"] != 1:
-            raise CannotPrepare("a descriptor of elements that are no bytes")
+        if metadata["elem_size"] not in UNSIGNED_TYPES or descriptor.padding == "nan":
+            raise CannotPrepare(
+                f"a descriptor of {metadata['elem_size']} bytes an element, filled with {descriptor.padding}"
+            )
         self.maps.append((self._place(MAP_BYTES), descriptor, metadata))
         for size in descriptor.shape:
             self.add_number("i32", size)

@@ -109,15 +109,13 @@ int intscale_add_pointer(Sequence *sequence, int offset, int slot, uint64_t add)
 
 /* A tensor map of the launch added last; sizes from the innermost dimension on, strides in bytes, one fewer. */
 int intscale_add_map(Sequence *sequence, int offset, int slot, uint64_t add, uint64_t address, int rank,
-                     const uint64_t *sizes, const uint64_t *strides, const uint32_t *box, int type, int swizzle, int nan_fill) {
+                     const uint64_t *sizes, const uint64_t *strides, const uint32_t *box, int type, int swizzle) {
   Launch *launch = &sequence->launch[sequence->launches - 1];
   const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
   CUresult result = encode_tiled((CUtensorMap *)(launch->block + offset), (CUtensorMapDataType)type, rank, (void *)address,
                                  (const cuuint64_t *)sizes, (const cuuint64_t *)strides, box, ones,
                                  CU_TENSOR_MAP_INTERLEAVE_NONE, (CUtensorMapSwizzle)swizzle,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                 nan_fill ? CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA
-                                          : CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result ? (int)result : add_place(sequence, offset, slot, add, 1);
 }
 

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..integrations.torch_state import current_device, raw_stream
 from . import c_launcher
 from .c_launcher import CannotPrepare, LaunchList
-from .kernel_parameters import Parameters, parameters_of
+from .kernel_parameters import UNSIGNED_TYPES, Parameters, parameters_of
 from .launching import GPU_IMPLEMENTATIONS, Recording, collecting, recorded, recording
 from .split_k import take_counters
 
@@ -183,8 +183,8 @@ def _add(launches: LaunchList, compiled: Any, grid: tuple, parameters: Parameter
         slot, add = addresses.find(descriptor.base)
         sizes, strides = list(descriptor.shape), [stride * meta["elem_size"] for stride in descriptor.strides]
         launches.add_map(
-            offset, slot, add, descriptor.base.data_ptr(), sizes, strides, list(meta["block_size"]), meta["elem_type"],
-            meta["swizzle"], descriptor.padding == "nan",
+            offset, slot, add, descriptor.base.data_ptr(), sizes, strides, list(meta["block_size"]),
+            UNSIGNED_TYPES[meta["elem_size"]], meta["swizzle"],
         )  # fmt: skip
 
 

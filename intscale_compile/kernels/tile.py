@@ -18,8 +18,8 @@ class Tile:
         num_stages: stages of the ring in shared memory.
         group_n: tile columns that are visited together.
         kernel: ``"triton"``, or a Gluon kernel (Hopper): ``"decode"``, ``"specialized"``, ``"pipelined"``,
-            ``"cooperative"`` (two groups of 4 computing warps).
-        split_k: parts of K that different programs sum (specialized, pipelined).
+            ``"cooperative"`` (two or three groups of 4 computing warps).
+        split_k: parts of K that different programs sum (all Gluon kernels but decode).
         steps: depth of a stage, in units of 4 blocks of 128 features (decode).
         programs_per_sm: persistent programs on an SM, which sets their register budget (decode, specialized).
     """

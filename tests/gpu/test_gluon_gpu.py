@@ -37,14 +37,17 @@ def gemm_tiles():
     specialized = [(16, 64), (32, 128), (64, 64), (64, 128), (128, 64)]
     tiles = [tile(*shape, kernel="specialized", split_k=split) for shape in specialized for split in (1, 2, 4)]
     tiles += [tile(128, 256, 8, kernel="specialized"), tile(64, 64, kernel="specialized", programs_per_sm=2)]
-    cooperative = [(128, 128, 1), (128, 128, 2), (256, 128, 1), (128, 256, 1)]
-    tiles += [tile(bm, bn, 8, 3, kernel="cooperative", split_k=split) for bm, bn, split in cooperative]
+    cooperative = [(bm, bn, split) for bm, bn in ((128, 128), (256, 128), (128, 256), (128, 192)) for split in (1, 2)]
+    tiles += [
+        tile(bm, bn, 12 if bn == 192 else 8, 3, kernel="cooperative", split_k=split) for bm, bn, split in cooperative
+    ]
     return tiles + [tile(*shape, kernel="pipelined", split_k=s) for shape in ((64, 64), (128, 128)) for s in (1, 3)]
 
 
 def narrow(tile, scale_bits: int) -> bool:
-    """Accumulating schedules keep two sums and have no tiles above 64x128 for a group of warps."""
-    return scale_bits <= 4 or tile.block_m * tile.block_n <= 8192 * (2 if tile.kernel == "cooperative" else 1)
+    """Accumulating schedules keep two sums and have no tiles above 64x128 for a group of warps, nor parts of K with three."""
+    most = 2048 * (tile.num_warps if tile.kernel == "cooperative" and (tile.num_warps, tile.split_k) != (12, 2) else 4)
+    return scale_bits <= 4 or tile.block_m * tile.block_n <= most
 
 
 def accumulate(p: Problem, tile=None, **options) -> torch.Tensor:
@@ -102,6 +105,34 @@ def test_every_number_of_tokens_is_exact(m):
             p.xq, token_scale, p.qdata, p.scale, row_scale, None, *p.weight_args, torch.bfloat16, tile=t, overlap=False
         )
         assert torch.equal(y, wanted), t
+
+
+def dequantized(p: Problem, dtype: torch.dtype, more: bool):
+    """A function of the tile that computes the linear of ``p`` with random scales, and with bias and residual if ``more``."""
+    from intscale_compile.kernels.triton_gemm import linear_cuda
+
+    (m, _), n = p.xq.shape, p.weight_args[0]
+    token_scale, row_scale = torch.rand(m, 1, device="cuda") * 1e-3, torch.rand(n, 1, device="cuda") * 1e-2
+    bias = torch.randn(n, device="cuda", dtype=dtype) if more else None
+    residual = torch.randn(m, n, device="cuda", dtype=dtype) if more else None
+    operands = (p.xq, token_scale, p.qdata, p.scale, row_scale, bias, *p.weight_args, dtype)
+    return lambda tile: linear_cuda(*operands, tile=tile, overlap=True, residual=residual)
+
+
+@pytest.mark.parametrize("form", [(128, 4), (128, 8), (256, 4), (-1, 1)], ids=str)
+def test_results_copied_by_the_accelerator_are_those_of_plain_stores(form):
+    """Every cooperative tile: odd widths, tokens beside whole tiles, bias, residual, parts of K, both 16-bit types."""
+    from intscale_compile.kernels.tile import Tile
+
+    cooperative = [t for t in gemm_tiles() if t.kernel == "cooperative" and narrow(t, form[1])]
+    for n, m in ((1032, 129), (200, 600)):
+        p = make_problem(m, n, 1024, *form, "tiled").to("cuda")
+        for dtype, more in ((torch.bfloat16, True), (torch.float16, False)):
+            linear = dequantized(p, dtype, more)
+            expected = linear(Tile(64, 64, 4, 3))
+            for t in cooperative:
+                for _ in range(2):  # the counters of split K have to be zero again after the first
+                    assert torch.equal(linear(t), expected), (str(t), n, m, dtype)
 
 
 def test_shipped_tiles_are_exact():

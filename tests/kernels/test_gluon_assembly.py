@@ -27,6 +27,7 @@ from intscale_compile.kernels.gluon_tiles import (  # noqa: E402
     for_output,
     gated_tile,
     illegal,
+    scale_tiles,
     shared_bytes,
 )
 from intscale_compile.kernels.tile import Tile  # noqa: E402
@@ -89,7 +90,7 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
     else:
         kernels = {"pipelined": gluon_gemm.gemm_pipelined, "specialized": gluon_gemm.gemm_specialized}
         fn = kernels.get(tile.kernel, gluon_cooperative.gemm_cooperative)
-        scales = [tile.block_n // 64, 1, 64] if gated == "none" else [2, tile.block_n // 128, 1, 64]
+        scales = [scale_tiles(tile), 1, 64] if gated == "none" else [2, tile.block_n // 128, 1, 64]
         shapes = ([tile.block_m // 2, 128], [64, 128 if int8 else 64], scales)
         constants.update(
             BLOCKS_PER_GROUP=1,
@@ -100,6 +101,11 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
             GATED=gated,
             HAS_RESIDUAL=residual,
         )
+        if tile.kernel == "cooperative":
+            constants.update(TMA_STORE=out == "bf16", out_desc=None, residual_desc=None)
+            for name in ("out_desc", "residual_desc")[: 1 + residual] if constants["TMA_STORE"] else ():
+                del constants[name]
+                signature[name] = descriptor([tile.block_m // 2, 64], out)
         if residual:
             signature["residual_ptr"] = f"*{out}"
         else:
@@ -196,7 +202,12 @@ def tiles_by_rule() -> list[tuple[str, Tile, int]]:
     ids=str,
 )
 def test_tiles_by_rule_assemble_without_spills(schedule, tile, k, tmp_path):
-    check(disassemble(compile_tile(schedule, tile, k), tmp_path), tile, float_sums=schedule == "float")
+    code = disassemble(compile_tile(schedule, tile, k), tmp_path)
+    check(code, tile, float_sums=schedule == "float")
+    if (
+        tile.kernel == "cooperative"
+    ):  # the transposed results go through shared memory, and the copy from there is on its own
+        assert code.count("STSM") >= tile.block_m * tile.block_n // (32 * 32) and code.count("UTMASTG")
 
 
 def gated_tiles() -> list[tuple[str, Tile, int, str]]:
@@ -242,10 +253,14 @@ def residual_tiles() -> list[tuple[str, Tile, int]]:
     ids=str,
 )
 def test_residuals_assemble_without_spills(schedule, tile, k, tmp_path):
-    """Read as wide as the output is written."""
+    """Read as wide as the output is written, or by the tensor memory accelerator."""
     code = disassemble(compile_tile(schedule, tile, k, residual=True), tmp_path)
     check(code, tile)
-    assert any(i.base == "LDG" and ".128" in i.opcode for i in code.instructions)
+    if tile.kernel == "cooperative":
+        assert code.count("UTMASTG") == 2 * tile.block_n // 64  # two halves of the tokens, by 64 columns
+        assert not any(i.base == "LDG" and "U16" in i.opcode for i in code.instructions)
+    else:
+        assert any(i.base == "LDG" and ".128" in i.opcode for i in code.instructions)
 
 
 def wide_outputs() -> list[tuple[str, Tile, int, str]]:

@@ -73,9 +73,10 @@ class FakeDriver:
             elif isinstance(value, torch.Tensor):
                 signature[name] = f"*{KINDS[value.dtype]}"
             elif hasattr(value, "block_shape"):
-                signature[name] = f"tensordesc<i8{list(value.block_shape)}>"
+                size = value.base.element_size()
+                signature[name] = f"tensordesc<i{8 * size}{list(value.block_shape)}>"
                 maps.append(
-                    dict(swizzle=3, elem_size=1, elem_type=0, block_size=list(value.block_shape), fp4_padded=False)
+                    dict(swizzle=3, elem_size=size, elem_type=0, block_size=list(value.block_shape), fp4_padded=False)
                 )
             else:
                 signature[name] = "i32"

@@ -19,9 +19,9 @@ POINTERS = {"row_scale_ptr": "*fp32", "token_scale_ptr": "*fp32"}
 def descriptor(shape: list[int], dtype: str, swizzled: bool = True) -> str:
     from triton.experimental.gluon import language as gl
 
-    bits = {"i8": 8, "u8": 8, "fp32": 32}[dtype]
+    bits = {"i8": 8, "u8": 8, "bf16": 16, "fp16": 16, "fp32": 32}[dtype]
     layout = (
-        gl.NVMMASharedLayout.get_default_for(shape, gl.int8)
+        gl.NVMMASharedLayout.get_default_for(shape, {8: gl.int8, 16: gl.int16}[bits])
         if swizzled
         else gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=len(shape))
     )
