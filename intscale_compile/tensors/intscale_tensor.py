@@ -13,6 +13,7 @@ from ..config import IntScaleConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedOpError
 from ..integrations.torch import leave_to_python
 from ..integrations.torchao import check_unpickled
+from ..kernels.abi import KERNEL_ABI
 from ..kernels.arguments import DequantizeWeightArguments
 from ..kernels.dequantize import WEIGHT_OP
 from ..kernels.hadamard import hadamard_transform
@@ -347,9 +348,12 @@ class IntScaleTensor(TorchAOBaseTensor):
         return {**state, "_format_version": fmt.VERSION}
 
     def _stable_hash_for_caching(self) -> str:
+        """What AOTAutograd's cache knows of this tensor. Its key is made of the graph that Dynamo made, in which no op of ours is
+        yet that carries the number of our sources, so the number is here too.
+        """
         parts = [(n, tuple(getattr(self, n).shape), str(getattr(self, n).dtype)) for n in self.data_names]
         attributes = [(n, str(getattr(self, n))) for n in ATTRIBUTE_NAMES]
-        return f"IntScaleTensor{parts}{attributes}{self.device}"
+        return f"IntScaleTensor{parts}{attributes}{self.device}{KERNEL_ABI}"
 
     def __repr__(self, *, tensor_contents=None) -> str:
         group = "per channel" if self.group_size == -1 else f"group_size={self.group_size}"
