@@ -92,6 +92,7 @@ LONGEST = [
 ]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+_frozen_modules = 0
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +118,8 @@ def pytest_runtest_setup(item):
     generated = vectorized or asked or item.get_closest_marker("slow")
     torch._inductor.config.cpp.simdlen = VECTORIZED if vectorized else SCALAR
     torch._inductor.config.fallback_by_default = not generated
+    if len(sys.modules) > _frozen_modules + 100:
+        _freeze()
 
 
 @pytest.fixture(scope="session")
@@ -149,9 +152,16 @@ def pytest_collection_finish(session):
 
     Modules and their docstrings are a million objects: each full collection, of Python or of a test, takes 0.3 s to pass them.
     """
+    _freeze()
+    gc.set_threshold(700, 10, 100)
+
+
+def _freeze() -> None:
+    """What is there now is out of garbage collection: at the start, and again before a test when more was imported."""
+    global _frozen_modules
     gc.collect()
     gc.freeze()
-    gc.set_threshold(700, 10, 100)
+    _frozen_modules = len(sys.modules)
 
 
 def pytest_collection_modifyitems(config, items):
