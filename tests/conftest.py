@@ -46,6 +46,8 @@ torch._inductor.config.cpp.simdlen = SCALAR
 # passes, AOTAutograd, Inductor's passes and its calls of operators. There Inductor calls the operators of eager mode instead;
 # tests marked `generated`, `vectorized` or `slow`, and what tests start as commands, have C++.
 torch._inductor.config.fallback_by_default = True
+# A package is two C++ files with flags of their own: their headers, compiled ahead, would each be used once.
+torch._inductor.config.aot_inductor.precompile_headers = False
 
 # Files that take longest, by processor time: they start first, or the last of them would run alone at the end.
 LONGEST = [
