@@ -1,6 +1,7 @@
 """Kinds of models: every linear matched or given a reason, both doors alike, and results near those in full precision."""
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -21,12 +22,17 @@ SLOW_INDUCTOR = ("qwen3", "opt", "phi3", "t5")
 QUICK_CPP = {"cpp.simdlen": 1}
 
 
-@dataclass
+@dataclass(eq=False)
 class Prepared:
     family: Family
     model: nn.Module
     quantized: nn.Module
     inputs: dict
+
+    @functools.cached_property
+    def explained(self):
+        """``explain`` of the quantized model, once, and the outputs of the rewritten graph that it ran."""
+        return explained(self.quantized, self.inputs)
 
 
 def prepare(name, layers=None):
@@ -106,21 +112,33 @@ class Float64Reference(TorchFunctionMode):
 
 
 def test_every_product_is_matched_or_has_its_reason(prepared):
-    family = prepared.family
+    family, report, results = prepared.family, *prepared.explained
     tied = {id(m.weight) for m in prepared.model.modules() if isinstance(m, nn.Embedding)}
     found = {f"{name}.weight" for name, m in linear_modules(prepared.model).items() if id(m.weight) not in tied}
-    reports = [explained(model, prepared.inputs) for model in (prepared.model, prepared.quantized)]
-    for report, _ in reports:
-        assert {layer.name: layer.reason for layer in report.fallbacks} == family.rest
-        assert {layer.name for layer in report.layers if layer.quantized} == found - set(family.rest)
-        assert sum(layer.quantized for layer in report.layers) == family.linears(family.layers)
-        assert (report.graphs, report.gemms) == (1, family.gemms(family.layers))
-    (plain, results), (tensors, again) = reports
-    assert plain.layers == tensors.layers and plain.quantized_parameters == tensors.quantized_parameters
-    assert all(torch.equal(a, b) for a, b in zip(results, again)), "the doors differ"
+    assert {layer.name: layer.reason for layer in report.fallbacks} == family.rest
+    assert {layer.name for layer in report.layers if layer.quantized} == found - set(family.rest)
+    assert sum(layer.quantized for layer in report.layers) == family.linears(family.layers)
+    assert (report.graphs, report.gemms) == (1, family.gemms(family.layers))
     with torch.no_grad():
         eager = outputs(prepared.quantized(**prepared.inputs))
     assert snr(results, eager) > 120
+
+
+# Each kind of weight and of sharing: Conv1D, two kinds of layers, two stacks, convolutions, attention and feed-forward in one.
+QUICK_DOORS = ("gpt2", "gemma2", "t5", "vit", "falcon")
+
+
+@pytest.mark.parametrize(
+    "prepared",
+    [pytest.param(name, marks=() if name in QUICK_DOORS else pytest.mark.slow) for name in FAMILIES],
+    indirect=True,
+)
+def test_both_doors_are_alike(prepared):
+    """A plain model and one of quantized weights: the same layers, graph and bits."""
+    (plain, results), (tensors, again) = explained(prepared.model, prepared.inputs), prepared.explained
+    assert plain.layers == tensors.layers and plain.quantized_parameters == tensors.quantized_parameters
+    assert (plain.graphs, plain.gemms) == (tensors.graphs, tensors.gemms)
+    assert all(torch.equal(a, b) for a, b in zip(results, again)), "the doors differ"
 
 
 def test_results_are_near_those_in_full_precision(prepared):

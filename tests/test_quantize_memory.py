@@ -4,7 +4,6 @@ transformers never holds the original model.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import textwrap
 import weakref
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_iter
 from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig, IntScaleTensor
+from tests.support import forks
 
 QUICK = IntScaleConfig(scale_search="absmax")
 
@@ -133,7 +133,10 @@ def test_transformers_quantizes_parameter_by_parameter_on_load(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(num_attention_heads=8, **size))
     model.save_pretrained(tmp_path, max_shard_size="30MB")
     original = sum(p.nbytes for p in model.parameters())
-    out = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, check=True)
+    script = tmp_path / "load.py"
+    script.write_text(LOAD)
+    out = forks.run("plain", script, str(tmp_path), timeout=300)
+    assert out.returncode == 0, out.stderr
     _, kind, growth, frequencies = next(x for x in out.stdout.splitlines() if x.startswith("RESULT")).split()
     assert kind == "IntScaleTensor" and int(growth) < 0.6 * original
     assert float(frequencies) == model.model.rotary_emb.inv_freq.sum().item()  # a buffer that no checkpoint holds

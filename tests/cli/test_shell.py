@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import forks
 from tests.support.cli import CHECKOUT, in_shell
 
 pytest.importorskip("typer", reason="typer is not installed: pip install 'intscale-compile[cli]'")
@@ -39,7 +40,7 @@ def test_wrong_path_and_missing_gpu(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     mend = "give the folder of a transformers model, or its hub name."
     assert done.stderr == f"intscale: {tmp_path}/nothing: there is no such folder: {mend}\n"
-    done = in_shell("tune", CUDA_VISIBLE_DEVICES="")
+    done = forks.run("plain", "intscale_cli", "tune", timeout=300, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert "needs a GPU" in done.stderr and "run it on the machine to tune for" in done.stderr
 

@@ -42,8 +42,14 @@ SIZES = {90: ((64, 1, 1), (80, 4, 1), (128, 8, 4)), 80: ((80, 4, 4), (128, 8, 1)
 SIZED = {"float": SIZES, "none, other sizes": {arch: sizes[:-1] for arch, sizes in SIZES.items()}}
 
 
-@pytest.mark.parametrize("mask", [*MASK_TYPES, pytest.param("none, other sizes", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("arch", [80, 90])
+NVIDIA = [
+    pytest.param(arch, mask, marks=pytest.mark.slow if mask in slow else ())
+    for arch, slow in ((80, ("bool", "heads", "none, other sizes")), (90, ("none, other sizes",)))
+    for mask in (*MASK_TYPES, "none, other sizes")
+]
+
+
+@pytest.mark.parametrize("arch, mask", NVIDIA)
 def test_nvidia(arch, mask, tmp_path):
     sizes = SIZED[mask][arch] if mask in SIZED else SIZES[arch][-1:]
     mask = mask.partition(",")[0]

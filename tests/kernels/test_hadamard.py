@@ -115,6 +115,9 @@ def test_opcheck(shape, dtype):
 # --- Triton -------------------------------------------------------------------------------------------------------------
 
 
+OTHER_SIZES = ((4096, 4096), (28672, 4096), (11008, 256), (14336, 1))  # features, and of one transform
+
+
 @interpreter_works
 @pytest.mark.parametrize("prefix", ["transform", "fused", "static", "ties", "rows", "not-finite"])
 def test_kernels_have_the_bits_of_the_reference(interpreted, prefix):
@@ -128,11 +131,13 @@ def interpreted(request) -> dict[str, str | None]:
     return results_of("_hadamard_interpreter_main", extent=request.param)
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["per-token", "static"])
 @pytest.mark.parametrize(
-    "features, size",
-    [(14336, 2048), (32768, 32768), (11008, 256), (14336, 1)]
-    + [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((4096, 4096), (28672, 4096))],
+    "features, size, static",
+    [
+        pytest.param(*sizes, static, marks=pytest.mark.slow if sizes in slow else ())
+        for static, slow in ((False, OTHER_SIZES[:2]), (True, OTHER_SIZES))
+        for sizes in ((14336, 2048), (32768, 32768), *OTHER_SIZES)
+    ],
 )
 def test_rows_stay_in_registers(features, size, static, tmp_path):
     """No spills on Hopper, one wide load of each entry, and rounding to nearest where the transform ends."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
@@ -44,11 +45,21 @@ class Instruction:
 class Sass:
     """Machine code of one kernel and its resource usage."""
 
-    text: str
+    cubin: Path
     registers: int
     spill_bytes: int
     shared: int
-    instructions: list[Instruction] = field(default_factory=list)
+
+    @functools.cached_property
+    def text(self) -> str:
+        """What nvdisasm prints, which spends a quarter of a second on its start: only where somebody asks."""
+        # Without the analysis of data flow, which only names the targets of indirect branches and is a third of the time.
+        return _with_addresses(_tool("nvdisasm", "-hex", "-ndf", self.cubin))
+
+    @functools.cached_property
+    def instructions(self) -> list[Instruction]:
+        """All of them, in order."""
+        return [Instruction(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(self.text)]
 
     def count(self, base: str, within: list[Instruction] | None = None) -> int:
         """Number of instructions with this base opcode, in the whole kernel or in a part of it."""
@@ -146,19 +157,15 @@ def assemble_generated(function, arguments: dict, target: GPUTarget | None = Non
 
 
 def disassemble(compiled, directory: Path) -> Sass:
-    """Disassemble the cubin of a compiled kernel; ``directory`` receives the file that the tools need."""
+    """Machine code of a compiled kernel; ``directory`` receives the file that the tools need."""
     cubin = Path(directory) / f"{compiled.metadata.name}_{compiled.hash[:16]}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    # Without the analysis of data flow, which only names the targets of indirect branches and is a third of the time.
-    text = _with_addresses(_tool("nvdisasm", "-hex", "-ndf", cubin))
     usage = _tool("cuobjdump", "-res-usage", cubin)
-    instructions = [Instruction(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(text)]
     return Sass(
-        text=text,
+        cubin=cubin,
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spill_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
         shared=compiled.metadata.shared,
-        instructions=instructions,
     )
 
 
