@@ -49,6 +49,8 @@ SIZES = (6, 1024 * 5 + 10, 40, 2048, 1024 * 7, 2, 4096, 2)
 IN_WORDS = [(name, elements) for elements in SIZES for name in FORMS]
 # 8-bit codes in words: a last slice that is partial, or empty; a launch that begins within the slices; more launches than sides
 IN_CODES = ((300, "float32"), (3 * 2 * 2048 + 200, "float16"), (130, "float16"), (5000, "float32"))
+if "--all" in sys.argv:
+    IN_CODES = (*IN_CODES[:3], (9000, "float16"), (2 * 5 * 2048 + 200, "float16"), IN_CODES[3])
 CODE_PROGRAMS = 2
 CALLS = 2  # one after the other on one workspace
 

@@ -20,13 +20,14 @@ from intscale_compile.communication.fused_kernel import (
 from intscale_compile.communication.message import WireFormat
 from intscale_compile.communication.triton_kernels import ELEMENTS, WARPS
 from tests.support import interpreter_works
-from tests.support.interpreter import assert_passed, results_of
+from tests.support.interpreter import EXTENTS, assert_passed, results_of
 from tests.support.sass import assemble, disassemble
 
 
 @interpreter_works
-def test_ranks_agree_with_the_reference():
-    assert_passed(results_of("_fused_main", "tests.communication"), "")
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_ranks_agree_with_the_reference(extent):
+    assert_passed(results_of("_fused_main", "tests.communication", extent), "")
 
 
 @pytest.mark.parametrize(

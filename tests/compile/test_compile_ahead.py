@@ -180,8 +180,10 @@ def check_foreseen(cases, names, started, compiled):
 
 @gluon
 def test_decoding_launches_what_was_compiled_ahead(started, compiled):
-    cases = [linear_case(1, 6144, 4096), linear_case(1, 28672, 4096), attention_case(1, 256)]
-    check_foreseen(cases, ["gemm_decode", "gemm_specialized", "decode_attention_kernel"], started, compiled)
+    shapes = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+    cases = [linear_case(1, n, k) for n, k in shapes] + [attention_case(1, 256)]
+    names = ["gemm_decode", "gemm_decode", "gemm_specialized", "gemm_decode"] + ["decode_attention_kernel"]
+    check_foreseen(cases, names, started, compiled)
 
 
 @gluon

@@ -12,7 +12,6 @@ from intscale_compile.errors import CompileError
 from intscale_compile.versions import version_of
 from tests.support.moe import sqnr
 
-LAYERS = 3
 FORMATS = {
     "per channel": IntScaleConfig(group_size=-1),
     "8 bits": IntScaleConfig(weight_bits=8, scale_bits=8),
@@ -30,9 +29,9 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self):
+    def __init__(self, layers):
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
 
     def forward(self, x):
         for layer in self.layers:
@@ -40,10 +39,10 @@ class Stack(nn.Module):
         return x
 
 
-def make_stack() -> Stack:
+def make_stack(layers: int = 3) -> Stack:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = Stack().eval().requires_grad_(False)
+    model = Stack(layers).eval().requires_grad_(False)
     quantize_(model, IntScaleConfig())
     return model
 
@@ -62,7 +61,7 @@ def compilations(monkeypatch):
 
 def test_questions_of_one_call(monkeypatch):
     """The first weight is asked for its names and for its attributes; others at most for their attributes."""
-    model = make_stack()
+    model = make_stack(layers=6)
     compiled, x = torch.compile(model, backend="intscale"), torch.randn(3, 128)
     for _ in range(3):
         compiled(x)
@@ -71,7 +70,7 @@ def test_questions_of_one_call(monkeypatch):
     compiled(x)
     first = sum(weight is model.layers[0].up.weight for weight in asked)
     assert first == 2
-    assert len(asked) - first == (0 if version_of("torch") < (2, 13) else 2 * LAYERS - 1)
+    assert len(asked) - first == (0 if version_of("torch") < (2, 13) else 2 * 6 - 1)
 
 
 @pytest.mark.parametrize("name", [n if n == "8 bits" else pytest.param(n, marks=pytest.mark.slow) for n in FORMATS])
