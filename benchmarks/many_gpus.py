@@ -49,49 +49,14 @@ def parts(ranks: int, folder: Path) -> list[Part]:
     def json(name: str) -> list[str]:
         return ["--json", str(folder / f"{name}.json")]
 
-    stress = [
-        allreduce,
-        *n,
-        "--sizes",
-        "--stress",
-        "10000",
-        "--most",
-        "4M",
-        "--wires",
-        "int8",
-        "int6",
-        "int5",
-        "int4-spikes",
-    ]
-    tests = [
-        "-m",
-        "pytest",
-        "-n",
-        "4",
-        "--dist",
-        "load",
-        "-v",
-        "-m",
-        "gpu",
-        str(HERE.parent / "tests/gpu/test_communication_gpu.py"),
-    ]
-    tests += ["-k", f"lossless and {ranks}"]
+    stress = [allreduce, *n, "--sizes", "--stress", "10000", "--most", "4M"]
+    stress += ["--wires", "int8", "int6", "int5", "int4-spikes"]
+    file = HERE.parent / "tests/gpu/test_communication_gpu.py"
+    tests = ["-m", "pytest", "-n", "4", "--dist", "load", "-v", "-m", "gpu", str(file), "-k", f"lossless and {ranks}"]
     decode = [e2e, *n, "--bf16", "--layers", "8", "--context", "2048", "--wires", "auto"]
     first = [e2e, *n, "--bf16", "--layers", "4", "--prompts", "2048", "8192", "--wires", "int8", "int4", "auto+int8"]
-    large = [
-        e2e,
-        *n,
-        "--bf16",
-        "--model",
-        "llama-3-70b",
-        "--layers",
-        "4",
-        "--context",
-        "2048",
-        "--wires",
-        "auto",
-        "auto+int8",
-    ]
+    large = [e2e, *n, "--bf16", "--model", "llama-3-70b", "--layers", "4", "--context", "2048"]
+    large += ["--wires", "auto", "auto+int8"]
     tune = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "intscale_compile.communication"]
     two = [allreduce, "--ranks", "2", "--sizes", *SIZES[::2], *wires, "--peers", *PEERS]
     return [

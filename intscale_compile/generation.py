@@ -102,16 +102,12 @@ def prepare_for_generation(
     if communication is not None:
         backend = _with_communication(backend, communication)
     _check(model, prompt)
-    from transformers import CompileConfig  # optional dependency
-
     if not _static_cache_works(model):
         return _left_eager(model)
     on_gpu = model.device.type == "cuda"
     windows = has_windows(model)
     mode = mode or ("reduce-overhead" if on_gpu and not windows else "default")
-    # A window's count is a number in the graph: constant, each step would be compiled anew until Dynamo gives up.
-    steps = CompileConfig(backend=backend, mode=mode, dynamic=None if windows else False, fullgraph=False)
-    _set_steps(model.generation_config, steps, max_cache_len)
+    _set_steps(model.generation_config, _compile_config(backend, mode, windows), max_cache_len)
     compiled_prompt = prompt != "eager" and not model.config.is_encoder_decoder and not foreign_forward(model)
     compile_forward = _compile_of_prompts(backend) if compiled_prompt else None
     by_layer = prompt == "layers" or (prompt == "auto" and not on_gpu)
@@ -122,6 +118,14 @@ def prepare_for_generation(
     setup = _describe(model, mode, how, keep_cache, max_cache_len, windows)
     log.info("%s", setup)
     return setup
+
+
+def _compile_config(backend: Union[str, Callable], mode: str, windows: bool) -> Any:
+    """How transformers compiles decoding steps."""
+    from transformers import CompileConfig  # optional dependency
+
+    # A window's count is a number in the graph: constant, each step would be compiled anew until Dynamo gives up.
+    return CompileConfig(backend=backend, mode=mode, dynamic=None if windows else False, fullgraph=False)
 
 
 def _check(model: Any, prompt: str) -> None:

@@ -12,7 +12,7 @@ from torchao.quantization import quantize_
 
 import intscale_compile
 from intscale_compile import IntScaleConfig, explain, quantize
-from intscale_compile.output_probe import LIMIT, probe_result
+from intscale_compile.quantization.output_probe import LIMIT, probe_result
 from intscale_compile.reasons import log_once
 from tests.support.calibration import tiny_llama
 

@@ -1,62 +1,18 @@
-"""Both doors choose the same weights, however the graph is cut, and what was left out stays out in every copy of a model."""
+"""Both doors choose the same weights, however the graph is cut. What was left out stays out: ``test_marked_models``."""
 
 import copy
-import io
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 from torchao.quantization import quantize_
 
-from intscale_compile import IntScaleConfig, IntScaleTensor, linears_and_experts, quantize
-from intscale_compile.compile.binding import copied
-from intscale_compile.passes import GraphRewrite
-from intscale_compile.passes.experts import experts
-from intscale_compile.passes.match import match
-from intscale_compile.passes.settings import Settings
+from intscale_compile import linears_and_experts, quantize
 from intscale_compile.reasons import Reason
-from intscale_compile.tensors.selection import is_decided, left_alone_by_default, model_weights
+from intscale_compile.tensors.selection import left_alone_by_default, model_weights
 from intscale_compile.tensors.weight_reads import stacks_in_a_loop, weight_reads
-
-CONFIG = IntScaleConfig(group_size=32, scale_search="absmax")
-
-
-def chosen_by_quantize(model):
-    twin = copy.deepcopy(model)
-    quantize(twin, IntScaleConfig(scale_search="absmax"))
-    return {name for name, parameter in twin.named_parameters() if isinstance(parameter, IntScaleTensor)}
-
-
-def compiler_choices(model, *args, compile_parts=(), **kwargs):
-    """Names of the weights of all graphs with the reason that the compiler gives; nothing is compiled further."""
-    names = {id(tensor): name for name, tensor in (*model.named_buffers(), *model.named_parameters())}
-    found = {}
-
-    def backend(gm, example_inputs):
-        rewrite = GraphRewrite(copied(gm), example_inputs, Settings(config=CONFIG))
-        match(rewrite), experts(rewrite)
-        for candidate in rewrite.candidates:
-            if candidate.source is not None:
-                found[names[id(candidate.source.tensor(example_inputs))]] = candidate.reason
-        return gm.forward
-
-    torch._dynamo.reset()
-    for part in compile_parts:
-        part.compile(backend=backend)
-    called = model if compile_parts else torch.compile(model, backend=backend)
-    with torch.no_grad():
-        called(*args, **kwargs)
-    for part in compile_parts:
-        part._compiled_call_impl = None
-    torch._dynamo.reset()
-    return found
-
-
-def quantized(choices):
-    return {name for name, reason in choices.items() if reason is None}
-
+from tests.support.doors import CONFIG, chosen_by_quantize, compiler_choices, quantized
 
 # --- the rule, in models of plain torch ---------------------------------------------------------------------------------
 
@@ -305,99 +261,6 @@ def test_encoder_layer_with_and_without_its_fast_path(fast):
         assert torch.isfinite(model(torch.randn(2, 5, 64))).all()
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-
-
-# --- marks ----------------------------------------------------------------------------------------------------------------
-
-
-def saved_whole(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(64, 64)
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-def blocks():
-    return nn.Sequential(Block(), Block()).requires_grad_(False)
-
-
-def from_state_dict(model):
-    fresh = blocks()
-    fresh.load_state_dict(model.state_dict(), assign=True)
-    return fresh
-
-
-COPIES = {"itself": lambda m: m, "deepcopy": copy.deepcopy, "torch.save": saved_whole, "state_dict": from_state_dict}
-
-
-@pytest.mark.parametrize("name", COPIES)
-def test_left_out_layer_stays_out(name):
-    model = blocks()
-    quantize(model, CONFIG, lambda module, name: name == "0.layer")
-    twin, x = COPIES[name](model), torch.randn(3, 64)
-    wanted = {"0.layer.weight": None, "1.layer.weight": Reason.NOT_SELECTED}
-    assert is_decided(twin) and compiler_choices(twin, x) == wanted
-    assert compiler_choices(twin, x, compile_parts=list(twin)) == wanted, "block by block"
-    if name != "state_dict":  # nothing there says where the layer comes from
-        assert compiler_choices(twin[1], x) == {"layer.weight": Reason.NOT_SELECTED}, "by itself"
-
-
-def test_plain_and_quantized_blocks_of_one_class_do_not_share_a_graph():
-    """Their weights look alike to Dynamo; which model they belong to is guarded."""
-    plain, half, x = blocks(), blocks(), torch.randn(3, 64)
-    quantize(half, CONFIG, lambda module, name: name == "0.layer")
-    found = []
-
-    def backend(gm, example_inputs):
-        rewrite = GraphRewrite(copied(gm), example_inputs, Settings(config=CONFIG))
-        match(rewrite)
-        found.extend(candidate.reason for candidate in rewrite.candidates)
-        return gm.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        for block in (plain[0], half[1], plain[1], half[1]):
-            block.compile(backend=backend)
-            block(x)
-    assert found == [None, Reason.NOT_SELECTED]
-    torch._dynamo.reset()
-
-
-def test_function_that_closes_over_a_model():
-    """No module's call is under way where the graph is compiled; where its inputs come from says which model it is."""
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
-    model.lm_head = model[1]  # a second name
-    reasons = []
-
-    def backend(gm, example_inputs):
-        rewrite = GraphRewrite(copied(gm), example_inputs, Settings(config=CONFIG))
-        match(rewrite)
-        reasons.extend(candidate.reason for candidate in rewrite.candidates)
-        return gm.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(lambda x: F.linear(x, model[1].weight), backend=backend)(torch.randn(2, 64))
-    torch._dynamo.reset()
-    assert reasons == [Reason.OUTPUT_EMBEDDING]
-
-
-def test_parametrized_weight_does_not_stop_the_other_door():
-    model = nn.Sequential(nn.Linear(64, 64), nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))).requires_grad_(
-        False
-    )
-    assert parametrize.is_parametrized(model[1]) and "0.weight" in quantized(
-        compiler_choices(model, torch.randn(2, 64))
-    )
 
 
 # --- families of transformers -------------------------------------------------------------------------------------------

@@ -59,9 +59,8 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         rows = [f"  {name}: {loss:.3e}" for name, loss in self.losses.items()]
-        return "\n".join(
-            [str(self.config), *self.changes, f"{len(self.weights)} weights; relative error of each block:", *rows]
-        )
+        head = f"{len(self.weights)} weights; relative error of each block:"
+        return "\n".join([str(self.config), *self.changes, head, *rows])
 
 
 def calibrate(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..debug.noise import jittered
 from ..debug.sqnr import sqnr
 from ..errors import ConfigError
-from ..output_probe import longest_text
+from ..quantization.output_probe import longest_text
 from ..tensors.stored_files import first_line
 from .loading import is_quantized
 

@@ -14,7 +14,7 @@ from .. import format as fmt
 from ..config import IntScaleConfig
 from ..errors import ConfigError
 from ..explanation import Explanation, LayerReport, explain
-from ..output_probe import longest_text
+from ..quantization.output_probe import longest_text
 from ..reasons import Reason
 from ..saving.verifying import Verification, stored_by_ranks, verify_checkpoint
 from ..tensors.expert_layers import expert_stacks

@@ -24,11 +24,11 @@ from ..kernels.quantize_per_token import OP as QUANTIZE_OP
 from ..kernels.quantize_static import STATIC_OP
 from ..kernels.w4a8_gated import GATED_OP
 from ..kernels.w4a8_residual import LINEAR_ADD_OP
-from ..output_probe import probe_result
 from ..passes import Candidate, GraphRewrite
 from ..passes.insert_qdq import recipe_of
 from ..passes.integer.bounds import Bound, bounds_of, count_ops
 from ..passes.settings import Settings
+from ..quantization.output_probe import probe_result
 from ..reasons import Reason
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.untied import untied_notes
@@ -75,9 +75,7 @@ class SeenGraph:
             self._known.add(key)
             self.weights.append(weights)
 
-    def layers(
-        self, names: TensorNames, number: int, gemms: dict[int, tuple[int, str]]
-    ) -> list[tuple[LayerReport, Optional[Tensor]]]:
+    def layers(self, names: TensorNames, number: int, gemms: dict) -> list[tuple[LayerReport, Optional[Tensor]]]:
         """A report of each product for each set of weights, with the weight."""
         return [
             self._layer(candidate, weights, first, names, number, gemms)

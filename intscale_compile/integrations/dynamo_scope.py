@@ -1,4 +1,6 @@
-"""Modules behind a graph that Dynamo is compiling: those whose call is under way, and those that the traced code reaches."""
+"""Modules behind a graph that Dynamo is compiling: those whose call is under way, and those that the traced code reaches;
+and functions that Dynamo leaves alone.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from typing import Any, Optional
 
 from torch import fx, nn
 
+from .after_import import after_import
 from .registry import PrivateName
 
 TRANSLATOR = PrivateName(
@@ -99,3 +102,26 @@ def _first_link(source: Any, scope: dict[str, Any], cache: dict[str, Any]) -> tu
         if isinstance(cache[name], nn.Module):
             return link, cache[name]
     return None, None
+
+
+_SKIP = PrivateName(
+    "torch._dynamo.eval_frame:skip_code",
+    "running what an operator of a quantized weight is, where a graph broke before it",
+    "an operator that a quantized weight refuses may end in a RecursionError behind a graph break",
+    parameters=("code",),
+)
+
+
+def leave_to_python(*functions: Any) -> None:
+    """Have Dynamo never compile these functions by themselves; where one is called in what it traces it looks into it.
+
+    It cannot resume in the middle of ``DisableTorchFunctionSubclass``: what comes after would ask for the function again.
+    """
+
+    def skip(_: Any) -> None:
+        skip_code = _SKIP.find()
+        if skip_code is not None:
+            for function in functions:
+                skip_code(function.__code__)
+
+    after_import("torch._dynamo.eval_frame", skip)

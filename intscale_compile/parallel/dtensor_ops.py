@@ -15,7 +15,8 @@ from torchao.utils import fill_defaults
 
 from ..errors import ShardingError, UnsupportedOpError
 from ..integrations.after_import import after_import
-from ..integrations.torch import CHECKPOINT_PROPERTIES, leave_to_python
+from ..integrations.dynamo_scope import leave_to_python
+from ..integrations.torch import CHECKPOINT_PROPERTIES
 from ..tensors.intscale_tensor import IntScaleTensor
 from ..tensors.operators import stored_dim
 from .sharding import Layout, shard_features

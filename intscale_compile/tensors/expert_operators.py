@@ -13,7 +13,7 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from ..errors import UnsupportedOpError
-from ..integrations.torch import leave_to_python
+from ..integrations.dynamo_scope import leave_to_python
 from .experts import batched_linear, grouped_linear
 from .intscale_tensor import IntScaleTensor
 

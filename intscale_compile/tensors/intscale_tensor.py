@@ -11,7 +11,7 @@ from torchao.utils import TorchAOBaseTensor
 from .. import format as fmt
 from ..config import IntScaleConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedOpError
-from ..integrations.torch import leave_to_python
+from ..integrations.dynamo_scope import leave_to_python
 from ..integrations.torchao import check_unpickled
 from ..kernels.abi import KERNEL_ABI
 from ..kernels.arguments import DequantizeWeightArguments
@@ -380,13 +380,10 @@ class IntScaleTensor(TorchAOBaseTensor):
                 f"a stored IntScaleTensor has format version {version!r}; this release reads versions up to {fmt.VERSION}: "
                 "install a newer intscale_compile."
             )
-        for name, absent in ABSENT.items():  # files from before these parts existed
-            self.__dict__.setdefault(name, absent)
+        self.__dict__.update({**ABSENT, **self.__dict__})  # ABSENT: files from before these parts existed
         missing = [n for n in (*self.tensor_data_names, *self.tensor_attribute_names) if not hasattr(self, n)]
         if missing:
-            raise CheckpointError(
-                f"stored IntScaleTensor lacks {missing}: the file is truncated or of another version."
-            )
+            raise CheckpointError(f"stored IntScaleTensor lacks {missing}: a truncated file, or of another version.")
         self.validate()
 
 

@@ -44,24 +44,7 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
         y = eager_linear(x, weight, bias)
         if y is not None:
             return y
-    check_activation(x)
-    if weight.dim() != 2:
-        raise UnsupportedOpError(
-            f"linear needs a 2-D [N, K] weight, not one of shape {tuple(weight.shape)}: select one expert first."
-        )
-    if weight.transposed:
-        raise UnsupportedOpError(
-            "linear needs a 2-D [N, K] weight, not a transposed one, whose group scales lie along the output dimension: leave a "
-            "weight that is used in both directions out of quantize_ (filter_fn), or give the other direction its own parameter."
-        )
-    if x.shape[-1] != weight.in_features:
-        raise InputError(
-            f"the activation has {x.shape[-1]} features, the weight {weight.in_features} (shape {tuple(weight.shape)})."
-        )
-    if bias is not None and tuple(bias.shape) != (weight.out_features,):
-        raise InputError(f"the bias has shape {tuple(bias.shape)}, the weight {weight.out_features} output features.")
-    if x.device != weight.device:
-        raise InputError(f"the activation is on {x.device}, the weight on {weight.device}: move them together.")
+    _check_operands(x, weight, bias)
     if differentiates():
         return transformed(linear, x, weight, bias)
     xq, token_scale, watched = quantize_activation(x, weight.rotation, weight.activation_scale, weight.input_order)
@@ -83,6 +66,28 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
             zero_point=weight.zero_point,
         )
     )
+
+
+def _check_operands(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor]) -> None:
+    """Raise what :func:`linear` raises."""
+    check_activation(x)
+    if weight.dim() != 2:
+        raise UnsupportedOpError(
+            f"linear needs a 2-D [N, K] weight, not one of shape {tuple(weight.shape)}: select one expert first."
+        )
+    if weight.transposed:
+        raise UnsupportedOpError(
+            "linear needs a 2-D [N, K] weight, not a transposed one, whose group scales lie along the output dimension: leave a "
+            "weight that is used in both directions out of quantize_ (filter_fn), or give the other direction its own parameter."
+        )
+    if x.shape[-1] != weight.in_features:
+        raise InputError(
+            f"the activation has {x.shape[-1]} features, the weight {weight.in_features} (shape {tuple(weight.shape)})."
+        )
+    if bias is not None and tuple(bias.shape) != (weight.out_features,):
+        raise InputError(f"the bias has shape {tuple(bias.shape)}, the weight {weight.out_features} output features.")
+    if x.device != weight.device:
+        raise InputError(f"the activation is on {x.device}, the weight on {weight.device}: move them together.")
 
 
 def quantize_activation(

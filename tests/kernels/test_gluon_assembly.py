@@ -119,15 +119,12 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
     signature.update(zip(("x_desc", "w_desc"), (descriptor(shape, "i8") for shape in shapes[:2])))
     signature["s_desc"] = descriptor(shapes[2], scale, swizzled=False)
     names = fn.arg_names
+    aligned = [i for i, name in enumerate(names) if signature.get(name, "")[:1] == "*" or name == "N"]
     source = GluonASTSource(
         fn,
         {name: signature.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if signature.get(name, "")[:1] == "*" or name == "N"
-        },
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .reasons import log_once
+from ..reasons import log_once
 
 log = logging.getLogger("intscale_compile")
 

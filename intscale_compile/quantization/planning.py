@@ -20,19 +20,18 @@ from torch import Tensor, nn
 from torchao.quantization import FqnToConfig, quant_api
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from .config import IntScaleConfig
-from .errors import ConfigError, OverflowProofError
-from .integrations.torch import local_tensor
-from .integrations.torchao import is_linear
-from .integrations.torchao_calls import watch_quantize_calls
-from .output_probe import OutputProbe
-from .progress import Progress
-from .reasons import Reason, log_once
-from .tensors.expert_layers import expert_stacks
-from .tensors.input_rotation import ROTATION, hand_over_rotation
-from .tensors.intscale_tensor import IntScaleTensor
-from .tensors.model_state import ModelState
-from .tensors.selection import (
+from ..config import IntScaleConfig
+from ..errors import ConfigError, OverflowProofError
+from ..integrations.torch import local_tensor
+from ..integrations.torchao import is_linear
+from ..integrations.torchao_calls import watch_quantize_calls
+from ..progress import Progress
+from ..reasons import Reason, log_once
+from ..tensors.expert_layers import expert_stacks
+from ..tensors.input_rotation import ROTATION, hand_over_rotation
+from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.model_state import ModelState
+from ..tensors.selection import (
     ModelWeight,
     is_conv1d,
     is_transposed,
@@ -42,8 +41,9 @@ from .tensors.selection import (
     output_config,
     show_quantized,
 )
-from .tensors.untied import announce_untied, note_untied
-from .tensors.weight_checks import check_module
+from ..tensors.untied import announce_untied, note_untied
+from ..tensors.weight_checks import check_module
+from .output_probe import OutputProbe
 
 Filter = Callable[[nn.Module, str], bool]
 PLAN_KEY = "__intscale_plan__"  # among the variables of a call of torchao's that hands over a table module by module
