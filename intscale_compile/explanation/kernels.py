@@ -36,8 +36,9 @@ def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, behind: 
         return f"{name} grouped {schedule} {tile.block_n}x{tile.block_m}"
     gluon = _gluon_obstacle(packed) is None and (cuda_graphs or rows >= GLUON_TOKENS or behind is not None)
     shape = (packed.out_features, packed.in_features)
-    pick = pick_gated_tile if behind not in (None, "residual") else pick_tile
-    tile = pick(rows, *shape, packed.group_size, scale_bits, packed.weight_bits, packed.device, gluon)
+    form = (rows, *shape, packed.group_size, scale_bits, packed.weight_bits, packed.device, gluon)
+    gated = behind not in (None, "residual")
+    tile = pick_gated_tile(*form, packed.dtype.itemsize) if gated else pick_tile(*form)
     name = "triton" if tile.kernel == "triton" else f"gluon {tile.kernel}"
     return f"{name} {schedule} {tile.block_n}x{tile.block_m}{also}"
 

@@ -37,36 +37,59 @@ from .gluon_epilogue import half_scales, start_residual, store_half, sum_parts
 from .gluon_gemm import split_range
 
 
+@gluon.constexpr_function
+def copied_scales(block_n):
+    """Rows whose group scales are copied for each stage: a power of 2, as a descriptor's box is."""
+    return 256 if block_n == 192 else block_n
+
+
 @gluon.jit
 def load_weights(
     w_desc, s_desc, ws, ss, bar, slot, row_tile, block, pred,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    GATED: gl.constexpr = "none", row_tiles=0,
 ):  # fmt: skip
     """Announce all bytes of a stage and start the copies of the codes and group scales of all consumers.
 
     ``row_tile`` is the first of the tile's rows, in packing tiles of 64 rows. ``ws`` has a slot for each consumer and stage.
+    Gated, it is the first of the gate rows, the up rows are ``row_tiles`` tiles behind them, and a consumer's rows are 8 of
+    each in turns: both values of an output are then registers of one thread.
     """
     ROWS: gl.constexpr = ws.shape[1]
     CONSUMERS: gl.constexpr = BLOCK_N // ROWS
-    SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else ss.shape[1] * 64 * (4 if SCALES == "float" else 1)
+    SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else copied_scales(BLOCK_N) * (4 if SCALES == "float" else 1)
     CODE_BYTES: gl.constexpr = w_desc.block_shape[1]
     mbarrier.expect(bar, BLOCK_M * 128 + BLOCK_N * CODE_BYTES + SCALE_BYTES, pred=pred)
-    for r in gl.static_range(BLOCK_N // 64):
-        row = ((row_tile + r) * BLOCKS + block) * 64
-        rows = ws.index(slot * CONSUMERS + r * 64 // ROWS).slice(r * 64 % ROWS, 64, 0)
+    COPY: gl.constexpr = w_desc.block_shape[0]  # rows
+    for r in gl.static_range(BLOCK_N // COPY):
+        if GATED == "none":
+            row = ((row_tile + r) * BLOCKS + block) * 64
+        else:
+            row = ((row_tile + r % 2 * row_tiles) * BLOCKS + block) * 64 + r // 2 * COPY
+        rows = ws.index(slot * CONSUMERS + r * COPY // ROWS).slice(r * COPY % ROWS, COPY, 0)
         copy_to_shared(w_desc, [row, 0], bar, rows, pred=pred)
     if SCALES != "none":
-        copy_to_shared(s_desc, [row_tile, block // BLOCKS_PER_GROUP, 0], bar, ss.index(slot), pred=pred)
+        if GATED == "none":
+            copy_to_shared(s_desc, [row_tile, block // BLOCKS_PER_GROUP, 0], bar, ss.index(slot), pred=pred)
+        else:
+            copy_to_shared(s_desc, [0, row_tile, block // BLOCKS_PER_GROUP, 0], bar, ss.index(slot), pred=pred)
 
 
 @gluon.jit
 def consumer_scales(
-    ss, slot, CONSUMER: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr
+    ss, slot, CONSUMER: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     """Group scales of one consumer's rows, ``[ROWS]``, as int32 (or fp32)."""
     LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    ALL: gl.constexpr = ss.shape[1] * 64
-    scales = reinterpret_shared(ss.index(slot), ss.dtype, [ALL], LINEAR).slice(CONSUMER * ROWS, ROWS, 0).load(LAYOUT)
+    every = reinterpret_shared(ss.index(slot), ss.dtype, [copied_scales(BLOCK_N)], LINEAR)
+    if GATED == "none":
+        scales = every.slice(CONSUMER * ROWS, ROWS, 0).load(LAYOUT)
+    else:  # 8 rows of gate and of up in turns, see load_weights: as the warps hold them, so that nothing moves
+        HALF: gl.constexpr = gl.DistributedLinearLayout([], [[0], [0], [1], [2], [4]], [[8], [16]], [], [32])
+        gate = every.slice(CONSUMER * 32, 32, 0).load(HALF)
+        up = every.slice(64 + CONSUMER * 32, 32, 0).load(HALF)
+        scales = gl.reshape(gl.permute(gl.reshape(gl.join(gate, up), [4, 8, 2]), (0, 2, 1)), [64])
+        scales = gl.convert_layout(scales, LAYOUT)
     return scales if ss.dtype == gl.float32 else scales.to(gl.int32)
 
 
@@ -90,6 +113,7 @@ def one_where_loaded(scales):
 def multiply_half(
     acc, slot, xs, ws, ss, empty, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
     SCALES: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr, INT8: gl.constexpr,
+    GATED: gl.constexpr = "none",
 ):  # fmt: skip
     """Add one stage to the ``[ROWS, BLOCK_M]`` sums of a consumer, and free its part of the stage."""
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=4)
@@ -104,11 +128,13 @@ def multiply_half(
         x_high = x.slice(64, 64, 1).permute((1, 0))
         packed = rows.load(A)
         if SCALES == "fold":
-            low, high = fold_codes(packed, consumer_scales(ss, slot, CONSUMER, ROWS, gl.SliceLayout(1, A)))
+            low, high = fold_codes(
+                packed, consumer_scales(ss, slot, CONSUMER, ROWS, gl.SliceLayout(1, A), ROWS * CONSUMERS, GATED)
+            )
         elif SCALES == "none":
             low, high = unpack_times16(packed)
         else:  # codes at their own size: the sums of a group need no shift
-            scales = consumer_scales(ss, slot, CONSUMER, ROWS, gl.SliceLayout(1, A))
+            scales = consumer_scales(ss, slot, CONSUMER, ROWS, gl.SliceLayout(1, A), ROWS * CONSUMERS, GATED)
             low, high = fold_codes(packed, one_where_loaded(scales))
         if SCALES == "fold" or SCALES == "none":
             acc = warpgroup_mma(low, x_low, acc, is_async=True)
@@ -133,7 +159,7 @@ def consume_half(
     out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.constexpr,
-    OVERLAP: gl.constexpr, INT8: gl.constexpr, HAS_RESIDUAL: gl.constexpr, TMA_STORE: gl.constexpr,
+    OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr, TMA_STORE: gl.constexpr,
 ):  # fmt: skip
     """One consumer: the products of its rows with every stage of every tile of this program, and their epilogue."""
     ROWS: gl.constexpr = BLOCK_N // CONSUMERS
@@ -155,7 +181,7 @@ def consume_half(
         if TMA_STORE and EARLY:
             factor, row_scale, token_scale, bias = half_scales(
                 scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, first, second, n0, M, N,
-                SCALES, HAS_BIAS, BLOCK_M, ROWS, LAYOUT,
+                SCALES, HAS_BIAS, BLOCK_M, ROWS, LAYOUT, GATED,
             )  # fmt: skip
         if TMA_STORE and HAS_RESIDUAL and SPLIT_K == 1:
             start_residual(residual_desc, ys, bar, first, second, n0, CONSUMER, BLOCK_M, ROWS)
@@ -165,7 +191,7 @@ def consume_half(
                 slot = (stage + u) % STAGES
                 mbarrier.wait(full.index(slot), ((stage + u) // STAGES) & 1)
                 acc = multiply_half(
-                    acc, slot, xs, ws, ss, empty, CONSUMER, CONSUMERS, SCALES, BLOCK_M, ROWS, LAYOUT, INT8
+                    acc, slot, xs, ws, ss, empty, CONSUMER, CONSUMERS, SCALES, BLOCK_M, ROWS, LAYOUT, INT8, GATED
                 )
             stage += UNROLL
         last = True
@@ -179,7 +205,7 @@ def consume_half(
                 if not EARLY:
                     factor, row_scale, token_scale, bias = half_scales(
                         scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, first, second, n0, M, N,
-                        SCALES, HAS_BIAS, BLOCK_M, ROWS, LAYOUT,
+                        SCALES, HAS_BIAS, BLOCK_M, ROWS, LAYOUT, GATED,
                     )  # fmt: skip
                 if HAS_RESIDUAL and SPLIT_K > 1:
                     start_residual(residual_desc, ys, bar, first, second, n0, CONSUMER, BLOCK_M, ROWS)
@@ -188,7 +214,7 @@ def consume_half(
                     phase ^= 1
                 store_half(
                     acc, out_desc, ys, factor, row_scale, token_scale, bias, first, second, n0, CONSUMER,
-                    SCALES, HAS_BIAS, BLOCK_M, ROWS, LAYOUT, INT8, HAS_RESIDUAL,
+                    SCALES, HAS_BIAS, BLOCK_M, ROWS, LAYOUT, INT8, HAS_RESIDUAL, GATED,
                 )  # fmt: skip
             else:
                 if SCALES == "none" and not INT8:
@@ -207,8 +233,10 @@ def produce_shared(
     x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr,
+    GATED: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: fill the ring for every tile of this program, weights of the first stages before all else."""
+    SPAN: gl.constexpr = BLOCK_N // 64 if GATED == "none" else 1  # packing tiles of rows, gated those of the gate
     items = gl.cdiv(N, BLOCK_N) * gl.cdiv(M, BLOCK_M) * SPLIT_K
     first_item = gl.program_id(0)
     tile_m, tile_n = tile_position(first_item // SPLIT_K, M, N, BLOCK_M, BLOCK_N, GROUP_N)
@@ -216,8 +244,8 @@ def produce_shared(
     ahead = gl.minimum(end - begin, STAGES)
     for i in gl.static_range(STAGES):
         load_weights(
-            w_desc, s_desc, ws, ss, full.index(i), i, tile_n * (BLOCK_N // 64), begin + i, i < ahead,
-            BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+            w_desc, s_desc, ws, ss, full.index(i), i, tile_n * SPAN, begin + i, i < ahead,
+            BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED, N // 128,
         )  # fmt: skip
     if OVERLAP:
         wait_for_previous_kernel()
@@ -235,8 +263,8 @@ def produce_shared(
             bar = full.index(slot)
             mbarrier.wait(empty.index(slot), ((stage // STAGES) & 1) ^ 1)
             load_weights(
-                w_desc, s_desc, ws, ss, bar, slot, tile_n * (BLOCK_N // 64), block, True,
-                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+                w_desc, s_desc, ws, ss, bar, slot, tile_n * SPAN, block, True,
+                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED, N // 128,
             )  # fmt: skip
             load_tokens(x_desc, xs, bar, slot, first, second, block, True, BLOCK_M)
             stage += 1
@@ -251,17 +279,23 @@ def gemm_cooperative(
     SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr, TMA_STORE: gl.constexpr,
 ):  # fmt: skip
-    """``out[m, n]``, ``[M, N]``; persistent. Launched with 4 warps: one consumer; the other and the producer are beside it.
+    """``out[m, n]``, ``[M, N]``; persistent. Launched with 4 warps: one consumer; the others and the producer are beside it.
+
+    Gated (``[M, N/2]``) with BLOCK_N 128 and TMA_STORE only.
 
     ``TMA_STORE`` (for 16-bit outputs whose rows are a multiple of 16 bytes): by ``out_desc`` and ``residual_desc``
     instead of the pointers.
     """
+    gl.static_assert(GATED == "none" or (TMA_STORE and BLOCK_N == 128))
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
     CONSUMERS: gl.constexpr = 3 if BLOCK_N == 192 else 2
     ws = gl.allocate_shared_memory(
         gl.int8, [STAGES * CONSUMERS, BLOCK_N // CONSUMERS, w_desc.block_shape[1]], w_desc.layout
     )
-    ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, s_desc.block_shape[0], 1, 64], s_desc.layout)
+    if GATED == "none":
+        ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, s_desc.block_shape[0], 1, 64], s_desc.layout)
+    else:
+        ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, 2, 1, 1, 64], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -270,7 +304,9 @@ def gemm_cooperative(
     ys = full  # not read without TMA_STORE
     residual_bars = empty
     if TMA_STORE:
-        ys = gl.allocate_shared_memory(out_desc.dtype, [BLOCK_N // 64, BLOCK_M, 64], out_desc.layout)
+        COLUMNS: gl.constexpr = out_desc.block_shape[1]
+        WIDTH: gl.constexpr = BLOCK_N if GATED == "none" else BLOCK_N // 2
+        ys = gl.allocate_shared_memory(out_desc.dtype, [WIDTH // COLUMNS, BLOCK_M, COLUMNS], out_desc.layout)
         if HAS_RESIDUAL:
             residual_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
             for i in gl.static_range(CONSUMERS):
@@ -285,8 +321,8 @@ def gemm_cooperative(
                     (
                         0, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
                         row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
-                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
-                        TMA_STORE,
+                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
+                        HAS_RESIDUAL, TMA_STORE,
                     ),
                 ),
                 (
@@ -294,15 +330,15 @@ def gemm_cooperative(
                     (
                         1, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
                         row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
-                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
-                        TMA_STORE,
+                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
+                        HAS_RESIDUAL, TMA_STORE,
                     ),
                 ),
                 (
                     produce_shared,
                     (
                         x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
-                        STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP,
+                        STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, GATED,
                     ),
                 ),
             ],
@@ -317,8 +353,8 @@ def gemm_cooperative(
                     (
                         0, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
                         row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
-                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
-                        TMA_STORE,
+                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
+                        HAS_RESIDUAL, TMA_STORE,
                     ),
                 ),
                 (
@@ -326,8 +362,8 @@ def gemm_cooperative(
                     (
                         1, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
                         row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
-                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
-                        TMA_STORE,
+                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
+                        HAS_RESIDUAL, TMA_STORE,
                     ),
                 ),
                 (
@@ -335,15 +371,15 @@ def gemm_cooperative(
                     (
                         2, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
                         row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
-                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, HAS_RESIDUAL,
-                        TMA_STORE,
+                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
+                        HAS_RESIDUAL, TMA_STORE,
                     ),
                 ),
                 (
                     produce_shared,
                     (
                         x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
-                        STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP,
+                        STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, GATED,
                     ),
                 ),
             ],

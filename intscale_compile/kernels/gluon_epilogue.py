@@ -10,16 +10,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .gluon_common import block_barrier, copy_to_global, copy_to_shared, tile_tokens
+from .gluon_common import block_barrier, copy_to_global, copy_to_shared, gate_activation, tile_tokens
 
 
 @gluon.jit
 def half_scales(
     scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, first, second, n0, M, N,
     SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr,
+    GATED: gl.constexpr,
 ):  # fmt: skip
-    """What the epilogue multiplies and adds: by row (factors of the sums, fp32 scales, bias), and fp32 scales by token."""
-    n = n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    """What the epilogue multiplies and adds: by row (factors of the sums, fp32 scales, bias), and fp32 scales by token.
+
+    Gated, a consumer's rows are 8 of gate and of up in turns, as ``gluon_cooperative.load_weights`` copies them.
+    """
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    n = n0 + row
+    if GATED != "none":
+        n = n0 // 2 + row // 16 * 8 + row % 8 + row // 8 % 2 * (N // 2)
     TOKENS: gl.constexpr = gl.BlockedLayout([BLOCK_M // 128], [32], [4], [0])
     m = tile_tokens(first, second, BLOCK_M, TOKENS)
     row_scale = gl.load(row_scale_ptr + n, mask=n < N, other=0.0)
@@ -74,7 +81,7 @@ def start_residual(
 
 @gluon.jit
 def store_piece(y, out_desc, ys, first, second, n, HAS_RESIDUAL: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Store 64 rows ``y`` of the product, ``[64, BLOCK_M]``, as 64 columns of the output, by way of shared memory ``ys``."""
+    """Store rows ``y`` of the product, ``[64 or 32, BLOCK_M]``, as columns of the output, by way of shared memory ``ys``."""
     HALF: gl.constexpr = BLOCK_M // 2
     turned = ys.permute((1, 0))
     if HAS_RESIDUAL:
@@ -89,7 +96,7 @@ def store_piece(y, out_desc, ys, first, second, n, HAS_RESIDUAL: gl.constexpr, B
 def store_half(
     acc, out_desc, ys, factor, row_scale, token_scale, bias, first, second, n0, CONSUMER: gl.constexpr,
     SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr,
-    INT8: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    INT8: gl.constexpr, HAS_RESIDUAL: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Epilogue of a consumer's half of a tile; its copies to memory are under way on return. Values as of ``store_tile``."""
     if SCALES == "none":
@@ -97,10 +104,15 @@ def store_half(
     y = acc.to(gl.float32) * gl.convert_layout(token_scale, gl.SliceLayout(0, LAYOUT))[None, :] * row_scale[:, None]
     if HAS_BIAS:
         y = y + bias[:, None]
+    if GATED != "none":
+        gate, up = gl.split(gl.permute(gl.reshape(y, [4, 2, 8, BLOCK_M]), (0, 2, 3, 1)))  # registers of one thread
+        y = gl.reshape(gate_activation(gate, GATED) * up, [32, BLOCK_M])
     y = y.to(ys.dtype)
     if not HAS_RESIDUAL:
         tma.store_wait(0)  # with a residual, start_residual has waited
-    if ROWS == 64:
+    if GATED != "none":
+        store_piece(y, out_desc, ys.index(CONSUMER), first, second, n0 // 2, False, BLOCK_M)
+    elif ROWS == 64:
         store_piece(y, out_desc, ys.index(CONSUMER), first, second, n0, HAS_RESIDUAL, BLOCK_M)
     else:
         low, high = gl.split(gl.permute(gl.reshape(y, [2, 64, BLOCK_M]), (1, 2, 0)))

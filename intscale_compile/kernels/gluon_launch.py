@@ -163,16 +163,16 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
     blocks_per_group = max(1, operands["group_size"] // 128)
     groups = blocks // blocks_per_group
     x_desc = descriptor(xq, [m, xq.shape[1]], [xq.stride(0), 1], (tile.block_m // 2, 128))
-    w_desc = descriptor(
-        qdata.view(torch.int8), [row_tiles * blocks * 64, code_bytes], [code_bytes, 1], (64, code_bytes)
-    )
+    cooperative, gated = tile.kernel == "cooperative", flags["GATED"] != "none"
+    # A cooperative tile of gate and up takes 8 rows of each in turns.
+    w_box = (8 if cooperative and gated else 64, code_bytes)
+    w_desc = descriptor(qdata.view(torch.int8), [row_tiles * blocks * 64, code_bytes], [code_bytes, 1], w_box)
     scales = qdata.view(torch.uint8) if flags["SCALES"] == "none" else scale
     shape, strides, block = [row_tiles, groups, 64], [groups * 64, 64, 1], [scale_tiles(tile), 1, 64]
-    if flags["GATED"] != "none":  # one copy takes the scales of gate rows and of up rows
+    if gated:  # one copy takes the scales of gate rows and of up rows
         shape, strides = [2, row_tiles // 2, groups, 64], [row_tiles // 2 * groups * 64, *strides]
         block = [2, tile.block_n // 128, 1, 64]
     s_desc = descriptor(scales, shape, strides, tuple(block), swizzled=False)
-    cooperative = tile.kernel == "cooperative"
     unroll = blocks_in_body(cooperative, flags["SCALES"], int8, blocks)
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
     split_k = min(tile.split_k, blocks // unroll)
@@ -186,7 +186,7 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
     stores: tuple[Any, ...] = ()
     if cooperative:
         flags = flags | {"TMA_STORE": copies_results(out, residual)}
-        box = (tile.block_m // 2, 64)
+        box = (tile.block_m // 2, 32 if gated else 64)
         stores = tuple(
             descriptor(x, list(out.shape), [out.stride(0), 1], box) if flags["TMA_STORE"] and x is not None else None
             for x in (out, residual)
@@ -234,7 +234,8 @@ def launch_gluon(
         overlap: begin to read weights before the kernels launched before this one have ended (programmatic dependent
             launch). Wrong if one of those writes the weights.
         gated: activation of the gate rows, for a weight whose first half of rows are gate and second half up rows; N/2 is
-            a multiple of 64, and ``tile`` one of :func:`~intscale_compile.kernels.gluon_tiles.gated_tile`.
+            a multiple of 64, and ``tile`` one of :func:`~intscale_compile.kernels.gluon_tiles.gated_tile` (cooperative ones for
+            16-bit outputs).
         residual: contiguous, of the shape and dtype of ``out``; added to the rounded result. Not by the decode kernel.
     """
     (m, k), n = xq.shape, out.shape[1] * (1 if gated == "none" else 2)

@@ -215,8 +215,15 @@ def _decode_tile(m: int, n: int, k: int, schedule: str, sm_count: int) -> Tile:
 
 def gated_tile(tile: Tile, schedule: str) -> Tile:
     """``tile`` if a gated launch can run it, else the nearest that it can: one with 64 rows or more of gate and of up."""
+    if tile.kernel == "cooperative" and tile.block_n == 128:
+        return tile
     if tile.kernel not in ("decode", "cooperative") and tile.block_n >= 128:
         return tile
+    return without_copies(tile, schedule)
+
+
+def without_copies(tile: Tile, schedule: str) -> Tile:
+    """The ``specialized`` tile nearest to ``tile`` in a gated launch: it needs no copies of results by the memory accelerator."""
     two_sums = schedule in ("accumulate", "float")
     block_m = max(16, min(tile.block_m, 64 if two_sums else 128))
     split_k = tile.split_k if tile.kernel == "specialized" else 1

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..format import schedule_bits
 from . import gluon_launch
-from .gluon_tiles import DECODE_TOKENS, choose_gated_tile, gated_tile
+from .gluon_tiles import DECODE_TOKENS, choose_gated_tile, gated_tile, without_copies
 from .launching import launch
 from .tile import Tile, schedule_name
 from .triton_epilogue import add_bias, dequantize_tile
@@ -71,18 +71,20 @@ def w4a8_gated_kernel(
 
 
 def pick_gated_tile(
-    m: int, n: int, k: int, group_size: int, scale_bits: int, weight_bits: int, device: torch.device, gluon: bool
-) -> Tile:
+    m: int, n: int, k: int, group_size: int, scale_bits: int, weight_bits: int, device: torch.device, gluon: bool,
+    out_bytes: int = 2,
+) -> Tile:  # fmt: skip
     """Kernel and tile for ``m`` tokens and ``n`` rows of gate and up together: those of the linear, where they can run.
 
-    ``gluon`` says whether the Gluon kernels can run this weight here, see :func:`gated_obstacle`.
+    ``gluon`` says whether the Gluon kernels can run this weight here, see :func:`gated_obstacle`; ``out_bytes`` is the width of
+    an element of the output, which cooperative tiles need to be 2.
     """
     tile = pick_tile(m, n, k, group_size, scale_bits, weight_bits, device, gluon and m > DECODE_TOKENS)
     schedule = schedule_name(group_size, scale_bits, weight_bits)
-    if tile.kernel == "triton" or gated_tile(tile, schedule) == tile:
-        return tile
-    limits = (gluon_launch.sm_count(device),) if device.type == "cuda" else ()
-    return choose_gated_tile(m, n, k, schedule, *limits)
+    if tile.kernel != "triton" and gated_tile(tile, schedule) != tile:
+        limits = (gluon_launch.sm_count(device),) if device.type == "cuda" else ()
+        tile = choose_gated_tile(m, n, k, schedule, *limits)
+    return without_copies(tile, schedule) if tile.kernel == "cooperative" and out_bytes != 2 else tile
 
 
 def gated_obstacle(
@@ -131,7 +133,7 @@ def gated_linear_cuda(
             and gluon_launch.addressable(x)
         )
         bits = schedule_bits(scale_bits, asymmetric)
-        tile = pick_gated_tile(m, out_features, k, group_size, bits, weight_bits, xq.device, gluon)
+        tile = pick_gated_tile(m, out_features, k, group_size, bits, weight_bits, xq.device, gluon, dtype.itemsize)
     token_scale, qdata, scale = token_scale.reshape(-1).contiguous(), qdata.contiguous(), scale.contiguous()
     row_scale, bias = row_scale.contiguous(), None if bias is None else bias.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()

@@ -34,6 +34,12 @@ def gluon_tiles(scale_bits: int):
     return tiles + ([tile(128, 256, 8, kernel="specialized")] if scale_bits <= 4 else [])
 
 
+def cooperative_tiles(scale_bits: int):
+    """Those of the kernel with two consumers, for 16-bit outputs."""
+    shapes = [(128, 128)] + ([(256, 128)] if scale_bits <= 4 else [])
+    return [tile(*shape, 8, 3, kernel="cooperative", split_k=split) for shape in shapes for split in (1, 2)]
+
+
 def needs_gluon() -> None:
     from intscale_compile.kernels.gluon_launch import missing_feature
     from intscale_compile.kernels.triton_gemm import capability
@@ -109,6 +115,12 @@ def test_gluon_tiles(name):
         p = problem(m, features, k, group_size, scale_bits)
         for t in gluon_tiles(scale_bits):
             assert_right(call(p, "silu", tile=t), p, "silu")
+        for dtype, bias in ((torch.bfloat16, True), (torch.float16, False)):
+            plain = call(p, "silu", dtype, bias, tile(64, 128, kernel="specialized"))
+            for t in cooperative_tiles(scale_bits):
+                y = call(p, "silu", dtype, bias, t)
+                assert_right(y, p, "silu", bias)
+                assert torch.equal(y, plain), str(t)  # the same sums, and the same operations behind them
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -121,6 +133,7 @@ def test_activations_and_dtypes(activation, dtype):
     tiles = [tile(64, 128, stages=3), tile(128, 128, stages=3), tile(16, 64, stages=3)]
     if gluon_obstacle(1024, 128, 4, 4, "tiled", p.xq.device) is None:
         tiles += [tile(128, 128, kernel="pipelined", stages=3), tile(64, 128, kernel="specialized")]
+        tiles += cooperative_tiles(4) if dtype.itemsize == 2 else []
     for bias in (True, False):
         results = [call(p, activation, dtype, bias, t) for t in tiles]
         for y in results:
@@ -148,6 +161,8 @@ def test_eight_bit_weights():
         if t is not None:
             needs_gluon()
         assert_right(call(p, "silu", tile=t), p, "silu")
+    for t in cooperative_tiles(4):
+        assert_right(call(p, "silu", torch.bfloat16, tile=t), p, "silu")
 
 
 def test_split_k_leaves_its_counters_zero():

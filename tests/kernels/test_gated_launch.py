@@ -41,7 +41,9 @@ def test_shipped_tiles_become_legal_ones():
             assert gated is tile or tile.kernel == "decode" or tile.block_n == 64
 
 
-@pytest.mark.parametrize("m,kernels", [(1, {"triton"}), (16, {"triton"}), (17, {"specialized"}), (2048, {"pipelined"})])
+@pytest.mark.parametrize(
+    "m,kernels", [(1, {"triton"}), (16, {"triton"}), (17, {"specialized"}), (2048, {"cooperative"})]
+)
 def test_few_tokens_run_in_plain_triton(m, kernels, monkeypatch):
     """The Gluon kernel for up to 16 tokens has no gated form."""
 
@@ -51,6 +53,8 @@ def test_few_tokens_run_in_plain_triton(m, kernels, monkeypatch):
     monkeypatch.setattr(triton_gated, "pick_tile", pick)
     tile = pick_gated_tile(m, 28672, 4096, 128, 4, 4, torch.device("cpu"), True)
     assert tile.kernel in kernels and tile.block_n >= 128
+    wide = pick_gated_tile(m, 28672, 4096, 128, 4, 4, torch.device("cpu"), True, out_bytes=4)
+    assert wide.kernel == ("specialized" if tile.kernel == "cooperative" else tile.kernel)
 
 
 def test_obstacles(monkeypatch):
