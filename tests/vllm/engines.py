@@ -30,10 +30,16 @@ class Engine:
 
 @contextlib.contextmanager
 def engine(folder, **changes):
-    """An offline engine, and nothing of it afterwards."""
+    """An offline engine, and nothing of it afterwards, nor of one that could not be made before.
+
+    vLLM keeps rotary embeddings by their sizes, whatever options they were made with, until an engine shuts down; one that failed
+    while it was made never does. The next one would compute with its operation, not with the one that it asks for.
+    """
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
+    _ROPE_DICT.clear()
     found = Engine(LLM(str(folder), **{**FP32, "enable_prefix_caching": False, **changes}))
     try:
         yield found
