@@ -56,8 +56,8 @@ class Reason(enum.Enum):
     LEFT_OPERAND = "weight is the left operand of the product: write x @ weight.t()"
     WEIGHT_RANK = "weight is not a matrix"
     DIFFERENTIATED = (
-        "inside of torch.func.grad, vjp or jvp in the compiled function: a plain weight stays in high precision, a quantized one "
-        "runs through its tensor subclass; compile the model alone to have it rewritten"
+        "inside of torch.func.grad, vjp, jvp or vmap in the compiled function: a plain weight stays as it is, a quantized "
+        "one runs through its tensor subclass; compile the model alone to have it rewritten"
     )
     SCALED_ADDMM = "addmm with beta or alpha other than 1"
     BIAS_SHAPE = "the added tensor is not a bias vector of length N"

@@ -215,9 +215,10 @@ def mark_static_input(node: fx.Node) -> None:
 
 
 def differentiates(graph: fx.Graph) -> bool:
-    """Whether a graph enters a transform of torch.func that differentiates."""
+    """Whether a graph enters a transform of torch.func that differentiates, or vmap, whose values are of batches inside."""
     enter = {torch._C._functorch._grad_increment_nesting, torch._C._functorch._jvp_increment_nesting}
-    return any(node.op == "call_function" and node.target in enter for node in graph.nodes)
+    calls = [node.target for node in graph.nodes if node.op == "call_function"]
+    return any(target in enter or getattr(target, "__name__", "") == "_vmap_increment_nesting" for target in calls)
 
 
 def outermost_module() -> Optional[nn.Module]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import arg_tree_leaves
 
 from ..config import IntScaleConfig
 from ..integrations.torch import mark_static_input
@@ -257,7 +258,6 @@ _ARITHMETIC = (
     "floordiv",
     "mod",
     "pow",
-    "matmul",
     "and",
     "or",
     "xor",
@@ -287,6 +287,26 @@ def writes_in_place(node: fx.Node) -> bool:
         or name in IN_PLACE_METHODS
         or (name.endswith("_") and not name.endswith("__") and target not in NOT_IN_PLACE)
     )
+
+
+def writes_to(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a node may write into ``value``, one of its inputs: the first of ``addmm_``, ``out`` of ``mm``."""
+    if not writes_in_place(node):
+        return False
+    target, out = node.target, node.kwargs.get("out")
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if isinstance(target, torch._ops.OpOverload):
+        given = dict(zip((a.name for a in target._schema.arguments), node.args)) | node.kwargs
+        written = [
+            given.get(a.name) for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+        ]
+    elif name.endswith("_") and not name.endswith("__") and name not in ("set_", "swap_"):
+        written = [node.args[:1], out]
+    elif out is not None and not node.kwargs.get("inplace"):
+        written = [out]
+    else:
+        return True
+    return any(leaf is value for leaf in arg_tree_leaves(written))
 
 
 QUANTIZATION_NAMESPACE = "intscale"

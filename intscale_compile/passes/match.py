@@ -23,9 +23,10 @@ from ..integrations.torch import differentiates, is_dtensor, is_static_input, lo
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from ..tensors.expert_layers import ROUTER_CLASS, ROUTER_NAMES
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.product_forms import OTHER_FORMS
 from ..tensors.selection import output_config
-from .base import Candidate, GraphRewrite, Pass, argument, example, writes_in_place
-from .other_products import other_products
+from .base import Candidate, GraphRewrite, Pass, argument, example, writes_to
+from .other_products import PRODUCTS, other_products
 from .packed_weights import WeightSource
 from .respelled import respelled
 from .skipped import Skipped
@@ -34,14 +35,15 @@ from .weight_views import is_unknown_view, root_of_view, transposes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ATEN = {
-    name: {(packet := getattr(torch.ops.aten, name)), packet.default} for name in ("linear", "matmul", "mm", "addmm")
+    name: {(packet := getattr(torch.ops.aten, name)), packet.default}
+    for name in ("linear", "matmul", "linalg_matmul", "mm", "addmm")
 }
 LINEAR = {torch.nn.functional.linear, torch._C._nn.linear} | _ATEN["linear"]
-MATMUL = {torch.matmul, torch.mm, operator.matmul, torch.linalg.matmul} | _ATEN["matmul"] | _ATEN["mm"]
+MATMUL = {torch.matmul, torch.mm, operator.matmul, operator.imatmul, torch.linalg.matmul}
+MATMUL |= _ATEN["matmul"] | _ATEN["linalg_matmul"] | _ATEN["mm"]
 ADDMM = {torch.addmm} | _ATEN["addmm"]
-MATMUL_METHODS = {"matmul", "mm", "__matmul__"}
-OTHER_PRODUCTS = {torch.nn.functional.bilinear, torch.linalg.multi_dot, torch.chain_matmul, torch.linalg.vecdot}
-OTHER_NAMES = {"bmm", "baddbmm", "einsum", "inner", "tensordot", "kron", "dot", "vdot", "scaled_dot_product_attention"}
+MATMUL_METHODS = {"matmul", "mm", "__matmul__", "__rmatmul__"}
+OTHER_NAMES = OTHER_FORMS | {"bmm", "einsum", "inner", "tensordot"}
 VECTOR_PRODUCTS = {"mv": 0, "addmv": 1}  # the place of the matrix, which is the left operand
 TRANSPOSES = {
     "t", "T", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "mH",
@@ -117,7 +119,7 @@ class WeightFinder:
         """
         transposed = False
         while isinstance(node, fx.Node):
-            if any(writes_in_place(user) for user in node.users):
+            if any(writes_to(user, node) for user in node.users):
                 return None, False  # no longer what the caller passed
             source = self.source(node)
             if source is not None:
@@ -142,7 +144,7 @@ class WeightFinder:
         transposed, and the dimension of ``node`` along which it was cut. A source of None: it is no such thing.
         """
         flips, dim, start, end = 0, None, 0, 0
-        while isinstance(node, fx.Node) and not any(writes_in_place(user) for user in node.users):
+        while isinstance(node, fx.Node) and not any(writes_to(user, node) for user in node.users):
             source, transposed = self.resolve(node)
             if source is not None:
                 if dim is None or self.tensor(source).dim() != 2:
@@ -223,12 +225,17 @@ def swaps_last_two(node: fx.Node, name: str) -> bool:
 def _candidate(node: fx.Node, weights: WeightFinder) -> Optional[Candidate]:
     if node.op not in ("call_function", "call_method"):
         return None
+    name = function_name(node)
+    if node.kwargs.get("out") is not None and name.removeprefix("linalg_") in PRODUCTS:
+        return _other_form(node, weights)
     if node.target in LINEAR:
         x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+        if weights.resolve(x)[0] is not None and weights.resolve(weight)[0] is None:
+            return _left_alone(node, weights, x, Reason.LEFT_OPERAND)
         return _make(node, weights, x, weight, argument(node, 2, "bias"), weight_is_nk=True)
-    name = function_name(node)
     if node.target in MATMUL or (node.op == "call_method" and name in MATMUL_METHODS):
-        left, right = argument(node, 0, "input"), argument(node, 1, "other", "mat2")
+        left, right = argument(node, 0, "input", "self"), argument(node, 1, "other", "mat2")
+        left, right = (right, left) if name == "__rmatmul__" else (left, right)
         if weights.resolve(right)[0] is not None or weights.resolve_rows(right)[0] is not None:
             return _make(node, weights, left, right, None, weight_is_nk=False)
         return _left_alone(node, weights, left, Reason.LEFT_OPERAND)
@@ -239,12 +246,13 @@ def _candidate(node: fx.Node, weights: WeightFinder) -> Optional[Candidate]:
     for x, weight, weight_is_nk in respelled(node, name):
         if (made := _of_matrix(node, weights, x, weight, weight_is_nk)) is not None:
             return made
-    if node.target in OTHER_PRODUCTS or name in OTHER_NAMES or "grouped_mm" in name:
-        found = next(
-            (n for n in node.all_input_nodes if weights.resolve(n, through_selection=True)[0] is not None), None
-        )
-        return _left_alone(node, weights, found, Reason.UNKNOWN_FORM)
-    return None
+    return _other_form(node, weights) if name.removeprefix("linalg_") in OTHER_NAMES or "grouped_mm" in name else None
+
+
+def _other_form(node: fx.Node, weights: WeightFinder) -> Optional[Candidate]:
+    """A product that no pass knows, with the first weight that it takes."""
+    found = next((n for n in node.all_input_nodes if weights.resolve(n, through_selection=True)[0] is not None), None)
+    return _left_alone(node, weights, found, Reason.UNKNOWN_FORM)
 
 
 def _of_matrix(node: fx.Node, weights: WeightFinder, x: Any, weight: Any, weight_is_nk: bool) -> Optional[Candidate]:

@@ -15,13 +15,18 @@ from torch.nn import functional as F
 
 from ..reasons import Reason
 from ..tensors.intscale_tensor import IntScaleTensor
+from ..tensors.product_forms import OTHER_FORMS
 from .base import Candidate, GraphRewrite, example
 from .packed_weights import WeightSource
 
 if TYPE_CHECKING:
     from .match import WeightFinder
 
-PRODUCTS = {"matmul", "mm", "__matmul__", "addmm", "bmm", "baddbmm", "einsum", "tensordot", "inner"}
+PRODUCTS = OTHER_FORMS | {
+    "matmul", "mm", "__matmul__", "__rmatmul__", "linalg_matmul", "addmm", "addmm_", "bmm", "einsum", "tensordot", "inner",
+    "mv", "addmv",
+    *(f"linalg_{name}" for name in OTHER_FORMS),
+}  # fmt: skip
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 SEVERAL_LINEARS = {
     F.multi_head_attention_forward,

@@ -22,7 +22,7 @@ def respelled(node: fx.Node, name: str) -> Iterator[tuple[Any, Any, bool]]:
         value = example(x)
         if not isinstance(value, Tensor) or value.dim() == 0:
             return
-        kept_nk = True if name == "inner" else tensordot_linear(argument(node, 2, "dims"), value.dim())
+        kept_nk = True if name == "inner" else tensordot_linear(_dims(node), value.dim())
         if kept_nk is not None:
             yield x, weight, kept_nk
     elif name == "einsum" and node.args:
@@ -33,3 +33,9 @@ def respelled(node: fx.Node, name: str) -> Iterator[tuple[Any, Any, bool]]:
             kept_nk = einsum_linear(equation, place)
             if kept_nk is not None:
                 yield operands[1 - place], weight, kept_nk
+
+
+def _dims(node: fx.Node) -> Any:
+    """The dimensions of a tensordot: torch takes them as one argument, aten as two."""
+    of_x, of_weight = argument(node, 2, "dims", "dims_self"), argument(node, 3, "dims_other")
+    return of_x if of_weight is None else (of_x, of_weight)

@@ -21,6 +21,9 @@ implements_torch_function = IntScaleTensor.implements_torch_function
 SET_DATA: list[Any] = [torch.Tensor.data.__set__]  # type: ignore[attr-defined]
 TO_NUMPY: list[Any] = [torch.Tensor.numpy, torch.Tensor.__array__]
 OF_MEMORY: list[Any] = [torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_, torch.Tensor.__dlpack__]
+DATA_PTR = [getattr(torch.Tensor, name) for name in ("data_ptr", "const_data_ptr") if hasattr(torch.Tensor, name)]
+CUDA_ARRAY: list[Any] = [torch.Tensor.__cuda_array_interface__.__get__]  # type: ignore[attr-defined]
+NOWHERE = 1 << 62  # set in addresses at which no machine has memory
 SAME_LAYOUT = ("shape", "block_size", "transposed", "weight_bits", "rotation", "data_names")
 
 
@@ -93,6 +96,12 @@ def _(func, types, args, kwargs):
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in one.data_names)
 
 
+@implements([aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default])
+def _(func, types, args, kwargs):
+    """A plain tensor of the dtype and on the device that the weight claims."""
+    return func(torch.empty((), dtype=args[0].dtype, device=args[0].device), *args[1:], **kwargs)
+
+
 @implements(aten.is_pinned.default)
 def _(func, types, args, kwargs):
     return all(func(getattr(args[0], name), *args[1:], **kwargs) for name in args[0].data_names)
@@ -116,6 +125,25 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     """PyTorch would read and write at the address of the empty wrapper, which ends the process."""
     raise refuse(f"{func.__name__} reads memory that a quantized weight does not have", DENSE_MEND)
+
+
+@implements_torch_function(DATA_PTR)
+def _(func, types, args, kwargs):
+    """A number that two weights share if and only if they share their codes; no address: who reads there fails at once.
+
+    Libraries tell tensors apart by it. The wrapper's own is 0 for every weight, and accelerate, where one of them is tied, gives
+    all layers that one. torch itself recognizes wrappers by 0, without asking here.
+    """
+    address = args[0].qdata.data_ptr()
+    return address and address | NOWHERE
+
+
+@implements_torch_function(CUDA_ARRAY)
+def _(func, types, args, kwargs):
+    if args[0].is_cuda:
+        raise refuse("__cuda_array_interface__ is of memory that a quantized weight does not have", DENSE_MEND)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **(kwargs or {}))  # which says that it is not on a GPU
 
 
 def _refuse_capsules(to_dlpack: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -10,6 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Optional
 
+# Products that are no linear layer, whichever operand a weight is; names without "linalg_".
+OTHER_FORMS = {
+    "addmm_", "baddbmm", "baddbmm_", "addbmm", "addbmm_", "bilinear", "multi_dot", "chain_matmul", "kron", "dot", "vdot",
+    "vecdot", "outer", "ger", "addr", "addr_", "sspaddmm", "scaled_dot_product_attention", "grouped_mm", "_grouped_mm", "cross",
+    "matrix_power", "matrix_exp",
+}  # fmt: skip
+
 
 def einsum_linear(equation: Any, weight_at: int) -> Optional[bool]:
     """Whether the operand ``weight_at`` (0 or 1) of an einsum is a weight kept as ``[N, K]``; None where it is no linear layer.
@@ -36,12 +43,12 @@ def einsum_linear(equation: Any, weight_at: int) -> Optional[bool]:
     return None
 
 
-def tensordot_linear(dims: Any, x_rank: int) -> Optional[bool]:
+def tensordot_linear(dims: Any, x_rank: Optional[int]) -> Optional[bool]:
     """Whether ``tensordot(x, weight, dims)`` multiplies by a weight kept as ``[N, K]``; None where it is no linear layer.
 
     Args:
         dims: as ``torch.tensordot`` takes it: a number, or the dimensions of both operands.
-        x_rank: dimensions of the activation.
+        x_rank: dimensions of the activation; None: not known, so that only the dimension -1 is known to be the last.
     """
     if dims == 1 and isinstance(dims, int):
         return False
@@ -51,4 +58,5 @@ def tensordot_linear(dims: Any, x_rank: int) -> Optional[bool]:
     if any(len(part) != 1 or not isinstance(part[0], int) for part in pairs):
         return None
     (of_x,), (of_weight,) = pairs
-    return bool(of_weight % 2) if of_x % x_rank == x_rank - 1 else None
+    is_last = of_x == -1 if x_rank is None else of_x % x_rank == x_rank - 1
+    return bool(of_weight % 2) if is_last else None

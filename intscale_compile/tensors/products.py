@@ -7,9 +7,10 @@ import torch
 from .intscale_tensor import IntScaleTensor
 from .linear import linear
 from .operators import refuse
-from .product_forms import einsum_linear
+from .product_forms import einsum_linear, tensordot_linear
 
 aten = torch.ops.aten
+LINEAR_MEND = "write F.linear(x, weight), leave the weight out (filter_fn)"
 implements = IntScaleTensor.implements
 implements_torch_function = IntScaleTensor.implements_torch_function
 
@@ -47,9 +48,17 @@ def _matmul(x, weight, bias=None):
 
 
 @implements([aten.mm.default, aten.matmul.default])
-@implements_torch_function([torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__])
+@implements_torch_function(
+    [torch.matmul, torch.mm, torch.linalg.matmul, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__]
+)
 def _(func, types, args, kwargs):
     return _matmul(*_operands(args, kwargs, "input", "other", "mat2"))
+
+
+@implements_torch_function(torch.Tensor.__rmatmul__)
+def _(func, types, args, kwargs):
+    weight, x = _operands(args, kwargs, "self", "other")
+    return _matmul(x, weight)
 
 
 @implements(aten.addmm.default)
@@ -63,16 +72,39 @@ def _(func, types, args, kwargs):
     return _matmul(x, weight, bias) if is_vector else _matmul(x, weight) + bias
 
 
-@implements_torch_function(torch.einsum)
+def _spelled(*functions):
+    """Functions and the operators of aten that they call."""
+    packets = [getattr(aten, function.__name__) for function in functions]
+    return [*functions, *packets, *(packet.default for packet in packets)]
+
+
+@implements_torch_function([*_spelled(torch.inner), torch.Tensor.inner])
 def _(func, types, args, kwargs):
-    equation, *operands = args
+    x, weight = _operands(args, kwargs, "input", "self", "other")[:2]
+    if isinstance(x, IntScaleTensor) or weight.dim() != 2:
+        raise refuse("inner takes a plain activation and a quantized matrix", "write F.linear(x, weight)")
+    return linear(x, weight)
+
+
+@implements_torch_function(_spelled(torch.tensordot))
+def _(func, types, args, kwargs):
+    x, weight, *dims = _operands(args, kwargs, "a", "self", "b", "other", "dims", "dims_self", "dims_other")
+    kept_nk = None
+    if isinstance(weight, IntScaleTensor) and not isinstance(x, IntScaleTensor) and weight.dim() == 2 and dims:
+        kept_nk = tensordot_linear(dims[0] if len(dims) == 1 else tuple(dims[:2]), x.dim())
+    if kept_nk is None:
+        raise refuse(f"tensordot over {dims} is no linear layer", LINEAR_MEND)
+    return _matmul(x, weight.t() if kept_nk else weight)
+
+
+@implements_torch_function(_spelled(torch.einsum))
+def _(func, types, args, kwargs):
+    equation, *operands = _operands(args, kwargs, "equation", "tensors")
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = operands[0]
     place = next((i for i, operand in enumerate(operands) if isinstance(operand, IntScaleTensor)), 0)
     kept_nk = einsum_linear(equation, place) if len(operands) == 2 else None
     if kept_nk is None or operands[place].dim() != 2:
-        raise refuse(
-            f"einsum {equation!r} is no linear layer", "write F.linear(x, weight), leave the weight out (filter_fn)"
-        )
+        raise refuse(f"einsum {equation!r} is no linear layer", LINEAR_MEND)
     x, weight = operands[1 - place], operands[place]
     return _matmul(x, weight.t() if kept_nk else weight)

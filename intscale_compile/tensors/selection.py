@@ -29,7 +29,8 @@ from ..integrations.torchao import is_linear
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason
 from .expert_layers import expert_stacks, router_modules
 from .intscale_tensor import IntScaleTensor
-from .weight_reads import stacks_in_a_loop, weight_reads
+from .source_trees import own_method
+from .weight_reads import called_methods, stacks_in_a_loop, weight_reads
 
 WIDE_DTYPES = (torch.float64, torch.complex64, torch.complex128)  # of products that no kernel of ours takes
 DECIDED = "_intscale_decided"  # attribute of every module of a model whose weights were chosen
@@ -138,9 +139,8 @@ def _special_layers(model: nn.Module) -> dict[int, Reason]:
     """Layers (by id) with a part of their own: output embeddings, routers, and those whose weight other code reads."""
     special: dict[int, Reason] = {}
     for module in model.modules():
-        for path, reason in weight_reads(type(module)).items():  # type: ignore[arg-type]
-            child = _child(module, path)
-            if child is not None and not (is_conv1d(child) and reason is Reason.UNKNOWN_FORM):
+        for child, reason in _read_weights(module):
+            if not (is_conv1d(child) and reason is Reason.UNKNOWN_FORM):
                 special[id(child)] = reason
         if isinstance(module, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             special |= {id(module.linear1): Reason.ONE_OPERATOR, id(module.linear2): Reason.ONE_OPERATOR}
@@ -152,11 +152,27 @@ def _special_layers(model: nn.Module) -> dict[int, Reason]:
     return special
 
 
-def _child(module: nn.Module, path: str) -> Optional[nn.Module]:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None
+def _read_weights(module: nn.Module) -> Iterator[tuple[nn.Module, Reason]]:
+    """Modules whose weights a module reads itself in its ``forward``, that of its class or its own, or in a method that the
+    module above calls by name."""
+    kind: type = type(module)
+    reads = [(module, weight_reads(kind))]
+    own = own_method(module, "forward")
+    if own is not None:
+        reads.append((module, weight_reads(kind, own)))
+    for path, method in called_methods(kind):
+        reads += [(child, weight_reads(type(child), method)) for child in _children(module, path)]  # type: ignore[arg-type]
+    for owner, found in reads:
+        yield from ((child, reason) for path, reason in found.items() for child in _children(owner, path))
+
+
+def _children(module: nn.Module, path: str) -> list[nn.Module]:
+    """The modules at a dotted name, in which ``*`` stands for every child."""
+    found = [module]
+    for part in path.split(".") if path else ():
+        named = [dict(parent.named_children()) for parent in found]
+        found = [child for children in named for name, child in children.items() if part in ("*", name)]
+    return found
 
 
 def _output_embeddings(module: nn.Module) -> Iterator[nn.Module]:

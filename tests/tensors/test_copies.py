@@ -105,6 +105,51 @@ def test_accelerate_offloads_to_the_cpu():
             assert torch.equal(model(x), expected)
 
 
+class TwoTies(nn.Module):
+    """Two weights that two layers each share, and one by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(5)])
+        self.layers[1].weight, self.layers[3].weight = self.layers[0].weight, self.layers[2].weight
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_dispatched_ties_are_told_apart():
+    """accelerate knows weights by data_ptr(), 0 for every wrapper: all layers computed with the weight of one, silently."""
+    accelerate = pytest.importorskip("accelerate")
+    model, x = TwoTies(), torch.randn(3, 64)
+    quantize_(model, IntScaleConfig(group_size=32, scale_search="absmax"))
+    assert model.layers[0].weight is model.layers[1].weight
+    expected = model(x)
+    accelerate.dispatch_model(model, {f"layers.{i}": "cpu" for i in range(5)}, main_device="cpu", force_hooks=True)
+    assert torch.equal(model(x), expected) and torch.equal(model(x), expected)
+
+
+def test_data_ptr_tells_weights_apart_and_is_no_address():
+    weight, other = make(64, 128).detach(), make(64, 128).detach()
+    address = weight.data_ptr()
+    assert address == weight.t().data_ptr() != other.data_ptr()
+    assert address - weight.qdata.data_ptr() == 2**62 and weight.to("meta").data_ptr() == 0
+    with pytest.raises(RuntimeError, match="invalid python storage"):  # torch's own
+        weight.untyped_storage().data_ptr()
+    assert not hasattr(weight, "__cuda_array_interface__")
+
+
+def test_new_tensors_are_plain():
+    """Code asks a weight for a tensor of its dtype and on its device."""
+    weight = make(64, 128).detach().to(torch.bfloat16)
+    plain = weight.new_zeros(64, 128)
+    assert type(plain) is torch.Tensor and torch.equal(plain, torch.zeros(64, 128, dtype=torch.bfloat16))
+    assert weight.new_ones((2, 3), dtype=torch.float32).sum().item() == 6
+    assert weight.new_empty(3).shape == (3,) and weight.new_full((2,), 7).tolist() == [7, 7]
+
+
 def test_quantized_head_of_a_tied_model_is_saved_and_loaded(tmp_path):
     """By the mend that docs/reasons.md gives for an output embedding."""
     transformers = pytest.importorskip("transformers")
