@@ -14,7 +14,7 @@ from intscale_compile import IntScaleConfig, explain, quantize
 from intscale_compile.reasons import Reason
 from intscale_compile.tensors.weight_reads import weight_reads
 from tests.support.compiled import rewritten
-from tests.test_two_doors import chosen_by_quantize, compiler_choices, quantized
+from tests.support.doors import chosen_by_quantize, compiler_choices, quantized
 
 aten = torch.ops.aten
 CONFIG = IntScaleConfig(group_size=32, scale_search="absmax")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import operator
 import re
 from typing import Any, Optional
 
@@ -30,19 +29,11 @@ from .other_products import PRODUCTS, other_products
 from .packed_weights import WeightSource
 from .respelled import respelled
 from .skipped import Skipped
+from .targets import ADDMM, LINEAR, MATMUL, MATMUL_METHODS
 from .weight_rows import cut_of
 from .weight_views import is_unknown_view, root_of_view, transposes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_ATEN = {
-    name: {(packet := getattr(torch.ops.aten, name)), packet.default}
-    for name in ("linear", "matmul", "linalg_matmul", "mm", "addmm")
-}
-LINEAR = {torch.nn.functional.linear, torch._C._nn.linear} | _ATEN["linear"]
-MATMUL = {torch.matmul, torch.mm, operator.matmul, operator.imatmul, torch.linalg.matmul}
-MATMUL |= _ATEN["matmul"] | _ATEN["linalg_matmul"] | _ATEN["mm"]
-ADDMM = {torch.addmm} | _ATEN["addmm"]
-MATMUL_METHODS = {"matmul", "mm", "__matmul__", "__rmatmul__"}
 OTHER_NAMES = OTHER_FORMS | {"bmm", "einsum", "inner", "tensordot"}
 VECTOR_PRODUCTS = {"mv": 0, "addmv": 1}  # the place of the matrix, which is the left operand
 TRANSPOSES = {
