@@ -28,26 +28,38 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-import torch._dynamo.guards  # noqa: E402
-import torch._inductor.config  # noqa: E402
 
-# pytest 9 listens to every logger that does not propagate, also to the one for which torch makes a JSON record of each step of a
-# compilation if somebody listens: no test reads it in this process.
-logging.root.manager.loggerDict.pop("torch.__trace", None)
-# Dynamo empties the processor's caches after each compilation to time the guards once, for its own statistics: 20 to 40 ms.
-torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr-defined]
-
-# g++ takes twice as long for C++ with vector instructions, which is Inductor's work: what our graphs compute is tested without.
-# Files that compare what users run, and what tests start as commands, have them; `--vectorized` gives them to every test.
 SCALAR, VECTORIZED = 1, None
-torch._inductor.config.cpp.simdlen = SCALAR
-# Writing and compiling C++ takes longer than everything before it, which is what most tests are about: Dynamo's graph, our
-# passes, AOTAutograd, Inductor's passes and its calls of operators. There Inductor calls the operators of eager mode instead;
-# tests marked `generated`, `vectorized` or `slow`, and what tests start as commands, have C++.
-torch._inductor.config.fallback_by_default = True
-# A package is two C++ files with flags of their own: their headers, compiled ahead, would each be used once.
-torch._inductor.config.aot_inductor.precompile_headers = False
+
+
+def pytest_configure(config):
+    """How torch is set up in processes that run tests; the one that only starts them and collects reports needs no torch."""
+    starts_others = bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
+    if not starts_others:
+        _set_up_torch()
+
+
+def _set_up_torch() -> None:
+    # Slow to import.
+    import torch._dynamo.guards
+    import torch._inductor.config
+
+    # pytest 9 listens to every logger that does not propagate, also to the one for which torch makes a JSON record of each step
+    # of a compilation if somebody listens: no test reads it in this process.
+    logging.root.manager.loggerDict.pop("torch.__trace", None)
+    # Dynamo empties the processor's caches after each compilation to time the guards once, for its own statistics: 20 to 40 ms.
+    torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr-defined]
+    # g++ takes twice as long for C++ with vector instructions, which is Inductor's work: what our graphs compute is tested
+    # without. Files that compare what users run, and what tests start as commands, have them; `--vectorized` gives them to every
+    # test.
+    torch._inductor.config.cpp.simdlen = SCALAR
+    # Writing and compiling C++ takes longer than everything before it, which is what most tests are about: Dynamo's graph, our
+    # passes, AOTAutograd, Inductor's passes and its calls of operators. There Inductor calls the operators of eager mode
+    # instead; tests marked `generated`, `vectorized` or `slow`, and what tests start as commands, have C++.
+    torch._inductor.config.fallback_by_default = True
+    # A package is two C++ files with flags of their own: their headers, compiled ahead, would each be used once.
+    torch._inductor.config.aot_inductor.precompile_headers = False
+
 
 # Files that take longest: they start first, or the last of them would run alone at the end.
 LONGEST = [
@@ -113,6 +125,8 @@ def _fresh():
     The random state, the graphs that Dynamo has of a function (with too many it gives up), what was logged once, and
     which private names of other packages were missing.
     """
+    import torch  # not in a process that only starts others
+
     from intscale_compile.integrations import registry
     from intscale_compile.reasons import log_once  # not for a test run that only collects
 
@@ -124,6 +138,8 @@ def _fresh():
 
 def pytest_runtest_setup(item):
     """How Inductor compiles for a test, and for the fixtures of its file that are set up with it."""
+    import torch._inductor.config  # not in a process that only starts others
+
     vectorized = item.config.getoption("--vectorized") or item.get_closest_marker("vectorized")
     asked = item.config.getoption("--generated") or item.get_closest_marker("generated")
     generated = vectorized or asked or item.get_closest_marker("slow")
@@ -194,6 +210,8 @@ def pytest_collection_modifyitems(config, items):
         places = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
         names.sort(key=lambda name: (places.get(name, len(LONGEST)), -len(files[name])))
     items[:] = [item for name in names for item in files[name]]
+    import torch  # not in a process that only starts others
+
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
