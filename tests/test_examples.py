@@ -40,11 +40,12 @@ def quickstart() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def first_run(quickstart, tmp_path_factory) -> SimpleNamespace:
-    """One run with one layer and thirty steps, and its cache folder."""
+    """One run with one layer, an eighth of the text and twelve steps, and its cache folder."""
     cache, out, err = tmp_path_factory.mktemp("cache"), io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setitem(quickstart.ARCHITECTURE, "num_hidden_layers", 1)
-        patch.setattr(quickstart, "MAX_STEPS", 30)
+        patch.setattr(quickstart, "MAX_STEPS", 12)
+        patch.setattr(quickstart, "CORPUS_BYTES", 500_000)
         quickstart.main(["--train-seconds", "60", "--cache", str(cache), *SMALL])
     transformers.utils.logging.enable_progress_bar()
     return SimpleNamespace(out=out.getvalue(), err=err.getvalue(), cache=cache)

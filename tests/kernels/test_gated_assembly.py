@@ -47,7 +47,7 @@ def test_hopper(schedule, m, tmp_path):
     assert code.count("IMMA") == 0
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["gelu", pytest.param("gelu_tanh", marks=pytest.mark.slow)])
 def test_other_activations(activation, tmp_path):
     check_loop(sass_of(FOLD, choose_tile(4096, N, K, *FOLD), 90, tmp_path, activation), ("IGMMA",))
 
