@@ -142,7 +142,7 @@ def pytest_runtest_setup(item):
 
     vectorized = item.config.getoption("--vectorized") or item.get_closest_marker("vectorized")
     asked = item.config.getoption("--generated") or item.get_closest_marker("generated")
-    generated = vectorized or asked or item.get_closest_marker("slow")
+    generated = vectorized or asked or item.get_closest_marker("slow") or item.get_closest_marker("gpu")
     torch._inductor.config.cpp.simdlen = VECTORIZED if vectorized else SCALAR
     torch._inductor.config.fallback_by_default = not generated
     if len(sys.modules) > _frozen_modules + 100:

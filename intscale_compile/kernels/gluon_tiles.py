@@ -214,11 +214,8 @@ def _decode_tile(m: int, n: int, k: int, schedule: str, sm_count: int) -> Tile:
 
 
 def gated_tile(tile: Tile, schedule: str) -> Tile:
-    """``tile`` if a gated launch can run it, else the nearest that it can: one with 64 rows or more of gate and of up.
-
-    Cooperative ones with the schedule ``fold`` only, whose gated form has run on a GPU.
-    """
-    if tile.kernel == "cooperative" and tile.block_n == 128 and schedule == "fold":
+    """``tile`` if a gated launch can run it, else the nearest that it can: one with 64 rows or more of gate and of up."""
+    if tile.kernel == "cooperative" and tile.block_n == 128:
         return tile
     if tile.kernel not in ("decode", "cooperative") and tile.block_n >= 128:
         return tile
