@@ -19,6 +19,7 @@ def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, behind: 
     if packed.device.type != "cuda":
         return f"oneDNN {'grouped ' if grouped else ''}{schedule}{also}"
     # Imports Triton, which only GPUs need.
+    from ..kernels.gluon_tiles import for_output
     from ..kernels.template import GLUON_TOKENS
     from ..kernels.triton_gated import pick_gated_tile
     from ..kernels.triton_gemm import pick_tile
@@ -39,6 +40,8 @@ def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, behind: 
     form = (rows, *shape, packed.group_size, scale_bits, packed.weight_bits, packed.device, gluon)
     gated = behind not in (None, "residual")
     tile = pick_gated_tile(*form, packed.dtype.itemsize) if gated else pick_tile(*form)
+    if tile.kernel != "triton":
+        tile = for_output(tile, schedule, packed.dtype.itemsize)
     name = "triton" if tile.kernel == "triton" else f"gluon {tile.kernel}"
     return f"{name} {schedule} {tile.block_n}x{tile.block_m}{also}"
 

@@ -69,8 +69,11 @@ def shared_bytes(tile: Tile, schedule: str, out_bytes: int = 2) -> int:
 def for_output(tile: Tile, schedule: str, out_bytes: int) -> Tile:
     """``tile`` with as many stages as the epilogue of an output of ``out_bytes`` an element leaves room for.
 
-    Tiles are chosen and tuned for 16-bit outputs. The result does not depend on the number of stages.
+    Tiles are chosen and tuned for 16-bit outputs. The result does not depend on the number of stages. Three consumers with two
+    sums each have no registers for the plain stores of wider outputs (Triton 3.7 and 3.9): two take their place.
     """
+    if out_bytes > 2 and schedule in ("accumulate", "float") and tile.num_warps == 12:
+        tile = deepest(dataclasses.replace(tile, block_n=128, num_warps=8), schedule)
     if shared_bytes(tile, schedule, out_bytes) <= shared_limit(tile):
         return tile
     room = shared_limit(tile) - scratch_bytes(tile, out_bytes)

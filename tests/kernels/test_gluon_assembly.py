@@ -262,10 +262,7 @@ def test_residuals_assemble_without_spills(schedule, tile, k, tmp_path):
 
 
 def wide_outputs() -> list[tuple[str, Tile, int, str]]:
-    """Every kind of tile with the fp32 output of an fp32 model, and with the accumulator itself.
-
-    But for the sums of three consumers with two sums each, which only tests ask for: Triton 3.9 has no registers for them.
-    """
+    """Every kind of tile with the fp32 output of an fp32 model, and with the accumulator itself."""
     kinds = {(s, t.kernel, t.block_m, t.block_n, t.programs_per_sm): t for s, t in costed_tiles() if t.split_k == 1}
     by_size = sorted(kinds.items(), key=lambda case: -case[1].block_m * case[1].block_n)
     return [

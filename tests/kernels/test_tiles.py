@@ -141,6 +141,8 @@ def test_shared_memory_is_that_of_the_kernels():
     )  # 8 stages and 16 KiB are more than half of all
     assert [for_output(beside, "fold", size).num_stages for size in (2, 4)] == [8, 7]
     assert for_output(wide, "fold", 4) == wide
+    two = Tile(128, 128, 8, 8, kernel="cooperative")  # three consumers with two sums each: no registers for wide stores
+    assert for_output(three, "accumulate", 4) == two and for_output(three, "accumulate", 2) == three
 
 
 @pytest.mark.parametrize(
