@@ -249,6 +249,8 @@ def gluon_candidates(
         tiles += _decode_candidates(8 if m <= 8 else 16, schedule)
     if m > DECODE_TOKENS or not decode or schedule == "int8":
         tiles += _specialized_candidates(m, n, k, schedule, sm_count)
+    if m > 64:
+        tiles += _cooperative_candidates(m, n, k, schedule, sm_count)
     if m >= 128:
         for bm, bn, group_n in itertools.product((64, 128), (64, 128), (8, 16)):
             if bm * bn >= 64 * 128 or tile_count(m, 64) * tile_count(n, 64) <= 2 * sm_count:
@@ -262,6 +264,16 @@ def _decode_candidates(block_m: int, schedule: str) -> Iterator[Tile]:
         if (block_n, warps) not in ((16, 8), (64, 4)):  # neither was among the winners of the sweeps
             yield deepest(tile, schedule)
             yield deepest(tile, schedule, most=4 if steps == 2 else 3)
+
+
+def _cooperative_candidates(m: int, n: int, k: int, schedule: str, sm_count: int) -> Iterator[Tile]:
+    for (bm, bn, warps, _), split in itertools.product(COOPERATIVE, (1, 2, 4)):
+        tiles = tile_count(m, bm) * tile_count(n, bn) * split
+        too_many = split > 1 and (10 * tiles > 11 * sm_count or k // 128 // split < MIN_SPLIT_BLOCKS)
+        if 2 * m > bm and not too_many:
+            yield deepest(
+                Tile(bm, bn, warps, group_n=16 if m >= 512 else 8, kernel="cooperative", split_k=split), schedule
+            )
 
 
 def _specialized_candidates(m: int, n: int, k: int, schedule: str, sm_count: int) -> Iterator[Tile]:

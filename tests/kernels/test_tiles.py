@@ -121,6 +121,7 @@ def test_candidates_are_legal_and_hold_the_rules_choice(schedule):
             tiles = gluon_candidates(m, n, k, schedule)
             assert tiles[0] == choose_gluon_tile(m, n, k, schedule) and len(tiles) == len(set(tiles)) < 40
             assert all(illegal(tile, schedule, k) is None for tile in tiles)
+            assert (m > 64) == any(tile.kernel == "cooperative" for tile in tiles)
 
 
 def test_shared_memory_is_that_of_the_kernels():
