@@ -132,3 +132,13 @@ def test_what_is_refused_stays_our_error_behind_a_graph_break():
     for call in (model, rewritten(model, fullgraph=False)):
         with pytest.raises(UnsupportedOpError, match=r"unsqueeze .* use weight.dequantize\(\) first"):
             call(X)
+
+
+def test_traces_and_parametrizations_of_quantized_weights_are_refused():
+    """A trace was made, and saving it ended the process; weight_norm was set up and every call failed with a TypeError."""
+    model = quantized(nn.Sequential(nn.Linear(64, 64)))
+    with pytest.raises(UnsupportedOpError, match=r"torch.jit.trace .* use torch.export"):
+        torch.jit.trace(model, X)
+    with pytest.raises(WeightError, match="weight_norm: remove the parametrization before quantize_"):
+        nn.utils.parametrizations.weight_norm(model[0])
+    assert torch.isfinite(model(X)).all() and not nn.utils.parametrize.is_parametrized(model[0])

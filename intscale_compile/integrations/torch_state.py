@@ -23,6 +23,11 @@ def nobody_watches() -> bool:
     return not _modes() and _functorch() is None and not _tracing() and not takes_tangents()
 
 
+def is_traced() -> bool:
+    """Whether torch.jit traces, as the older export to ONNX does too."""
+    return _tracing()
+
+
 def takes_tangents() -> bool:
     """Whether a level of ``torch.autograd.forward_ad`` is open: tensors may carry tangents, but within a custom function."""
     return _forward_ad._current_level >= 0 and _fw_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedOpError
+from ..errors import UnsupportedOpError, WeightError
 from ..integrations.torch import TO_DLPACK
 from ..kernels.cpu_gemm import forget
 from .activation_parts import PER_WEIGHT
@@ -125,6 +125,15 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     """PyTorch would read and write at the address of the empty wrapper, which ends the process."""
     raise refuse(f"{func.__name__} reads memory that a quantized weight does not have", DENSE_MEND)
+
+
+@implements_torch_function(torch.norm_except_dim)
+def _(func, types, args, kwargs):
+    """For ours of operators, a NotImplementedError, PyTorch takes it that weight_norm has no inverse, and goes on."""
+    raise WeightError(
+        "a quantized weight cannot be parametrized by weight_norm: remove the parametrization before quantize_ "
+        "(torch.nn.utils.parametrize.remove_parametrizations)."
+    )
 
 
 @implements_torch_function(DATA_PTR)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedOpError
-from ..integrations.torch_state import differentiates
+from ..integrations.torch_state import differentiates, is_traced
 from ..kernels.arguments import LinearArguments
 from ..kernels.hadamard import HADAMARD_OP, HADAMARD_QUANTIZE_OP
 from ..kernels.quantize_per_token import OP as QUANTIZE_OP
@@ -38,12 +38,17 @@ def linear(x: Tensor, weight: IntScaleTensor, bias: Optional[Tensor] = None) -> 
 
     Raises:
         InputError: wrong dtype, device or number of features.
-        UnsupportedOpError: the weight is a stack, or transposed.
+        UnsupportedOpError: the weight is a stack, or transposed; torch.jit traces.
     """
     if not torch.compiler.is_compiling():
         y = eager_linear(x, weight, bias)
         if y is not None:
             return y
+        if is_traced():
+            raise UnsupportedOpError(
+                "torch.jit.trace cannot keep a quantized weight (saving the trace ends the process): use torch.export, see "
+                "docs/export.md."
+            )
     _check_operands(x, weight, bias)
     if differentiates():
         return transformed(linear, x, weight, bias)
