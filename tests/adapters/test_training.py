@@ -106,7 +106,9 @@ def test_served_unmerged_the_base_is_fused_and_the_adapter_left_alone(base):
     report = intscale_compile.explain(peft_model, input_ids=IDS)
     assert len([layer for layer in report.layers if "base_layer" in layer.name and layer.quantized]) == 7
     small = {layer.name: layer.reason for layer in report.layers if "lora_" in layer.name}
-    assert len(small) == 14 and set(small.values()) <= {"TOO_SMALL", "NOT_SELECTED"}, small
+    # peft's forward reaches unmerge(), which computes with the weights of an adapter (B @ A): both doors leave those alone.
+    alone = {"TOO_SMALL", "NOT_SELECTED", "LEFT_OPERAND", "UNKNOWN_FORM"}
+    assert len(small) == 14 and set(small.values()) <= alone, small
 
 
 @pytest.mark.slow  # a whole model, in training and unmerged in eval mode; above a layer of it
