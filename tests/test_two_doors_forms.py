@@ -289,3 +289,16 @@ def test_vmap_in_a_compiled_function():
     assert rows_of(model) == {"q.weight": (False, "DIFFERENTIATED")}
     quantize(model, CONFIG)
     assert torch.equal(rewritten(model)(X), model(X))
+
+
+class MappedBeside(layers("q", "r")):
+    """As Mamba's scan, which maps a function of two elements, between products that have nothing to do with it."""
+
+    def forward(self, x):
+        return self.r(torch.vmap(lambda row: row.cumsum(0) * 0.1)(self.q(x)))
+
+
+def test_products_beside_vmap_are_quantized():
+    assert (
+        quantized(compiler_choices(MappedBeside(), X)) == chosen_by_quantize(MappedBeside()) == {"q.weight", "r.weight"}
+    )

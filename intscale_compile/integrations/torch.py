@@ -214,11 +214,18 @@ def mark_static_input(node: fx.Node) -> None:
     node._dynamo_source = LocalSource(f"__{node.name}")  # type: ignore[attr-defined]
 
 
-def differentiates(graph: fx.Graph) -> bool:
-    """Whether a graph enters a transform of torch.func that differentiates, or vmap, whose values are of batches inside."""
+def transformed_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes inside of torch.func: all of a graph that differentiates, else those in vmap, whose values are of batches there."""
     enter = {torch._C._functorch._grad_increment_nesting, torch._C._functorch._jvp_increment_nesting}
-    calls = [node.target for node in graph.nodes if node.op == "call_function"]
-    return any(target in enter or getattr(target, "__name__", "") == "_vmap_increment_nesting" for target in calls)
+    if any(node.target in enter for node in graph.nodes if node.op == "call_function"):
+        return set(graph.nodes)
+    inside, depth = set(), 0
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        depth += (name == "_vmap_increment_nesting") - (name == "_vmap_decrement_nesting")
+        if depth:
+            inside.add(node)
+    return inside
 
 
 def outermost_module() -> Optional[nn.Module]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..integrations.torch import differentiates, is_dtensor, is_static_input, local_tensor, source_of
+from ..integrations.torch import is_dtensor, is_static_input, local_tensor, source_of, transformed_nodes
 from ..reasons import OUTPUT_NAMES, SMALLEST_FEATURES, Reason, log_once
 from ..tensors.expert_layers import ROUTER_CLASS, ROUTER_NAMES
 from ..tensors.intscale_tensor import IntScaleTensor
@@ -96,7 +96,7 @@ class WeightFinder:
         names = ["." + dotted_name(node) for node in self.index]
         self.beside_experts = {name.partition(".experts.")[0][1:] for name in names if ".experts." in name}
         self.skipped = Skipped(rewrite.settings.skip)
-        self.differentiated = differentiates(rewrite.graph)
+        self.differentiated = transformed_nodes(rewrite.graph)
         self.any_quantized = any(isinstance(t, IntScaleTensor) for t in tensors)
 
     def tensor(self, source: WeightSource) -> Tensor:
@@ -339,7 +339,7 @@ def reason_against(candidate: Candidate, weights: WeightFinder, grad_enabled: bo
         return Reason.EXCLUDED
     if "insert_qdq" in settings.disable_passes:
         return Reason.PASS_DISABLED
-    if weights.differentiated:
+    if candidate.node in weights.differentiated:
         return Reason.DIFFERENTIATED
     if isinstance(tensor, IntScaleTensor):
         # The product must reduce over the dimension that was quantized.
