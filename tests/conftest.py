@@ -159,8 +159,8 @@ def models_dir() -> Path:
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """Two processes more than processors: they wait for compilers and for processes that tests start."""
-    return (os.cpu_count() or 1) + 2
+    """One process more than processors: they wait for compilers and for processes that tests start; two more gain nothing."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_addoption(parser):
