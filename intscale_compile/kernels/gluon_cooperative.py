@@ -308,7 +308,7 @@ def gemm_cooperative(
         WIDTH: gl.constexpr = BLOCK_N if GATED == "none" else BLOCK_N // 2
         ys = gl.allocate_shared_memory(out_desc.dtype, [WIDTH // COLUMNS, BLOCK_M, COLUMNS], out_desc.layout)
         if HAS_RESIDUAL:
-            residual_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+            residual_bars = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
             for i in gl.static_range(CONSUMERS):
                 mbarrier.init(residual_bars.index(i), count=1)
     if OVERLAP:

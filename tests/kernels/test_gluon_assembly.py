@@ -252,9 +252,13 @@ def residual_tiles() -> list[tuple[str, Tile, int]]:
 )
 def test_residuals_assemble_without_spills(schedule, tile, k, tmp_path):
     """Read as wide as the output is written, or by the tensor memory accelerator."""
-    code = disassemble(compile_tile(schedule, tile, k, residual=True), tmp_path)
+    compiled = compile_tile(schedule, tile, k, residual=True)
+    code = disassemble(compiled, tmp_path)
     check(code, tile)
     if tile.kernel == "cooperative":
+        assert (
+            f"memdesc<{tile.num_warps // 4}x1xi64" in compiled.asm["ttgir"]
+        )  # each consumer waits at a barrier of its own
         assert code.count("UTMASTG") == 2 * tile.block_n // 64  # two halves of the tokens, by 64 columns
         assert not any(i.base == "LDG" and "U16" in i.opcode for i in code.instructions)
     else:
