@@ -47,7 +47,7 @@ def copied_scales(block_n):
 def load_weights(
     w_desc, s_desc, ws, ss, bar, slot, row_tile, block, pred,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    GATED: gl.constexpr = "none", row_tiles=0,
+    GATED: gl.constexpr, row_tiles,
 ):  # fmt: skip
     """Announce all bytes of a stage and start the copies of the codes and group scales of all consumers.
 
@@ -113,7 +113,7 @@ def one_where_loaded(scales):
 def multiply_half(
     acc, slot, xs, ws, ss, empty, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
     SCALES: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr, INT8: gl.constexpr,
-    GATED: gl.constexpr = "none",
+    GATED: gl.constexpr,
 ):  # fmt: skip
     """Add one stage to the ``[ROWS, BLOCK_M]`` sums of a consumer, and free its part of the stage."""
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=4)

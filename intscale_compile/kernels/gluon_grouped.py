@@ -135,7 +135,9 @@ def consume_rows(
             for u in gl.static_range(UNROLL):
                 slot = (stage + u) % STAGES
                 mbarrier.wait(full.index(slot), ((stage + u) // STAGES) & 1)
-                acc = multiply_half(acc, slot, xs, ws, ss, empty, CONSUMER, 2, SCALES, BLOCK_M, ROWS, LAYOUT, INT8)
+                acc = multiply_half(
+                    acc, slot, xs, ws, ss, empty, CONSUMER, 2, SCALES, BLOCK_M, ROWS, LAYOUT, INT8, "none"
+                )
             stage += UNROLL
         if SCALES == "none" and not INT8:
             acc = acc >> 4
@@ -170,7 +172,7 @@ def produce_rows(
             mbarrier.wait(empty.index(slot), ((stage // STAGES) & 1) ^ 1)
             load_weights(
                 w_desc, s_desc, ws, ss, bar, slot, row_tile, block, True,
-                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, "none", 0,
             )  # fmt: skip
             load_tokens(x_desc, xs, bar, slot, first, second, block, True, BLOCK_M)
             stage += 1
