@@ -313,76 +313,27 @@ def gemm_cooperative(
                 mbarrier.init(residual_bars.index(i), count=1)
     if OVERLAP:
         allow_next_kernel()
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
+    gl.warp_specialize(
+        [
+            (
+                consume_half,
                 (
-                    consume_half,
-                    (
-                        0, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
-                        row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
-                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
-                        HAS_RESIDUAL, TMA_STORE,
-                    ),
+                    part, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
+                    row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
+                    DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
+                    HAS_RESIDUAL, TMA_STORE,
                 ),
+            )
+            if part < CONSUMERS
+            else (
+                produce_shared,
                 (
-                    consume_half,
-                    (
-                        1, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
-                        row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
-                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
-                        HAS_RESIDUAL, TMA_STORE,
-                    ),
+                    x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+                    STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, GATED,
                 ),
-                (
-                    produce_shared,
-                    (
-                        x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
-                        STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, GATED,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    consume_half,
-                    (
-                        0, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
-                        row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
-                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
-                        HAS_RESIDUAL, TMA_STORE,
-                    ),
-                ),
-                (
-                    consume_half,
-                    (
-                        1, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
-                        row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
-                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
-                        HAS_RESIDUAL, TMA_STORE,
-                    ),
-                ),
-                (
-                    consume_half,
-                    (
-                        2, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
-                        row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
-                        DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
-                        HAS_RESIDUAL, TMA_STORE,
-                    ),
-                ),
-                (
-                    produce_shared,
-                    (
-                        x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
-                        STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, GATED,
-                    ),
-                ),
-            ],
-            [4, 4, 1],
-            [160, 160, 32],
-        )  # fmt: skip
+            )
+            for part in ((0, 1, 2) if CONSUMERS == 2 else (0, 1, 2, 3))
+        ],
+        [4, 1] if CONSUMERS == 2 else [4, 4, 1],
+        [240, 24] if CONSUMERS == 2 else [160, 160, 32],
+    )  # fmt: skip
