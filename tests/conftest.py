@@ -169,6 +169,7 @@ def pytest_addoption(parser):
         "--shuffle", type=int, metavar="SEED", help="files, and the tests in each, in the random order of a seed"
     )
     parser.addoption("--vectorized", action="store_true", help="vector instructions in all C++ that Inductor compiles")
+    parser.addoption("--share", metavar="I/N", help="every N-th test, from number I on: see .ci/gpu")
     parser.addoption(
         "--generated", action="store_true", help="C++ of Inductor in all tests, not only in those marked so"
     )
@@ -209,11 +210,17 @@ def pytest_collection_modifyitems(config, items):
     else:
         places = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
         names.sort(key=lambda name: (places.get(name, len(LONGEST)), -len(files[name])))
-    items[:] = [item for name in names for item in files[name]]
+    first, _, step = (config.getoption("--share") or "0/1").partition("/")
+    items[:] = [item for name in names for item in files[name]][int(first) :: int(step)]
+    _skip_without_gpus(items)
+
+
+def _skip_without_gpus(items) -> None:
     import torch  # not in a process that only starts others
 
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="needs a CUDA device")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
+    gpus = torch.cuda.device_count()
+    for item in items:
+        if item.get_closest_marker("gpu") and gpus == 0:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("two_gpus") and gpus < 2:
+            item.add_marker(pytest.mark.skip(reason="needs two GPUs"))

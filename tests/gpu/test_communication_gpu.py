@@ -10,7 +10,7 @@ import torch
 from tests.support.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("_communication_main.py")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+pytestmark = [pytest.mark.gpu, pytest.mark.two_gpus]
 
 
 RANKS = [ranks for ranks in (2, 4, 8) if ranks <= torch.cuda.device_count()]

@@ -196,7 +196,7 @@ def test_ops_of_compiled_graphs(tokens):
             assert torch.equal(getattr(torch.ops.intscale, name)(*arguments), expected), name
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.two_gpus
 def test_a_device_that_is_not_the_current_one():
     w = make().to("cuda:1")
     x = torch.randn(64, 2048, device="cuda:1", dtype=torch.bfloat16)

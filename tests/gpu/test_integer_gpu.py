@@ -114,7 +114,7 @@ def test_proof(short, ids):
     assert proof.holds and proof.kernels > 5, str(proof)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.two_gpus
 def test_two_ranks_have_the_bits_of_one(tmp_path):
     """Over NCCL; what one rank computes on a CPU is expected."""
     for seen in run_ranks(RANKS, 2, tmp_path, "cuda", "compiled", fork=False):
