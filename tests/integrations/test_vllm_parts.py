@@ -267,6 +267,17 @@ def test_headers_are_found_under_the_names_that_transformers_stores():
         list(header_of_each(keys, [*headers, "layers.0.other.experts.down_proj"], "file"))
 
 
+def test_what_compiled_models_are_kept_under_follows_the_files_and_our_sources(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "m", q_proj__weight=weight())
+    before = checkpoints.compiled_for(folder)
+    assert checkpoints.compiled_for(folder) == before != checkpoints.compiled_for(None)
+    saved(folder, q_proj__weight=weight().with_activation_scale(0.05))  # the same config.json, another product
+    after = checkpoints.compiled_for(folder)
+    assert after != before
+    monkeypatch.setattr(checkpoints, "KERNEL_ABI", checkpoints.KERNEL_ABI + 1)
+    assert checkpoints.compiled_for(folder) != after
+
+
 @pytest.mark.parametrize(
     "prefix, left",
     [

@@ -69,11 +69,11 @@ def weight_loader_v2(param: Any, loaded_weight: Tensor, **shard: int) -> None:
     param.load_merged_column_weight(loaded_weight, **shard)
 
 
-def merged_linear(weights: list[Tensor], dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def merged_linear(weights: list[Tensor], dtype: torch.dtype, name: str = "layers.0.qkv_proj") -> tuple[nn.Module, Any]:
     """A merged layer of ``weights`` ``[N, K]``, loaded and processed as vLLM does, and its method."""
     from intscale_compile.integrations.vllm.linear import IntScaleLinearMethod
 
-    layer, method, sizes, k = nn.Module(), IntScaleLinearMethod(config(), "layers.0.qkv_proj"), [], weights[0].shape[1]
+    layer, method, sizes, k = nn.Module(), IntScaleLinearMethod(config(), name), [], weights[0].shape[1]
     sizes = [weight.shape[0] for weight in weights]
     layer.output_size = sum(sizes)  # type: ignore[assignment]
     method.create_weights(layer, k, sizes, k, sum(sizes), dtype, weight_loader=weight_loader_v2)
@@ -83,13 +83,15 @@ def merged_linear(weights: list[Tensor], dtype: torch.dtype) -> tuple[nn.Module,
     return layer, method
 
 
-def routed_experts(experts: list[dict[str, Tensor]]) -> tuple[nn.Module, Any]:
+def routed_experts(experts: list[dict[str, Tensor]], is_lora_enabled: bool = False) -> tuple[nn.Module, Any]:
     """A layer of experts, each with weights ``w1`` (gate), ``w3`` (up) ``[I, H]`` and ``w2`` ``[H, I]``, and its method."""
     from intscale_compile.integrations.vllm.experts import IntScaleExpertsMethod
 
     layer = nn.Module()
     parallel = SimpleNamespace(enable_eplb=False)
-    moe = SimpleNamespace(activation="silu", has_bias=False, moe_parallel_config=parallel, tp_size=1, tp_rank=0)
+    moe = SimpleNamespace(
+        activation="silu", has_bias=False, moe_parallel_config=parallel, tp_size=1, tp_rank=0, is_lora_enabled=is_lora_enabled
+    )  # fmt: skip
     every = SimpleNamespace(map_global_to_local=lambda expert: expert)
     settings = dict(apply_router_weight_on_input=False, swiglu_limit=None, expert_map=None, expert_map_manager=every)
     for name, value in (settings | dict(moe_config=moe)).items():

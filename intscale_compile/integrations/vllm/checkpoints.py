@@ -6,6 +6,7 @@ they are (``importing``), and plain ones, whose weights ``linear`` and ``experts
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from torch import Tensor
 from ...errors import CheckpointError, ConfigError
 from ...importing.checkpoint_files import FORMATS, CheckpointFiles, StoredLayers, layer_format
 from ...importing.layers import ScaleOptions
+from ...ops import KERNEL_ABI
 from ...reasons import OUTPUT_NAMES
 from ...saving.checkpoint import stored_tensor, tensor_names
 from ...saving.integrity import check_metadata, read_entry
@@ -105,6 +107,22 @@ def quantized_names(folder: Path, quantization_config: Mapping[str, Any]) -> lis
         return sorted({key.rpartition(".")[0] for key in keys if _PART.match(key.rpartition(".")[2])})
     required = layer_format(quantization_config).required
     return sorted({key.rpartition(".")[0] for key in keys if key.rpartition(".")[2] in required})
+
+
+def compiled_for(folder: Optional[Path]) -> str:
+    """What compiled models depend on beside the configuration: our sources, and the files of a quantized checkpoint.
+
+    vLLM finds a compiled model again by the path and the configuration of its checkpoint, and does not check guards. How each
+    weight is stored is neither in the one nor in the other, and neither are our kernels.
+
+    Args:
+        folder: of a quantized checkpoint; None: the model is plain.
+    """
+    digest = hashlib.sha256(str(KERNEL_ABI).encode())
+    for path in weight_files(folder) if folder is not None else ():
+        seen = path.stat()
+        digest.update(f"{path.name} {seen.st_size} {seen.st_mtime_ns};".encode())
+    return digest.hexdigest()[:16]
 
 
 def _check_servable(name: str, weight: IntScaleTensor) -> None:

@@ -16,7 +16,7 @@ from ...errors import ConfigError
 from ...importing.checkpoint_files import checkpoint_folder
 from ...tensors.intscale_tensor import IntScaleTensor
 from . import NAME
-from .checkpoints import PLAIN, is_ours, kind_of, quantized_names
+from .checkpoints import PLAIN, compiled_for, is_ours, kind_of, quantized_names
 from .experts import IntScaleExpertsMethod
 from .linear import IntScaleLinearMethod
 from .selection import left_alone
@@ -106,9 +106,14 @@ class IntScaleVllmConfig(QuantizationConfig):
         return NAME if is_ours(hf_quant_cfg) and user_quant in (None, "torchao") else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: Optional[str] = None) -> None:
-        """Find out which modules the checkpoint holds quantized."""
+        """Find out which modules the checkpoint holds quantized, and let vLLM's cache of compiled models see what it holds."""
+        folder = None
         if self.kind != PLAIN and self.stored is not None:
-            self.quantized = quantized_names(checkpoint_folder(model_name, revision), self.stored)
+            folder = checkpoint_folder(model_name, revision)
+            self.quantized = quantized_names(folder, self.stored)
+        for config in (hf_config, getattr(hf_config, "text_config", None)):
+            if config is not None:
+                config.intscale_compiled_for = compiled_for(folder)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; None: it stays as it is."""

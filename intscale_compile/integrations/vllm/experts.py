@@ -50,6 +50,7 @@ class IntScaleExpertsMethod(FusedMoEMethodBase):
             "router weights on the input": layer.apply_router_weight_on_input,
             "a limit on the gate (swiglu_limit)": layer.swiglu_limit is not None,
             "redundant experts (EPLB)": layer.moe_config.moe_parallel_config.enable_eplb,
+            "LoRA adapters (--enable-lora)": layer.moe_config.is_lora_enabled,
         }
         for what, is_there in refused.items():
             if is_there:

@@ -139,8 +139,15 @@ class IntScaleLinearMethod(LinearMethodBase):
             layer.quant_method = UnquantizedLinearMethod()
             layer.quant_method.process_weights_after_loading(layer)
             return
+        if self.prefix.endswith("kv_b_proj") and any(getattr(w, "activation_scale", None) is not None for w in weights):
+            raise ConfigError(
+                f"{self.prefix} has a static activation scale, and vLLM's latent attention reads the weight by products with "
+                "unit vectors, which such a scale clips: quantize this layer without one."
+            )
         plain = [w if isinstance(w, IntScaleTensor) else w.to(dtype) for w in weights]
         self.forms = hold(layer, plain, device)
+        # vLLM's name for packed weights: adapters and latent attention ask such a layer for its device. No parameter of its own.
+        layer.__dict__["weight_packed"] = self.forms[0].codes(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """``x @ W.T + bias``, activations quantized per token, or with the weight's static scale."""

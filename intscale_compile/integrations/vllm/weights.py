@@ -53,6 +53,10 @@ class WeightForm:
         """A part of the weight; None where it has none."""
         return getattr(layer, f"{self.prefix}{name}") if name in self.parts else None
 
+    def codes(self, layer: nn.Module) -> Tensor:
+        """The largest part: packed codes, or the plain weight."""
+        return getattr(layer, f"{self.prefix}{'qdata' if self.parts else 'weight'}")
+
 
 def cut(weight: Tensor, dim: int, start: int, size: int, name: str, ranks: int) -> Tensor:
     """The part of a weight ``[N, K]`` that a rank holds.
