@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from intscale_compile import IntScaleConfig, IntScaleTensor  # noqa: E402
 from intscale_compile.commands.quantizing import quantize_folder  # noqa: E402
+from intscale_compile.errors import ConfigError  # noqa: E402
 
 LINEARS = 4 * 8  # merged ones of the small Llama
 
@@ -229,6 +230,55 @@ def test_what_cannot_be_served_is_refused_with_the_mend(quantized, folders):
     save_file(tensors, path, metadata=metadata)
     refused(broken, r"self_attn.qkv_proj: 640 output rows are needed, loaded were .*\(512, 640\)")
     refused(quantized, "--load-format", load_format="dummy")
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ('{"group_sise": 64}', "unexpected keyword argument 'group_sise'"),
+        ("none", "Expecting value"),
+        ("[1]", "it is a JSON object of fields of IntScaleConfig"),
+        ('{"ignore": "down_proj"}', '"ignore", a list of names'),
+        ('{"output_embedding": "w8a8"}', "output embeddings stay plain"),
+        ('{"group_size": 48}', "group_size=48 is not supported"),
+    ],
+)
+def test_fields_that_are_wrong_are_refused(fields, said):
+    from intscale_compile.integrations.vllm.config import IntScaleVllmConfig
+
+    with pytest.raises(ConfigError, match=said):
+        IntScaleVllmConfig.from_config_dict_json(fields)
+
+
+def test_fields_that_would_change_nothing_are_refused(llama, quantized):
+    def given(**fields):
+        return {"hf_overrides": {"quantization_config_dict_json": json.dumps(fields)}}
+
+    refused(quantized, "is quantized already, so quantization_config_dict_json", **given(group_size=64))
+    # vLLM has one layer for q, k and v.
+    refused(
+        llama, "LlamaForCausalLM of vLLM has no layer 'q_proj'", quantization="intscale", **given(ignore=["q_proj"])
+    )
+
+
+def test_compiled_models_are_kept_apart_where_only_the_weights_differ(llama, folders):
+    from vllm.engine.arg_utils import EngineArgs
+
+    def kept_under(folder, **changes):
+        return EngineArgs(model=str(folder), dtype="float32", **changes).create_engine_config().compute_hash()
+
+    folder = folders / "again"
+    quantize_folder(llama, folder, dtype=torch.float32, progress=False)
+    config, before = (folder / "config.json").read_text(), kept_under(folder)
+    assert kept_under(folder) == before
+    shutil.rmtree(folder)
+    every_format(llama, folder)
+    assert (folder / "config.json").read_text() == config and kept_under(folder) != before
+    plain = [
+        kept_under(llama, quantization="intscale", hf_overrides={"quantization_config_dict_json": fields})
+        for fields in ('{"group_size": 128}', '{"group_size": 64}')
+    ]
+    assert plain[0] != plain[1]
 
 
 def _metadata(path):

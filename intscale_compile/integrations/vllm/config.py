@@ -77,19 +77,21 @@ class IntScaleVllmConfig(QuantizationConfig):
         Raises:
             ConfigError: no JSON object, or an unknown field.
         """
+        mend = 'it is a JSON object of fields of IntScaleConfig and "ignore", a list of names.'
         try:
             fields = json.loads(text)
-            ignore = tuple(fields.pop("ignore", ()))
+        except ValueError as error:
+            raise ConfigError(f"quantization_config_dict_json: {error}: {mend}") from error
+        ignore = fields.pop("ignore", []) if isinstance(fields, dict) else None
+        if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
+            raise ConfigError(f"quantization_config_dict_json={text}: {mend}")
+        try:
             online = IntScaleConfig(**fields)
-        except ConfigError:
-            raise
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ConfigError(
-                f'quantization_config_dict_json: {error}: it is a JSON object of fields of IntScaleConfig and "ignore".'
-            ) from error
+        except TypeError as error:
+            raise ConfigError(f"quantization_config_dict_json: {error}: {mend}") from error
         if online.output_embedding is not None:
             raise ConfigError("quantization_config_dict_json: output_embedding: vLLM's output embeddings stay plain.")
-        return cls(online=online, ignore=ignore)
+        return cls(online=online, ignore=tuple(ignore))
 
     @classmethod
     def override_quantization_method(
@@ -106,8 +108,17 @@ class IntScaleVllmConfig(QuantizationConfig):
         return NAME if is_ours(hf_quant_cfg) and user_quant in (None, "torchao") else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: Optional[str] = None) -> None:
-        """Find out which modules the checkpoint holds quantized, and let vLLM's cache of compiled models see what it holds."""
+        """Find out which modules the checkpoint holds quantized, and let vLLM's cache of compiled models see what it holds.
+
+        Raises:
+            ConfigError: fields are given for weights that are quantized already.
+        """
         folder = None
+        if self.kind != PLAIN and getattr(hf_config, "quantization_config_dict_json", None) is not None:
+            raise ConfigError(
+                f"{model_name} is quantized already, so quantization_config_dict_json would change nothing: leave it out of "
+                "--hf-overrides, or serve the original model."
+            )
         if self.kind != PLAIN and self.stored is not None:
             folder = checkpoint_folder(model_name, revision)
             self.quantized = quantized_names(folder, self.stored)

@@ -33,6 +33,7 @@ def _wrap(original: Callable) -> Callable:
             loader.enable_weights_track = True  # vLLM checks by itself only where nothing is quantized
         stored = stored_config(model_config.hf_config)
         if kind_of(stored) == PLAIN:
+            check_ignored(model)
             return original(loader, model_config, model)
         if getattr(model, "secondary_weights", ()):
             raise ConfigError(
@@ -60,3 +61,20 @@ def expert_names(model: nn.Module) -> Optional[ExpertNames]:
         if hasattr(module, "ckpt_gate_proj_name"):
             return ExpertNames(module.ckpt_gate_proj_name, module.ckpt_up_proj_name, module.ckpt_down_proj_name)
     return None
+
+
+def check_ignored(model: nn.Module) -> None:
+    """Raise ``ConfigError`` where a name of ``ignore`` is that of no layer in vLLM, which merges some of the checkpoint's."""
+    names, config = [], None
+    module: Any
+    for name, module in model.named_modules():
+        if type(module).__name__ == "PPMissingLayer":
+            return  # the layer may be on another rank
+        names.append(f".{name}.")
+        config = config or getattr(getattr(module, "quant_method", None), "config", None)
+    for ignored in getattr(config, "ignore", ()):
+        if not any(f".{ignored}." in name for name in names):
+            raise ConfigError(
+                f"quantization_config_dict_json: ignore: {type(model).__name__} of vLLM has no layer {ignored!r}: name whole "
+                "parts of its dotted names; merged layers have one name (qkv_proj, gate_up_proj)."
+            )
