@@ -201,6 +201,44 @@ def test_checkpoints_of_other_tools_keep_their_codes(kind, llama, folders, capsy
     report(capsys, kind, equal_tokens(tokens, reference(model, ids)), agreement)
 
 
+# --- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def write_adapter(model, folder):
+    """An adapter of rank 8 for every projection, written as peft does; the model computes with it from now on."""
+    folder.mkdir()
+    tensors, names = {}, set()
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            n, k = module.weight.shape
+            a, b = torch.randn(8, k) / k**0.5, 0.02 * torch.randn(n, 8)
+            parts = {"lora_A.weight": a, "lora_B.weight": b}
+            tensors |= {f"base_model.model.{name}.{part}": tensor for part, tensor in parts.items()}
+            names.add(name.rpartition(".")[2])
+            module.register_forward_hook(lambda m, x, y, a=a, b=b: y + 2 * (x[0] @ a.t() @ b.t()))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": sorted(names), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_an_adapter_on_quantized_layers(quantized, folders):
+    """One request: vLLM's CPU build fails for several of them, with plain layers too."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    torch.manual_seed(0)
+    (ids,), (model, _) = prompts(quantized, 1), load_model(quantized, dtype=torch.float32)
+    (without,) = reference(model, [ids], 8)
+    write_adapter(model, folders / "adapter")
+    (wanted,) = reference(model, [ids], 8)
+    assert wanted != without
+    with engine(quantized, enable_lora=True, max_lora_rank=8) as llm:
+        sampling = SamplingParams(temperature=0, max_tokens=8, min_tokens=8)
+        adapter = LoRARequest("adapter", 1, str(folders / "adapter"))
+        found = llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False, lora_request=adapter)
+    assert list(found[0].outputs[0].token_ids) == wanted
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------------
 
 
