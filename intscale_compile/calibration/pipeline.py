@@ -31,6 +31,7 @@ from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stag
 from .replay import Replay, replayed
 from .restoring import restored_on_failure
 from .resume import Checkpoint
+from .rotated_inputs import rotate_inputs
 from .rotation import NotRotatableError, rotate
 from .smoothing import EQUALIZATIONS, ActivationPolicy, smooth_awq, smooth_fptq
 from .solve import Codes, FloatScaleWeight, frozen, set_integer, solve
@@ -130,7 +131,7 @@ def _calibrate_blocks(
     order = stacks(model)
     left = _left_alone(model, [block for stack in order for _, block in stack])
     with torch.no_grad(), block_bar("calibrate", sum(map(len, order)), progress) as bar, eager_experts(model):
-        sizes = _rotated(model, chosen)
+        sizes = _rotated(model, chosen, batches[0], left)
         for stack in order:
             _calibrate_stack(model, stack, batches, chosen, report, store, sizes, left, bar)
         if chosen.scales == "integer":
@@ -217,10 +218,10 @@ def _left_alone(model: nn.Module, layers: list[nn.Module]) -> set[tuple[int, str
     return left
 
 
-def _rotated(model: nn.Module, chosen: CalibrationConfig) -> dict[str, int]:
+def _rotated(model: nn.Module, chosen: CalibrationConfig, batch: dict, left: set[tuple[int, str]]) -> dict[str, int]:
     """Rotate the model if the configuration wants it; sizes of the online transforms by layer."""
-    if chosen.rotation == "none":
-        return {}
+    if chosen.rotation in ("none", "inputs"):
+        return rotate_inputs(model, batch, left) if chosen.rotation == "inputs" else {}
     try:
         return rotate(model, seed=chosen.seed)
     except NotRotatableError as error:

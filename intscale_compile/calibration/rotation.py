@@ -102,7 +102,7 @@ def rotate(model: nn.Module, batch: Optional[Any] = None, *, seed: int = 0, onli
             _apply(plans[name], block, q)
             sizes |= {f"{name}.{weight}": size for weight, size in plans[name].online.items()}
         _read(norm, [LinearWeight("lm_head", head, "weight")], q)
-        if not difference(_logits(model, batch), before) < _tolerance(model):
+        if not difference(_logits(model, batch), before) < tolerance_of(model):
             raise CalibrationError("the rotated model's logits differ from the original's: load the model anew.")
     return sizes
 
@@ -349,7 +349,7 @@ def _rotate_embeddings(model: nn.Module, batch: Any, recorded: dict[str, Inputs]
     for table in tables:
         table.weight.detach().copy_((table.weight.double() @ q).to(table.weight.dtype))
     after = _stream(record_inputs(model, batch, [name])[name], name)
-    if not difference(after, _stream(recorded[name], name).double() @ q) < _tolerance(model):
+    if not difference(after, _stream(recorded[name], name).double() @ q) < tolerance_of(model):
         for table, weight in zip(tables, kept):
             table.weight.detach().copy_(weight)
         raise CalibrationError(
@@ -372,6 +372,6 @@ def _rotated_inputs(inputs: Inputs, q: Tensor, name: str) -> Inputs:
     return ((turned, *inputs[0][1:]), inputs[1]) if inputs[0] else (inputs[0], {**inputs[1], "hidden_states": turned})
 
 
-def _tolerance(model: nn.Module) -> float:
+def tolerance_of(model: nn.Module) -> float:
     """Rounding of the weights themselves decides below fp32."""
     return SAME if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.1

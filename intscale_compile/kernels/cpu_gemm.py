@@ -9,6 +9,8 @@ write to single rows or elements that PyTorch does not count, call ``intscale_co
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import torch
@@ -54,16 +56,43 @@ def int8_product_is_exact() -> bool:
     )
 
 
+FLOAT_TERMS = 1024  # fp32 holds sums of so many products of two int8 numbers exactly: 1024 * 128 * 128 = 2 ** 24
+
+
+@functools.lru_cache(maxsize=1)
+def float_product_is_faster() -> bool:
+    """Whether products of many tokens are faster in fp32: ``torch._int_mm`` is slow without int8 instructions.
+
+    Read once, on 32 tokens; either product is exact, so the choice changes no result.
+    """
+    x = torch.ones((32, 512), dtype=torch.int8)
+    w = torch.ones((256, 512), dtype=torch.int8)
+
+    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
+        start = time.perf_counter()
+        product(x, w)
+        return time.perf_counter() - start
+
+    def shortest(product: Callable[[Tensor, Tensor], Tensor]) -> float:
+        return min(seconds(product) for _ in range(5))  # other processes may take the processor for a while
+
+    return 2 * shortest(_float_product) < shortest(lambda x, w: torch._int_mm(x, w.t()))
+
+
 def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` of int8 ``[M, K]`` and int8 ``[N, K]``, exact, int32 ``[M, N]``."""
-    if int8_product_is_exact():
+    if int8_product_is_exact() and (x.shape[0] <= MOST_TOKENS or not float_product_is_faster()):
         return torch._int_mm(x, weight.t())
-    # fp32 holds sums of 512 products of at most 127 * 128 exactly.
-    acc = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32)
-    for start in range(0, x.shape[1], 512):
-        part = x[:, start : start + 512].float() @ weight[:, start : start + 512].t().float()
-        acc += part.to(torch.int32)
-    return acc
+    return _float_product(x, weight)
+
+
+def _float_product(x: Tensor, weight: Tensor) -> Tensor:
+    """:func:`_int8_product` by sums of fp32 that are short enough to be exact."""
+    parts = [
+        (a.float() @ b.float().t()).to(torch.int32)
+        for a, b in zip(x.split(FLOAT_TERMS, 1), weight.split(FLOAT_TERMS, 1))
+    ]
+    return functools.reduce(Tensor.add_, parts)
 
 
 def _int8_weight(

@@ -37,3 +37,29 @@ def test_table(tmp_path, capsys):
     assert float(rows["w8a8"][0].split()[0]) == pytest.approx(wanted, abs=0.006)
     with pytest.raises(SystemExit):
         bench.real_models.main([str(folder), "--text", f"a={tmp_path / 'words.txt'}", "--presets", "gptq"])
+
+
+def test_wide_layers_and_distillation(tmp_path, capsys):
+    """The row of a preset whose first block's down projection has 8 bits, distilled, with its bits a weight."""
+    folder = save_small_llama(tmp_path / "llama", WORDS)
+    text = str(tmp_path / "words.txt")
+    (tmp_path / "words.txt").write_text(WORDS)
+    options = ["--calibration", text, "--calibration-sequences", "4", "--distill-sequences", "8", "--distill", "2"]
+    options += ["--step-sequences", "2", "--set", "group_size=32", "--sequences", "2", "--tokens", "32", "--rows"]
+    found = []
+    for more in ([], ["--wide", r".*layers\.0\..*down_proj"]):
+        bench.real_models.main([str(folder), "--text", f"words={text}", *options, "--presets", "rtn", *more])
+        captured = capsys.readouterr()
+        (cells,) = [line.split("|") for line in captured.out.splitlines() if line.startswith("| rtn")]
+        found.append(float(cells[5]))
+        assert "Distillation(" in captured.err
+    assert 4 < found[0] < 5 and found[1] > found[0] + 0.3
+
+
+def test_configuration_keeps_a_presets_own_wide_layers():
+    config = bench.real_models.configuration("llama3", ["group_size=32"], "up_proj")
+    assert [config.config_of(f"layers.0.mlp.{n}").weight_bits for n in ("up_proj", "down_proj", "gate_proj")] == [
+        8,
+        8,
+        4,
+    ]

@@ -16,7 +16,7 @@ W8A8 = IntScaleConfig(weight_bits=8, group_size=-1)
 
 
 @pytest.mark.parametrize(
-    "name", ["rtn", "gptq", "odyssey", "fptq", "fptq-paper", "llama3", "mixtral", "robust", "best"]
+    "name", ["rtn", "gptq", "odyssey", "fptq", "fptq-paper", "llama3", "mixtral", "robust", "encoder", "best"]
 )
 def test_presets_survive_json(name):
     preset = from_preset(name)
@@ -39,6 +39,8 @@ def test_presets_are_what_their_papers_say():
     assert llama3.rotation == "hadamard" and llama3.base_config.group_size == 128
     assert llama3.config_of("model.layers.0.mlp.down_proj").weight_bits == 8
     assert llama3.config_of("model.layers.0.mlp.up_proj").weight_bits == 4
+    encoder = from_preset("encoder")
+    assert encoder.rotation == "inputs" and encoder.base_config == W8A8
 
 
 def test_changes_reach_the_configuration_too():
