@@ -333,8 +333,9 @@ class _Block:
         runs, original = self._runs(self.streams.quantized), None
         if self.original is not None and weight.weight.dim() == 2:
             original = self.original, weights_of(self.original)[weight.name], self._runs(self.streams.original)
-        replays = self.replay, self.original_replay
-        return statistics(self.block, weight, runs, original, replays, self.streams.inputs.masks)
+        return statistics(
+            self.block, weight, runs, original, (self.replay, self.original_replay), self.streams.inputs.masks
+        )
 
     def _quantize_weight(self, weight: LinearWeight, seen: Optional[Statistics]) -> None:
         name = f"{self.name}.{weight.qualified}"

@@ -88,11 +88,10 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
 
 def _float_product(x: Tensor, weight: Tensor) -> Tensor:
     """:func:`_int8_product` by sums of fp32 that are short enough to be exact."""
-    parts = [
-        (a.float() @ b.float().t()).to(torch.int32)
-        for a, b in zip(x.split(FLOAT_TERMS, 1), weight.split(FLOAT_TERMS, 1))
-    ]
-    return functools.reduce(Tensor.add_, parts)
+    acc = torch.zeros((x.shape[0], weight.shape[0]), dtype=torch.int32)
+    for a, b in zip(x.split(FLOAT_TERMS, 1), weight.split(FLOAT_TERMS, 1)):
+        acc += (a.float() @ b.float().t()).to(torch.int32)
+    return acc
 
 
 def _int8_weight(
