@@ -27,6 +27,9 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Line numbers for debuggers in what Inductor has compiled are a fifth to a third of g++'s time.
 os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
 
+# What is imported stays: to search it for cycles again and again is a fifth of the time until the first test.
+gc.disable()
+
 import pytest  # noqa: E402
 
 SCALAR, VECTORIZED = 1, None
@@ -149,6 +152,20 @@ def pytest_runtest_setup(item):
         _freeze()
 
 
+@pytest.fixture(scope="module")
+def _codes() -> dict:
+    return {}
+
+
+@pytest.fixture
+def code(request, _codes):
+    """Machine code of what the test's mark ``assembles``."""
+    pytest.importorskip("triton")
+    from tests.support.sass import code_of
+
+    return code_of(request.node, _codes, request.config.getoption("--together"))
+
+
 @pytest.fixture(scope="session")
 def models_dir() -> Path:
     """Folder of the small trained models; they are never part of the checkout."""
@@ -173,6 +190,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--generated", action="store_true", help="C++ of Inductor in all tests, not only in those marked so"
     )
+    parser.addoption(
+        "--together",
+        type=int,
+        default=16,
+        metavar="TESTS",
+        help="tests of a file whose kernels are disassembled at once",
+    )
 
 
 def pytest_collection_finish(session):
@@ -182,6 +206,7 @@ def pytest_collection_finish(session):
     """
     _freeze()
     gc.set_threshold(700, 10, 100)
+    gc.enable()
 
 
 def _freeze() -> None:
