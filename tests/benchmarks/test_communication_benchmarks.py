@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -18,6 +20,7 @@ from intscale_compile.communication.fused_kernel import schedule
 from intscale_compile.communication.link_cost import CostModel, plain_bytes, wire_bytes
 from intscale_compile.communication.message import WireFormat
 from intscale_compile.communication.reference import simulate_all_reduce
+from tests.support import forks
 from tests.support.benchmarks import BENCHMARKS, load
 
 WIRES = ("int8", "int4")
@@ -31,16 +34,18 @@ def bench():
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(bench, tmp_path_factory):
     """One run with two ranks: twenty random collectives, then two sizes."""
-    folder = tmp_path_factory.mktemp("run")
-    command = [sys.executable, "allreduce.py", "--backend", "gloo", "--sizes", "4K", "256K", "--replay-ms", "10"]
-    command += ["--wires", *WIRES, "--stress", "20", "--dtypes", "bfloat16", "float32", "--most", "16K"]
-    command += ["--json", str(folder / "run.json"), "--svg", str(folder / "run.svg"), "--seconds", "100"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+    folder, printed = tmp_path_factory.mktemp("run"), io.StringIO()
+    options = ["--backend", "gloo", "--sizes", "4K", "256K", "--replay-ms", "10"]
+    options += ["--wires", *WIRES, "--stress", "20", "--dtypes", "bfloat16", "float32", "--most", "16K"]
+    options += ["--json", str(folder / "run.json"), "--svg", str(folder / "run.svg"), "--seconds", "100"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(bench.ranks, "subprocess", forks.instead_of_subprocess())
+        patch.setattr(sys, "argv", [str(BENCHMARKS / "allreduce.py"), *options])
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert bench.allreduce.main(options) == 0
+    return folder, printed.getvalue()
 
 
 def test_every_peer_is_measured_at_every_size(bench, measured):

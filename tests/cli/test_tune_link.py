@@ -22,6 +22,7 @@ from intscale_compile.commands import link as command  # noqa: E402
 from intscale_compile.communication import link_table, tune_link  # noqa: E402
 from intscale_compile.communication.link_table import Key, Link, read_table, write_table  # noqa: E402
 from intscale_compile.errors import ConfigError  # noqa: E402
+from tests.support import forks  # noqa: E402
 from tests.support.cli import in_process  # noqa: E402
 
 SMALL = ["--bytes", 4096, "--bytes", 16384, "--wire", "int8", "--op", "all_reduce"]
@@ -46,6 +47,7 @@ class Reduced(nn.Module):
 
 def test_ranks_are_started_and_their_table_is_read(folder, capfd, monkeypatch):
     """Two processes over gloo; then a graph over a link of that name takes its threshold from what they measured."""
+    monkeypatch.setattr(command, "subprocess", forks.instead_of_subprocess())
     code, stdout, stderr = in_process(capfd, "tune", "--link", "--device", "cpu", "--ranks", 2, *SMALL, "--json")
     assert code == 0, stderr
     report = json.loads(stdout)

@@ -20,7 +20,10 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTS = {  # by kind
@@ -56,23 +59,102 @@ def run(
     Raises:
         subprocess.TimeoutExpired: the fork, and what it started, are ended; also where this process ends before.
     """
-    with tempfile.TemporaryDirectory() as name, _connected(kind) as connection:
-        folder = Path(name)
-        (folder / "0").write_text(input)
-        variables = {**os.environ, **VARIABLES[kind], **environment}
+    fork = Fork(kind, target, arguments, {**os.environ, **environment}, input=input, cwd=cwd)
+    try:
+        code = fork.wait(timeout)
+    finally:
+        fork.kill()
+    return subprocess.CompletedProcess([str(target), *arguments], code, fork.out, fork.err)
+
+
+def instead_of_subprocess() -> SimpleNamespace:
+    """For a module that starts its ranks with what it has imported as ``subprocess``."""
+    return SimpleNamespace(Popen=PythonFork, DEVNULL=subprocess.DEVNULL)
+
+
+class Fork:
+    """A module or script in a fork that runs beside this process.
+
+    Attributes:
+        returncode: None while it runs.
+        out, err: what it wrote, once it has ended.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        target: str | Path,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        input: str = "",
+        cwd: Path = ROOT,
+    ):
+        self.returncode: int | None = None
+        self.out = self.err = ""
+        self._target, self._folder = str(target), tempfile.TemporaryDirectory()
+        self._connection = _connected(kind)
+        (Path(self._folder.name) / "0").write_text(input)
         request = dict(target=str(target), script=isinstance(target, Path), arguments=arguments, cwd=str(cwd))
-        connection.sendall(json.dumps({**request, "environment": variables, "folder": name}).encode() + b"\n")
-        connection.settimeout(timeout)
-        try:
-            code = int(connection.makefile().readline())
-        except TimeoutError:
-            raise subprocess.TimeoutExpired(str(target), timeout) from None
-        out, err = ((folder / stream).read_text() for stream in "12")
-    return subprocess.CompletedProcess([str(target), *arguments], code, out, err)
+        request |= dict(environment={**environment, **VARIABLES[kind]}, folder=self._folder.name)
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Exit code, once it has ended."""
+        if self.returncode is None:
+            self._connection.settimeout(timeout)
+            try:
+                answer = self._connection.makefile().readline()
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(self._target, timeout or 0.0) from None
+            self._end(int(answer))
+        assert self.returncode is not None
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Exit code; None while it runs."""
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def kill(self) -> None:
+        """End it, and what it started."""
+        if self.returncode is None:
+            self._end(-signal.SIGKILL)
+
+    def _end(self, code: int) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)  # where it runs yet, its parent ends it then
+        self._connection.close()
+        self.returncode = code
+        self.out, self.err = (path.read_text() if path.exists() else "" for path in self._streams())
+        self._folder.cleanup()
+
+    def _streams(self) -> list[Path]:
+        return [Path(self._folder.name) / stream for stream in "12"]
 
 
-@contextlib.contextmanager
-def _connected(kind: str):
+class PythonFork(Fork):
+    """As ``subprocess.Popen`` of ``python -m module`` or ``python script``: what it writes comes when it has ended."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], stdout: Any = None, stderr: Any = None):
+        assert command[0] == sys.executable
+        module = command[1] == "-m"
+        self._files = [os.dup(file.fileno()) if hasattr(file, "fileno") else file for file in (stdout, stderr)]
+        super().__init__(
+            "plain", command[2] if module else Path(command[1]), command[2 + module :], env, cwd=Path.cwd()
+        )
+
+    def _end(self, code: int) -> None:
+        super()._end(code)
+        for text, file, own in zip((self.out, self.err), self._files, (sys.stdout, sys.stderr)):
+            if file is None:
+                own.write(text)
+            elif file != subprocess.DEVNULL:
+                os.write(file, text.encode())
+                os.close(file)
+
+
+def _connected(kind: str) -> socket.socket:
     """Connection to the process of a kind, which is started where it does not run yet."""
     # Of this run of pytest; a worker's parent is the process that started the run.
     run_id = os.environ.get("PYTEST_XDIST_TESTRUNUID")
@@ -80,15 +162,15 @@ def _connected(kind: str):
     folder = Path(tempfile.gettempdir()) / f"intscale-forks-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     address = folder / f"{owner}-{kind}"
-    with open(folder / f"{owner}-{kind}.lock", "w") as lock, socket.socket(socket.AF_UNIX) as connection:
+    connection = socket.socket(socket.AF_UNIX)
+    with open(folder / f"{owner}-{kind}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             connection.connect(str(address))
         except OSError:
             _start(kind, owner, address)
             connection.connect(str(address))
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        yield connection
+    return connection
 
 
 def _start(kind: str, owner: int, address: Path) -> None:
