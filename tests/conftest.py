@@ -38,7 +38,9 @@ SCALAR, VECTORIZED = 1, None
 def pytest_configure(config):
     """How torch is set up in processes that run tests; the one that only starts them and collects reports needs no torch."""
     starts_others = bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
-    if not starts_others:
+    if starts_others:
+        gc.enable()  # it collects no tests
+    else:
         _set_up_torch()
 
 

@@ -34,7 +34,7 @@ def test_ranks_agree_with_the_reference(extent):
     ("arch", "ranks", "bits", "resident", "spill_bytes"),
     [(90, 2, 4, PROGRAMS_PER_MULTIPROCESSOR, 0), (80, 8, 6, PROGRAMS_PER_MULTIPROCESSOR - 1, 128)],
 )
-def test_resident_and_published_to_the_system(arch, ranks, bits, resident, spill_bytes, tmp_path):
+def test_resident_and_published_to_the_system(arch, ranks, bits, resident, spill_bytes):
     pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "own_ptr": "*u8", "peers_ptr": "*i64", "counts_ptr": "*i32"}
     aligned = ["elements", "length", "nbytes", "out_nbytes", "out_slots"]
     signature = pointers | dict.fromkeys((*aligned, "groups", "per_round"), "i32")
@@ -43,7 +43,7 @@ def test_resident_and_published_to_the_system(arch, ranks, bits, resident, spill
     options = dict(num_warps=WARPS, enable_fp_fusion=False, maxnreg=128)
     target = GPUTarget("cuda", arch, 32)
     compiled = assemble(fused_all_reduce_kernel, signature, constants, target, aligned=[*pointers, *aligned], **options)
-    code = disassemble(compiled, tmp_path)
+    code = disassemble(compiled)
     assert code.spill_bytes <= spill_bytes
     assert code.registers * 32 * WARPS * resident <= 65536
     ptx = compiled.asm["ptx"]
@@ -54,7 +54,7 @@ def test_resident_and_published_to_the_system(arch, ranks, bits, resident, spill
 
 
 @pytest.mark.parametrize(("kernel", "ranks"), [("one_shot", 8), ("two_shot", 2), ("two_shot", 8)])
-def test_words_need_no_flag(kernel, ranks, tmp_path):
+def test_words_need_no_flag(kernel, ranks):
     """Four words are one store and one load of sixteen bytes; nothing is published or awaited but the words."""
     pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "own_ptr": "*u8", "peers_ptr": "*i64", "counts_ptr": "*i32"}
     sizes = ("words",) if kernel == "one_shot" else ("words", "length")
@@ -64,7 +64,7 @@ def test_words_need_no_flag(kernel, ranks, tmp_path):
     options = dict(num_warps=word_kernels.WARPS, enable_fp_fusion=False)
     source = getattr(word_kernels, f"{kernel}_kernel")
     compiled = assemble(source, signature, constants, target, aligned=[*pointers, *sizes], **options)
-    assert disassemble(compiled, tmp_path).spill_bytes == 0
+    assert disassemble(compiled).spill_bytes == 0
     ptx, others = compiled.asm["ptx"], ranks - 1
     assert ptx.count("ld.volatile.global.v4.b32") == others * (1 if kernel == "one_shot" else 2)
     stores = others * (1 + 1) if kernel == "one_shot" else others * (1 + 2 + 1 + 1)
@@ -73,7 +73,7 @@ def test_words_need_no_flag(kernel, ranks, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_code_words_need_no_flag(ranks, tmp_path):
+def test_code_words_need_no_flag(ranks):
     pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "own_ptr": "*u8", "peers_ptr": "*i64", "counts_ptr": "*i32"}
     aligned = ["elements", "length"]
     signature = pointers | dict.fromkeys((*aligned, "groups", "begin", "programs"), "i32")
@@ -82,7 +82,7 @@ def test_code_words_need_no_flag(ranks, tmp_path):
     compiled = assemble(
         code_words.code_words_kernel, signature, constants, target, aligned=[*pointers, *aligned], **options
     )
-    code = disassemble(compiled, tmp_path)
+    code = disassemble(compiled)
     assert code.spill_bytes <= 16 and code.registers <= 128, "Triton 3.9 spills 8 bytes for four ranks, 3.6 none"
     ptx, others = compiled.asm["ptx"], ranks - 1
     words = code_words.GROUPS * 32 // 2 // (32 * code_words.WARPS)  # pairs of words of a thread

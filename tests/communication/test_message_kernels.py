@@ -84,8 +84,10 @@ def interpreted(request) -> dict[str, str | None]:
     return results_of("_kernels_interpreter_main", "tests.communication", request.param)
 
 
-def compiled(name: str, wire: WireFormat, target, element: str = "*bf16", ranks: int = 8, width: str = "i32"):
+def compiled(name: str, wire: str, target: tuple, element: str = "*bf16", ranks: int = 8, width: str = "i32"):
     """One of the three kernels for a GPU that is not here; ``width``: type of the numbers of elements."""
+    from triton.backends.compiler import GPUTarget
+
     from intscale_compile.communication import triton_kernels
     from tests.support.sass import assemble
 
@@ -95,13 +97,13 @@ def compiled(name: str, wire: WireFormat, target, element: str = "*bf16", ranks:
     pointers = dict(
         x_ptr=element, message_ptr="*u8", received_ptr="*u8", out_ptr="*u8" if "reduce" in name else element
     )
-    layout = wire.layout(1)
-    constants = triton_kernels._constants(layout) | dict(RANK=3, RANKS=ranks, OUT_BITS=wire.bits)
+    form = WireFormat.parse(wire)
+    constants = triton_kernels._constants(form.layout(1)) | dict(RANK=3, RANKS=ranks, OUT_BITS=form.bits)
     options = {option: constants.pop(option) for option in ("num_warps", "enable_fp_fusion")}
     signature = {key: kind for key, kind in (pointers | scalars).items() if key in kernel.arg_names}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     aligned = [key for key in signature if key not in ("groups", "skip")]
-    return assemble(kernel, signature, constants, target, aligned=aligned, **options)
+    return assemble(kernel, signature, constants, GPUTarget(*target), aligned=aligned, **options)
 
 
 WIDE = [  # the kernel that sums holds what the two others do
@@ -111,16 +113,11 @@ WIDE = [  # the kernel that sums holds what the two others do
 ]
 
 
+@pytest.mark.assembles(kernel=lambda name, wire: compiled(name, wire, ("cuda", 90, 32), width="i64"))
 @pytest.mark.parametrize("name, wire", WIDE)
-def test_hopper_reads_and_writes_wide(name, wire, tmp_path):
+def test_hopper_reads_and_writes_wide(name, wire, code):
     """16 bytes of bf16 and 8 bytes of codes at a time, and nothing is spilled or converted between integer and float."""
-    pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-
-    from tests.support.sass import disassemble
-
-    wire = WireFormat.parse(wire)
-    code = disassemble(compiled(name, wire, GPUTarget("cuda", 90, 32), width="i64"), tmp_path)
+    bits = WireFormat.parse(wire).bits
     assert code.spill_bytes == 0 and code.count("STL") == code.count("LDL") == 0
     assert code.count("I2F") == code.count("F2I") == code.count("I2FP") == 0
     widths = {base: {i.opcode.split(".")[-1] for i in code.instructions if i.base == base} for base in ("LDG", "STG")}
@@ -128,11 +125,11 @@ def test_hopper_reads_and_writes_wide(name, wire, tmp_path):
         assert "64" in widths["LDG"] and "128" in widths["STG"], widths
     else:
         assert "128" in widths["LDG"] and "64" in widths["STG"], widths
-    if name == "decode_kernel" and wire.bits != 5:
+    if name == "decode_kernel" and bits != 5:
         assert code.count("SHFL") == code.count("LDS") == 0, "the planes need no exchange between threads"
     if name == "reduce_kernel":
         loads = [i for i in code.instructions if i.base == "LDG" and i.opcode.endswith(".64")]
-        assert len(loads) == 7 * (2 if wire.bits == 8 else 1), "codes of the seven others"
+        assert len(loads) == 7 * (2 if bits == 8 else 1), "codes of the seven others"
 
 
 @pytest.mark.parametrize(
@@ -142,14 +139,10 @@ def test_hopper_reads_and_writes_wide(name, wire, tmp_path):
     "wire",
     ["int6-spikes", *(pytest.param(w, marks=pytest.mark.slow) for w in ("int4-spikes", "int5-spikes"))],
 )
-def test_other_gpus(name, wire, tmp_path):
+def test_other_gpus(name, wire):
     pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-
     from tests.support.sass import disassemble
 
-    wire = WireFormat.parse(wire)
     for arch in (80, 100):
-        code = disassemble(compiled(name, wire, GPUTarget("cuda", arch, 32), "*fp16", ranks=4), tmp_path)
-        assert code.spill_bytes <= 16
-    assert len(compiled(name, wire, GPUTarget("hip", "gfx942", 64), "*fp32", ranks=4).asm["hsaco"]) > 0
+        assert disassemble(compiled(name, wire, ("cuda", arch, 32), "*fp16", ranks=4)).spill_bytes <= 16
+    assert len(compiled(name, wire, ("hip", "gfx942", 64), "*fp32", ranks=4).asm["hsaco"]) > 0

@@ -13,7 +13,7 @@ from intscale_compile.format import schedule_bits
 from intscale_compile.kernels.tile import Tile
 from intscale_compile.kernels.tiles import choose_tile
 from intscale_compile.kernels.triton_gemm import schedule_flags, w4a8_kernel
-from tests.support.sass import Sass, assemble, disassemble
+from tests.support.sass import Sass, assemble
 
 K = 4096
 SIGNATURE = dict(xq_ptr="*i8", token_scale_ptr="*fp32", qdata_ptr="*u8", scale_ptr="*u8", row_scale_ptr="*fp32")
@@ -44,8 +44,8 @@ def compile_kernel(schedule, tile: Tile, target: GPUTarget, packing: str = "tile
     return assemble(w4a8_kernel, signature, constants, target, aligned=aligned, **options)
 
 
-def sass_of(schedule, tile: Tile, arch: int, tmp_path, packing: str = "tiled") -> Sass:
-    return disassemble(compile_kernel(schedule, tile, GPUTarget("cuda", arch, 32), packing), tmp_path)
+def compile_nvidia(schedule, tile: Tile, arch: int = 90, packing: str = "tiled"):
+    return compile_kernel(schedule, tile, GPUTarget("cuda", arch, 32), packing)
 
 
 def chosen_asymmetric_tiles(schedule) -> list[Tile]:
@@ -76,9 +76,9 @@ SM90_CASES += [
 ]
 
 
+@pytest.mark.assembles(kernel=lambda schedule, tile: compile_nvidia(schedule, tile))
 @pytest.mark.parametrize("schedule, tile", SM90_CASES, ids=lambda value: str(value).replace(" ", ""))
-def test_hopper(schedule, tile, tmp_path):
-    code = sass_of(schedule, tile, 90, tmp_path)
+def test_hopper(schedule, tile, code):
     check_loop(code, ("IGMMA",))
     assert code.count("IMMA") == 0
 
@@ -100,34 +100,40 @@ ASYMMETRIC += [
 ]
 
 
+@pytest.mark.assembles(kernel=lambda schedule, tile: compile_nvidia(schedule, tile))
 @pytest.mark.parametrize("schedule, tile", ASYMMETRIC, ids=lambda value: str(value).replace(" ", ""))
-def test_hopper_with_zero_points(schedule, tile, tmp_path):
-    check_loop(sass_of(schedule, tile, 90, tmp_path), ("IGMMA",))
+def test_hopper_with_zero_points(schedule, tile, code):
+    check_loop(code, ("IGMMA",))
 
 
+@pytest.mark.assembles(
+    kernel=lambda arch, schedule, m: compile_nvidia(schedule, choose_tile(m, 28672, K, *schedule, arch), arch)
+)
 @pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
 @pytest.mark.parametrize("arch", [80, pytest.param(89, marks=pytest.mark.slow), 100])
 @pytest.mark.parametrize("m", [1, pytest.param(64, marks=pytest.mark.slow), 4096])
-def test_other_nvidia(arch, schedule, m, tmp_path):
-    tile = choose_tile(m, 28672, K, *schedule, arch)
+def test_other_nvidia(arch, schedule, m, code):
     # Triton 3.9 uses the tensor memory of sm_100, earlier releases mma.sync.
     outside = 16 if arch == 100 else 0  # Triton 3.8
-    check_loop(sass_of(schedule, tile, arch, tmp_path), ("UTCIMMA", "IMMA") if arch == 100 else ("IMMA",), outside)
+    check_loop(code, ("UTCIMMA", "IMMA") if arch == 100 else ("IMMA",), outside)
 
 
+WIDE = choose_tile(1, 28672, K, *FOLD)
+
+
+@pytest.mark.assembles(kernel=lambda packing: compile_nvidia(FOLD, WIDE, packing=packing))
 @pytest.mark.parametrize("packing", ["plain", "tiled"])
-def test_weights_arrive_in_wide_asynchronous_copies(packing, tmp_path):
+def test_weights_arrive_in_wide_asynchronous_copies(packing, code):
     """16 bytes per thread and copy; in tiled packing a warp then reads 512 adjacent bytes."""
-    tile = choose_tile(1, 28672, K, *FOLD)
-    code = sass_of(FOLD, tile, 90, tmp_path, packing)
     wide = [i for i in code.k_loop() if i.base == "LDGSTS" and i.opcode.endswith(".128")]
-    assert len(wide) >= tile.block_n * 64 // 16 // (32 * tile.num_warps)
+    assert len(wide) >= WIDE.block_n * 64 // 16 // (32 * WIDE.num_warps)
 
 
-def test_accumulate_is_not_given_a_tile_that_spills(tmp_path):
+@pytest.mark.assembles(kernel=lambda: compile_nvidia(ACCUMULATE, Tile(128, 128)))
+def test_accumulate_is_not_given_a_tile_that_spills(code):
     """The reason why ``choose_tile`` keeps accumulate at 64x128; if this fails the rule can go."""
     assert Tile(128, 128) not in chosen_tiles(ACCUMULATE)
-    assert sass_of(ACCUMULATE, Tile(128, 128), 90, tmp_path).spill_bytes > 0
+    assert code.spill_bytes > 0
 
 
 @pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])

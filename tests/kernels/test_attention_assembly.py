@@ -12,7 +12,7 @@ from intscale_compile.errors import InputError
 from intscale_compile.kernels.decode_attention import OP, unsupported
 from intscale_compile.kernels.triton_attention import MOST_PARTS, decode_attention_kernel, launch_options
 from intscale_compile.ops import KERNEL_ABI
-from tests.support.sass import assemble, disassemble
+from tests.support.sass import assemble
 
 POINTERS = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
 POINTERS |= dict.fromkeys(("partial_ptr", "stats_ptr"), "*fp32") | {"counter_ptr": "*i32", "log2_scale": "fp32"}
@@ -49,19 +49,25 @@ NVIDIA = [
 ]
 
 
+def sizes_of(arch: int, mask: str) -> tuple[tuple[int, int, int], ...]:
+    return SIZED[mask][arch] if mask in SIZED else SIZES[arch][-1:]
+
+
+def compile_sizes(arch: int, mask: str) -> list:
+    target, kind = GPUTarget("cuda", arch, 32), mask.partition(",")[0]
+    return [compile_kernel(target, kind, h, f, s, overlap=arch == 90) for f, h, s in sizes_of(arch, mask)]
+
+
+@pytest.mark.assembles(kernel=compile_sizes)
 @pytest.mark.parametrize("arch, mask", NVIDIA)
-def test_nvidia(arch, mask, tmp_path):
-    sizes = SIZED[mask][arch] if mask in SIZED else SIZES[arch][-1:]
-    mask = mask.partition(",")[0]
-    for features, heads, steps in sizes:
-        compiled = compile_kernel(GPUTarget("cuda", arch, 32), mask, heads, features, steps, overlap=arch == 90)
-        code = disassemble(compiled, tmp_path)
-        assert any(code.count(opcode) for opcode in TENSOR_CORE), code.opcodes()
+def test_nvidia(arch, mask, code):
+    for (features, heads, steps), one in zip(sizes_of(arch, mask), code, strict=True):
+        assert any(one.count(opcode) for opcode in TENSOR_CORE), one.opcodes()
         # 80 features are worked on as 128, with two masks: four registers do not fit, outside of the loop.
         least = 16 if features == 80 else 0
-        assert code.spill_bytes <= least, (features, heads, steps)
-        assert ("griddepcontrol.wait" in compiled.asm["ptx"]) is (arch == 90)
-        assert code.shared <= 99 << 10, "what consumer GPUs have"
+        assert one.spill_bytes <= least, (features, heads, steps)
+        assert ("griddepcontrol.wait" in one.asm["ptx"]) is (arch == 90)
+        assert one.shared <= 99 << 10, "what consumer GPUs have"
 
 
 @pytest.mark.parametrize(

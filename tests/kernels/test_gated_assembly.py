@@ -12,7 +12,7 @@ from intscale_compile.kernels.tiles import choose_tile
 from intscale_compile.kernels.triton_gated import w4a8_gated_kernel
 from intscale_compile.kernels.triton_gemm import schedule_flags
 from tests.kernels.test_assembly import ACCUMULATE, FOLD, PER_CHANNEL, SIGNATURE, W8A8, check_loop
-from tests.support.sass import Sass, assemble, disassemble
+from tests.support.sass import assemble
 
 N, K = 28672, 4096
 
@@ -27,10 +27,11 @@ def compile_kernel(schedule, tile: Tile, target: GPUTarget, activation: str = "s
     return assemble(w4a8_gated_kernel, signature, constants, target, aligned=aligned, **options)
 
 
-def sass_of(schedule, tile: Tile, arch: int, tmp_path, activation: str = "silu") -> Sass:
-    return disassemble(compile_kernel(schedule, tile, GPUTarget("cuda", arch, 32), activation), tmp_path)
+def compile_nvidia(schedule, m: int, arch: int = 90, activation: str = "silu"):
+    return compile_kernel(schedule, choose_tile(m, N, K, *schedule, arch), GPUTarget("cuda", arch, 32), activation)
 
 
+@pytest.mark.assembles(kernel=lambda schedule, m: compile_nvidia(schedule, m))
 @pytest.mark.parametrize(
     "schedule,m",
     [
@@ -41,33 +42,32 @@ def sass_of(schedule, tile: Tile, arch: int, tmp_path, activation: str = "silu")
     ],
     ids=str,
 )
-def test_hopper(schedule, m, tmp_path):
-    code = sass_of(schedule, choose_tile(m, N, K, *schedule), 90, tmp_path)
+def test_hopper(schedule, m, code):
     check_loop(code, ("IGMMA",))
     assert code.count("IMMA") == 0
 
 
+@pytest.mark.assembles(kernel=lambda activation: compile_nvidia(FOLD, 4096, activation=activation))
 @pytest.mark.parametrize("activation", ["gelu", pytest.param("gelu_tanh", marks=pytest.mark.slow)])
-def test_other_activations(activation, tmp_path):
-    check_loop(sass_of(FOLD, choose_tile(4096, N, K, *FOLD), 90, tmp_path, activation), ("IGMMA",))
+def test_other_activations(activation, code):
+    check_loop(code, ("IGMMA",))
 
 
+@pytest.mark.assembles(kernel=lambda arch, schedule, m: compile_nvidia(schedule, m, arch))
 @pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
 @pytest.mark.parametrize("arch", [80, pytest.param(89, marks=pytest.mark.slow), 100])
 @pytest.mark.parametrize("m", [pytest.param(64, marks=pytest.mark.slow), 4096])
-def test_other_nvidia(arch, schedule, m, tmp_path):
-    tile = choose_tile(m, N, K, *schedule, arch)
-    code = sass_of(schedule, tile, arch, tmp_path)
+def test_other_nvidia(arch, schedule, m, code):
     loop = code.k_loop()
     assert any(code.count(opcode, loop) for opcode in ("UTCIMMA", "IMMA")), code.opcodes(loop)
     # ptxas keeps 128 registers on sm_80 and sm_89, for two programs on an SM, and moves two others around the loop.
     assert code.spill_bytes <= 8 and code.count("STL", loop) == code.count("LDL", loop) == 0
 
 
-def test_weights_arrive_in_wide_asynchronous_copies(tmp_path):
+@pytest.mark.assembles(kernel=lambda: compile_nvidia(FOLD, 4096))
+def test_weights_arrive_in_wide_asynchronous_copies(code):
     """Rows from two halves of the weight must not hide from the compiler that each row is aligned."""
     tile = choose_tile(4096, N, K, *FOLD)
-    code = sass_of(FOLD, tile, 90, tmp_path)
     wide = [i for i in code.k_loop() if i.base == "LDGSTS" and i.opcode.endswith(".128")]
     assert len(wide) >= tile.block_n * 64 // 16 // (32 * tile.num_warps)
 

@@ -34,7 +34,6 @@ from intscale_compile.kernels.tile import Tile  # noqa: E402
 from intscale_compile.kernels.tile_costs import COSTS  # noqa: E402
 from intscale_compile.kernels.tile_tables import SHIPPED, active_tiles  # noqa: E402
 from tests.support.gluon import POINTERS, RELEASE, check, descriptor  # noqa: E402
-from tests.support.sass import disassemble  # noqa: E402
 
 pytestmark = pytest.mark.skipif(RELEASE not in TRITON_RELEASES, reason=f"Gluon of Triton {triton.__version__}")
 H100 = "NVIDIA H100 80GB HBM3"
@@ -141,9 +140,10 @@ def test_the_rules_take_nothing_that_is_not_assembled_here():
     assert not chosen(choose_gated_tile, ("fold", "accumulate", "none", "int8")) - gated
 
 
+@pytest.mark.assembles(kernel=compile_tile)
 @pytest.mark.parametrize("schedule,tile,k", quick_first(distinct_tiles(), path_of), ids=str)
-def test_shipped_tiles_assemble_without_spills(schedule, tile, k, tmp_path):
-    check(disassemble(compile_tile(schedule, tile, k), tmp_path), tile, spill_bytes=0)
+def test_shipped_tiles_assemble_without_spills(schedule, tile, k, code):
+    check(code, tile, spill_bytes=0)
 
 
 def same_code(schedule: str, tile: Tile) -> tuple[str, Tile]:
@@ -192,6 +192,7 @@ def tiles_by_rule() -> list[tuple[str, Tile, int]]:
     return cases
 
 
+@pytest.mark.assembles(kernel=compile_tile)
 @pytest.mark.parametrize(
     "schedule,tile,k",
     quick_first(
@@ -199,8 +200,7 @@ def tiles_by_rule() -> list[tuple[str, Tile, int]]:
     ),
     ids=str,
 )
-def test_tiles_by_rule_assemble_without_spills(schedule, tile, k, tmp_path):
-    code = disassemble(compile_tile(schedule, tile, k), tmp_path)
+def test_tiles_by_rule_assemble_without_spills(schedule, tile, k, code):
     check(code, tile, float_sums=schedule == "float")
     if (
         tile.kernel == "cooperative"
@@ -221,6 +221,7 @@ def gated_tiles() -> list[tuple[str, Tile, int, str]]:
     return cases + [(*case[:3], activation) for case in wide for activation in ("gelu", "gelu_tanh")]
 
 
+@pytest.mark.assembles(kernel=lambda schedule, tile, k, activation: compile_tile(schedule, tile, k, activation))
 @pytest.mark.parametrize(
     "schedule,tile,k,activation",
     quick_first(
@@ -232,9 +233,9 @@ def gated_tiles() -> list[tuple[str, Tile, int, str]]:
     ),
     ids=str,
 )
-def test_gated_tiles_assemble_without_spills(schedule, tile, k, activation, tmp_path):
+def test_gated_tiles_assemble_without_spills(schedule, tile, k, activation, code):
     assert illegal(tile, schedule, k) is None
-    check(disassemble(compile_tile(schedule, tile, k, activation), tmp_path), tile)
+    check(code, tile)
 
 
 def residual_tiles() -> list[tuple[str, Tile, int]]:
@@ -245,19 +246,18 @@ def residual_tiles() -> list[tuple[str, Tile, int]]:
     ]
 
 
+@pytest.mark.assembles(kernel=lambda schedule, tile, k: compile_tile(schedule, tile, k, residual=True))
 @pytest.mark.parametrize(
     "schedule,tile,k",
     quick_first(residual_tiles(), lambda schedule, *_: schedule, lambda schedule, *_: schedule == "fold"),
     ids=str,
 )
-def test_residuals_assemble_without_spills(schedule, tile, k, tmp_path):
+def test_residuals_assemble_without_spills(schedule, tile, k, code):
     """Read as wide as the output is written, or by the tensor memory accelerator."""
-    compiled = compile_tile(schedule, tile, k, residual=True)
-    code = disassemble(compiled, tmp_path)
     check(code, tile)
     if tile.kernel == "cooperative":
         assert (
-            f"memdesc<{tile.num_warps // 4}x1xi64" in compiled.asm["ttgir"]
+            f"memdesc<{tile.num_warps // 4}x1xi64" in code.asm["ttgir"]
         )  # each consumer waits at a barrier of its own
         assert code.count("UTMASTG") == 2 * tile.block_n // 64  # two halves of the tokens, by 64 columns
         assert not any(i.base == "LDG" and "U16" in i.opcode for i in code.instructions)
@@ -272,6 +272,9 @@ def wide_outputs() -> list[tuple[str, Tile, int, str]]:
     return [(key[0], tile, 4096, out) for key, tile in by_size for out in ("fp32", "i32")]
 
 
+@pytest.mark.assembles(
+    kernel=lambda schedule, tile, k, out: compile_tile(schedule, for_output(tile, schedule, 4), k, out=out)
+)
 @pytest.mark.parametrize(
     "schedule,tile,k,out",
     quick_first(
@@ -281,9 +284,8 @@ def wide_outputs() -> list[tuple[str, Tile, int, str]]:
     ),
     ids=str,
 )
-def test_wide_outputs_fit_in_shared_memory(schedule, tile, k, out, tmp_path):
+def test_wide_outputs_fit_in_shared_memory(schedule, tile, k, out, code):
     """Their epilogue takes up to 32 KiB beside the ring, which tiles for 16-bit outputs do not leave."""
     tile = for_output(tile, schedule, 4)
-    code = disassemble(compile_tile(schedule, tile, k, out=out), tmp_path)
     check(code, tile, float_sums=True)
     assert code.shared <= shared_bytes(tile, schedule, 4)

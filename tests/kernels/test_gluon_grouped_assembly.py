@@ -12,7 +12,6 @@ from intscale_compile.kernels.gluon_tiles import deepest, for_output  # noqa: E4
 from intscale_compile.kernels.grouped_tiles import choose_grouped_tile  # noqa: E402
 from intscale_compile.kernels.tile import Tile  # noqa: E402
 from tests.support.gluon import POINTERS, RELEASE, check, descriptor  # noqa: E402
-from tests.support.sass import disassemble  # noqa: E402
 
 pytestmark = pytest.mark.skipif(RELEASE not in TRITON_RELEASES, reason=f"Gluon of Triton {triton.__version__}")
 
@@ -134,8 +133,15 @@ MEASURED = [
 ]
 
 
+def for_its_output(schedule: str, tile: Tile, out: str) -> Tile:
+    return for_output(tile, schedule, 2 if out == "bf16" else 4)
+
+
+def compile_case(schedule: str, tile: Tile, groups: int, out: str):
+    return compile_grouped(schedule, for_its_output(schedule, tile, out), 4096, groups, out, indices=out != "i32")
+
+
+@pytest.mark.assembles(kernel=compile_case)
 @pytest.mark.parametrize("schedule,tile,groups,out", cases(), ids=str)
-def test_grouped_tiles_assemble_without_spills(schedule, tile, groups, out, tmp_path):
-    tile = for_output(tile, schedule, 2 if out == "bf16" else 4)
-    code = disassemble(compile_grouped(schedule, tile, 4096, groups, out, indices=out != "i32"), tmp_path)
-    check(code, tile)
+def test_grouped_tiles_assemble_without_spills(schedule, tile, groups, out, code):
+    check(code, for_its_output(schedule, tile, out))

@@ -14,7 +14,7 @@ from intscale_compile.kernels.tile import Tile
 from intscale_compile.kernels.triton_gemm import schedule_flags
 from intscale_compile.kernels.triton_grouped import row_tiles, w4a8_grouped_kernel
 from tests.kernels.test_assembly import ACCUMULATE, FOLD, PER_CHANNEL, W8A8, check_loop
-from tests.support.sass import Sass, assemble, disassemble
+from tests.support.sass import assemble
 
 K, EXPERTS = 4096, 8
 SIGNATURE = dict(xq_ptr="*i8", token_scale_ptr="*fp32", qdata_ptr="*u8", scale_ptr="*u8", row_scale_ptr="*fp32")
@@ -45,8 +45,8 @@ def compile_kernel(schedule, tile: Tile, target: GPUTarget, packing: str = "tile
     return assemble(w4a8_grouped_kernel, signature, constants | flags, target, aligned=aligned, **options)
 
 
-def sass_of(schedule, tile: Tile, arch: int, tmp_path, packing: str = "tiled") -> Sass:
-    return disassemble(compile_kernel(schedule, tile, GPUTarget("cuda", arch, 32), packing), tmp_path)
+def compile_nvidia(schedule, tile: Tile, arch: int = 90):
+    return compile_kernel(schedule, tile, GPUTarget("cuda", arch, 32))
 
 
 SM90_CASES = [(FOLD, t) for t in chosen_tiles(FOLD)] + [(ACCUMULATE, chosen_tiles(ACCUMULATE)[i]) for i in (0, -1)]
@@ -57,26 +57,32 @@ OTHERS += [(s, chosen_tiles(s)[-1]) for s in ((32, 4, 4), (64, 8, 4), (256, 4, 4
 SM90_CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
 
 
+@pytest.mark.assembles(kernel=lambda schedule, tile: compile_nvidia(schedule, tile))
 @pytest.mark.parametrize("schedule, tile", SM90_CASES, ids=lambda value: str(value).replace(" ", ""))
-def test_hopper(schedule, tile, tmp_path):
-    code = sass_of(schedule, tile, 90, tmp_path)
+def test_hopper(schedule, tile, code):
     check_loop(code, ("IGMMA",))
     assert code.count("IMMA") == 0
 
 
+@pytest.mark.assembles(
+    kernel=lambda rows, schedule: compile_nvidia(
+        schedule, choose_grouped_tile(rows, EXPERTS, 28672, K, *schedule, 80), 80
+    )
+)
 @pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
 @pytest.mark.parametrize("rows", [2, *(pytest.param(r, marks=pytest.mark.slow) for r in (256, 512)), 8192])
-def test_ampere(schedule, rows, tmp_path):
-    tile = choose_grouped_tile(rows, EXPERTS, 28672, K, *schedule, 80)
-    check_loop(sass_of(schedule, tile, 80, tmp_path), ("IMMA",), outside=8)  # under Triton 3.6, not in the loop
+def test_ampere(schedule, rows, code):
+    check_loop(code, ("IMMA",), outside=8)  # under Triton 3.6, not in the loop
 
 
-def test_weights_arrive_in_wide_asynchronous_copies(tmp_path):
+WIDE = choose_grouped_tile(2, EXPERTS, 28672, K, *FOLD)
+
+
+@pytest.mark.assembles(kernel=lambda: compile_nvidia(FOLD, WIDE))
+def test_weights_arrive_in_wide_asynchronous_copies(code):
     """The expert's offset in the stack must not hide from the compiler that its weights are aligned."""
-    tile = choose_grouped_tile(2, EXPERTS, 28672, K, *FOLD)
-    code = sass_of(FOLD, tile, 90, tmp_path)
     wide = [i for i in code.k_loop() if i.base == "LDGSTS" and i.opcode.endswith(".128")]
-    assert len(wide) >= tile.block_n * 64 // 16 // (32 * tile.num_warps)
+    assert len(wide) >= WIDE.block_n * 64 // 16 // (32 * WIDE.num_warps)
 
 
 @pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])

@@ -131,35 +131,13 @@ def interpreted(request) -> dict[str, str | None]:
     return results_of("_hadamard_interpreter_main", extent=request.param)
 
 
-@pytest.mark.parametrize(
-    "features, size, static",
-    [
-        pytest.param(*sizes, static, marks=pytest.mark.slow if sizes in slow else ())
-        for static, slow in ((False, OTHER_SIZES[:2]), (True, OTHER_SIZES))
-        for sizes in ((14336, 2048), (32768, 32768), *OTHER_SIZES)
-    ],
-)
-def test_rows_stay_in_registers(features, size, static, tmp_path):
-    """No spills on Hopper, one wide load of each entry, and rounding to nearest where the transform ends."""
-    pytest.importorskip("triton")
-    code, ptx, form = assembled(features, size, static, tmp_path)
-    assert code.spill_bytes == 0 and code.count("STL") == code.count("LDL") == 0
-    wide = [i for i in code.instructions if i.base == "LDG" and i.opcode.endswith(".128")]
-    assert len(wide) == max(1, form["LENGTH"] * 2 // (16 * 32 * form["num_warps"]))
-    assert size == 1 or "cvt.rn.bf16" in ptx
-    # Sums of the butterflies are split over the threads, and nothing is computed twice.
-    entries = form["LENGTH"] // (32 * form["num_warps"])
-    sums = entries * form["STAGES"]
-    assert sums <= code.count("FADD") <= sums + 2 * entries + 8
-
-
-def assembled(features: int, size: int, static: bool, tmp_path):
-    """The fused kernel for bf16 rows on sm_90: machine code, PTX, and the constants that it was launched with."""
+def compile_fused(features: int, size: int, static: bool):
+    """The fused kernel for bf16 rows on sm_90."""
     from triton.backends.compiler import GPUTarget
 
     from intscale_compile.kernels.quantize_per_token import SMALLEST_AMAX
     from intscale_compile.kernels.triton_hadamard import form, hadamard_quantize_kernel
-    from tests.support.sass import assemble, disassemble
+    from tests.support.sass import assemble
 
     options = form(size, features)
     signature = dict(x_ptr="*bf16", xq_ptr="*i8", token_scale_ptr="*fp32", K="i32", x_stride="i32")
@@ -168,15 +146,38 @@ def assembled(features: int, size: int, static: bool, tmp_path):
     constants = {name: value for name, value in options.items() if name not in launch} | dict(SMALLEST=SMALLEST_AMAX)
     constants |= {} if static else {"activation_scale_ptr": None}
     aligned = ["x_ptr", "xq_ptr", "token_scale_ptr", "K", "x_stride"]
-    compiled = assemble(
+    return assemble(
         hadamard_quantize_kernel, signature, constants, GPUTarget("cuda", 90, 32), aligned=aligned,
         **{name: options[name] for name in launch},
     )  # fmt: skip
-    return disassemble(compiled, tmp_path), compiled.asm["ptx"], options
+
+
+@pytest.mark.assembles(kernel=compile_fused)
+@pytest.mark.parametrize(
+    "features, size, static",
+    [
+        pytest.param(*sizes, static, marks=pytest.mark.slow if sizes in slow else ())
+        for static, slow in ((False, OTHER_SIZES[:2]), (True, OTHER_SIZES))
+        for sizes in ((14336, 2048), (32768, 32768), *OTHER_SIZES)
+    ],
+)
+def test_rows_stay_in_registers(features, size, static, code):
+    """No spills on Hopper, one wide load of each entry, and rounding to nearest where the transform ends."""
+    from intscale_compile.kernels.triton_hadamard import form
+
+    launched = form(size, features)
+    assert code.spill_bytes == 0 and code.count("STL") == code.count("LDL") == 0
+    wide = [i for i in code.instructions if i.base == "LDG" and i.opcode.endswith(".128")]
+    assert len(wide) == max(1, launched["LENGTH"] * 2 // (16 * 32 * launched["num_warps"]))
+    assert size == 1 or "cvt.rn.bf16" in code.asm["ptx"]
+    # Sums of the butterflies are split over the threads, and nothing is computed twice.
+    entries = launched["LENGTH"] // (32 * launched["num_warps"])
+    sums = entries * launched["STAGES"]
+    assert sums <= code.count("FADD") <= sums + 2 * entries + 8
 
 
 @pytest.mark.parametrize("arch", [80, 100])
-def test_bare_transform_assembles_elsewhere(arch, tmp_path):
+def test_bare_transform_assembles_elsewhere(arch):
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
@@ -189,7 +190,7 @@ def test_bare_transform_assembles_elsewhere(arch, tmp_path):
     compiled = assemble(
         hadamard_kernel, signature, constants, GPUTarget("cuda", arch, 32), aligned=list(signature), num_warps=8
     )
-    assert disassemble(compiled, tmp_path).spill_bytes == 0
+    assert disassemble(compiled).spill_bytes == 0
 
 
 def test_every_size_and_length_has_a_form():

@@ -67,7 +67,7 @@ def test_llama_mlp_is_four_kernels(lead, dynamic, tmp_path):
     if lead == (64,) or dynamic:
         for name, source in templates.items():
             function, arguments = fake_cuda.load_kernel(name, source, tmp_path)
-            code = sass.disassemble(sass.assemble_generated(function, arguments), tmp_path)
+            code = sass.disassemble(sass.assemble_generated(function, arguments))
             body = code.k_loop()
             assert code.count("IGMMA", body) > 0 and code.count("I2F", body) + code.count("I2FP", body) == 0
             assert code.spill_bytes == 0

@@ -37,7 +37,7 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, form, warps, spilled, products", CASES)
-def test_assembly(name, form, warps, spilled, products, tmp_path):
+def test_assembly(name, form, warps, spilled, products):
     kernel = getattr(triton_attention, name)
     names, strides = kernel.arg_names, ("q_b", "q_h", "q_t", "k_b", "k_h", "k_s", "v_b", "v_h", "v_s")
     constants = {"HEADS": 4, "BLOCK_D": form["D"], "BLOCK_S": 64, "CAUSAL": True, "MASK": False, **form}
@@ -52,6 +52,6 @@ def test_assembly(name, form, warps, spilled, products, tmp_path):
     options = {"num_warps": warps, "num_stages": 2}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert float_operations(compiled.asm["ttir"]) == []
-    code = sass.disassemble(compiled, tmp_path)
+    code = sass.disassemble(compiled)
     assert code.count("IGMMA") + code.count("IMMA") >= products and code.spill_bytes <= spilled
     assert code.count("FFMA") + code.count("DFMA") == 0

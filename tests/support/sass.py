@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
+import struct
 import subprocess
+import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -22,8 +28,7 @@ _CONTROLLED = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_x]+)*)[^;]*;"
     r"\s*/\* 0x[0-9a-f]{16} \*/\s*/\* (0x[0-9a-f]{16}) \*/"
 )
-_LABEL_OR_ADDRESS = re.compile(r"^(\.L_x_\d+):|^\s+/\*([0-9a-f]{4,})\*/", re.MULTILINE)
-_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+_ADDRESS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/", re.MULTILINE)
 _BACKWARD_TARGET = re.compile(r"0x([0-9a-f]+)")
 
 
@@ -45,16 +50,30 @@ class Instruction:
 class Sass:
     """Machine code of one kernel and its resource usage."""
 
-    cubin: Path
+    compiled: Any  # what triton.compile returned
     registers: int
     spill_bytes: int
-    shared: int
+
+    @property
+    def asm(self) -> dict[str, Any]:
+        """Every form from TTIR to the cubin."""
+        return self.compiled.asm
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.compiled.metadata.shared
+
+    @property
+    def arch(self) -> int:
+        """Of the GPU: 90."""
+        return self.compiled.metadata.target.arch
 
     @functools.cached_property
     def text(self) -> str:
-        """What nvdisasm prints, which spends a quarter of a second on its start: only where somebody asks."""
-        # Without the analysis of data flow, which only names the targets of indirect branches and is a third of the time.
-        return _with_addresses(_tool("nvdisasm", "-hex", "-ndf", self.cubin))
+        """What nvdisasm prints: only where somebody asks."""
+        disassemble_together([self])
+        return self.__dict__["text"]
 
     @functools.cached_property
     def instructions(self) -> list[Instruction]:
@@ -156,29 +175,79 @@ def assemble_generated(function, arguments: dict, target: GPUTarget | None = Non
     return triton.compile(source, target=target or GPUTarget("cuda", 90, 32), options=options)
 
 
-def disassemble(compiled, directory: Path) -> Sass:
-    """Machine code of a compiled kernel; ``directory`` receives the file that the tools need."""
-    cubin = Path(directory) / f"{compiled.metadata.name}_{compiled.hash[:16]}.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = _tool("cuobjdump", "-res-usage", cubin)
+def disassemble(compiled) -> Sass:
+    """Machine code of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
     return Sass(
-        cubin=cubin,
+        compiled,
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spill_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
-        shared=compiled.metadata.shared,
     )
 
 
-def _with_addresses(text: str) -> str:
-    """Machine code whose branches name addresses instead of labels."""
-    addresses, waiting = {}, []
-    for label, address in _LABEL_OR_ADDRESS.findall(text):
-        if label:
-            waiting.append(label)
-        else:
-            addresses |= dict.fromkeys(waiting, address)
-            waiting.clear()
-    return _TARGET.sub(lambda match: f"0x{addresses[match[1]].lstrip('0') or '0'}", text)
+def disassemble_together(codes: Sequence[Sass]) -> None:
+    """Read the instructions of several kernels for each GPU at once: most of nvdisasm's time is its start.
+
+    It takes one file only, so the instructions of all kernels are put one behind the other, without their sections. Branches
+    then name addresses instead of labels.
+    """
+    for arch in {code.arch for code in codes}:
+        some = [code for code in codes if code.arch == arch]
+        parts = [_instructions(code.asm["cubin"]) for code in some]
+        with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+            file.write(b"".join(parts))
+            file.flush()
+            # Without the analysis of data flow, which only names the targets of indirect branches.
+            text = _tool("nvdisasm", "-hex", "-ndf", "-b", f"SM{arch}{'a' if arch >= 90 else ''}", file.name)
+        starts = {int(found[1], 16): found.start() for found in _ADDRESS.finditer(text)}
+        end = 0
+        for code, part in zip(some, parts):
+            begin, end = end, end + len(part)
+            code.text = text[starts[begin] : starts.get(end)]
+
+
+def code_of(item: pytest.Item, read: dict[str, Any], together: int) -> Any:
+    """Machine code of what a test's mark ``assembles``, which is read together with that of the next tests of its file.
+
+    Args:
+        item: its mark's ``kernel`` is a function of some of the test's parameters; it returns a compiled kernel or a list.
+        read: by test, what was read before it was asked for, or why it could not be.
+        together: of how many tests at most; 1 where the next ones may run in another process.
+    """
+    if item.nodeid not in read:
+        marked = [one for one in item.session.items if one.path == item.path and one.get_closest_marker("assembles")]
+        found: list[Sass] = []
+        for one in marked[marked.index(item) :][:together]:
+            try:
+                read[one.nodeid] = _assembled(one)
+            except Exception as error:
+                read[one.nodeid] = error
+            else:
+                found += read[one.nodeid] if isinstance(read[one.nodeid], list) else [read[one.nodeid]]
+        disassemble_together(found)
+    result = read.pop(item.nodeid)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _assembled(item: Any) -> Sass | list[Sass]:
+    function = item.get_closest_marker("assembles").kwargs["kernel"]
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    compiled = function(**{name: values[name] for name in inspect.signature(function).parameters if name in values})
+    return [disassemble(one) for one in compiled] if isinstance(compiled, list) else disassemble(compiled)
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """The only section of an ELF file that holds code."""
+    (offset,), (count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 60)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, offset + 64 * i) for i in range(count)]  # name, …, offset, size
+    strings = sections[names][4]
+    (code,) = (cubin[s[4] : s[4] + s[5]] for s in sections if cubin.startswith(b".text.", strings + s[0]))
+    return code
 
 
 def _tool(name: str, *arguments) -> str:
