@@ -220,10 +220,10 @@ def _left_alone(model: nn.Module, layers: list[nn.Module]) -> set[tuple[int, str
 
 def _rotated(model: nn.Module, chosen: CalibrationConfig, batch: dict, left: set[tuple[int, str]]) -> dict[str, int]:
     """Rotate the model if the configuration wants it; sizes of the online transforms by layer."""
-    if chosen.rotation in ("none", "inputs"):
-        return rotate_inputs(model, batch, left) if chosen.rotation == "inputs" else {}
+    if chosen.rotation == "none":
+        return {}
     try:
-        return rotate(model, seed=chosen.seed)
+        return rotate_inputs(model, batch, left) if chosen.rotation == "inputs" else rotate(model, seed=chosen.seed)
     except NotRotatableError as error:
         if chosen.rotation == "hadamard":
             raise
@@ -326,16 +326,14 @@ class _Block:
         found = [w for stage in stages(self.block, first) for w in stage if not w.router]
         chosen = [w for w in found if (id(w.module), w.parameter) not in self.left_alone]
         weights = {w: self.options.config_of(f"{self.name}.{w.name}") for w in chosen}
-        runs = self._runs(self.streams.quantized)
-        self.learned = learn_block_steps(self.block, weights, runs, target, self.options.seed)
+        runs, seed = self._runs(self.streams.quantized), self.options.seed
+        self.learned = learn_block_steps(self.block, weights, runs, target, seed)
 
     def _statistics(self, weight: LinearWeight) -> Statistics:
-        runs, original = self._runs(self.streams.quantized), None
+        runs, original, replays = self._runs(self.streams.quantized), None, (self.replay, self.original_replay)
         if self.original is not None and weight.weight.dim() == 2:
             original = self.original, weights_of(self.original)[weight.name], self._runs(self.streams.original)
-        return statistics(
-            self.block, weight, runs, original, (self.replay, self.original_replay), self.streams.inputs.masks
-        )
+        return statistics(self.block, weight, runs, original, replays, self.streams.inputs.masks)
 
     def _quantize_weight(self, weight: LinearWeight, seen: Optional[Statistics]) -> None:
         name = f"{self.name}.{weight.qualified}"
