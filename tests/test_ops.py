@@ -65,7 +65,10 @@ def test_both_int8_products_are_exact(k, faster, monkeypatch):
         monkeypatch.setattr(torch, "_int_mm", None)  # calling it would be the mistake under test
     for low, high in ((-128, 128), (-128, -127), (127, 128)):
         x, w = (torch.randint(low, high, (rows, k), dtype=torch.int8) for rows in (9, 16))
-        assert torch.equal(cpu_gemm._int8_product(x, w).long(), x.long() @ w.long().t())
+        expected = x.long() @ w.long().t()
+        assert torch.equal(cpu_gemm._int8_product(x, w).long(), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(cpu_gemm._int8_product(x, w).long(), expected)
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[6], LAYOUTS[-1]], ids=str)

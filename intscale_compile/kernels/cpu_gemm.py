@@ -89,8 +89,9 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
 def _float_product(x: Tensor, weight: Tensor) -> Tensor:
     """:func:`_int8_product` by sums of fp32 that are short enough to be exact."""
     acc = torch.zeros((x.shape[0], weight.shape[0]), dtype=torch.int32)
-    for a, b in zip(x.split(FLOAT_TERMS, 1), weight.split(FLOAT_TERMS, 1)):
-        acc += (a.float() @ b.float().t()).to(torch.int32)
+    with torch.autocast("cpu", enabled=False):  # it would round the sums
+        for a, b in zip(x.split(FLOAT_TERMS, 1), weight.split(FLOAT_TERMS, 1)):
+            acc += (a.float() @ b.float().t()).to(torch.int32)
     return acc
 
 
