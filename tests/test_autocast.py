@@ -8,6 +8,7 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from intscale_compile import IntScaleConfig
+from intscale_compile.kernels.integer.attention import PRODUCT_OP
 from intscale_compile.tensors.intscale_tensor import IntScaleTensor
 from intscale_compile.tensors.linear import linear
 
@@ -46,6 +47,13 @@ def test_activation_is_not_rounded_before_it_is_quantized():
     with torch.autocast("cpu", torch.bfloat16):
         y = linear(x, weight)
     assert torch.equal(y, linear(x, weight).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
+def test_products_of_integer_models_stay_exact(dtype):
+    a, b = torch.randint(-127, 128, (4, 1000)).to(dtype), torch.randint(-127, 128, (1000, 8)).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(PRODUCT_OP(a, b), a.long() @ b.long())
 
 
 def test_addmm_adds_the_bias_before_it_rounds():

@@ -39,7 +39,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """
     narrow = a.dtype == b.dtype == torch.int8 and a.shape[-1] < 1024 and a.device.type == "cpu"
     dtype = torch.float32 if narrow else torch.float64
-    return (a.to(dtype) @ b.to(dtype)).to(torch.int64)
+    with torch.autocast(a.device.type, enabled=False):  # it would round float32
+        return (a.to(dtype) @ b.to(dtype)).to(torch.int64)
 
 
 def _fake(q: Tensor, *_) -> Tensor:
