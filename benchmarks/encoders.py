@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import io
 import math
 import re
@@ -26,11 +27,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from real_models import CACHE, OURS, PEERS, _fields
+from real_models import CACHE, OURS, PEERS, fields_of, quantized
 from reporting import head, row
 from torch import Tensor
 from torch.nn import functional as F
-from torchao.quantization import quantize_
 
 from intscale_compile import CalibrationConfig, calibrate
 from intscale_compile.calibration import distill
@@ -108,19 +108,11 @@ def _nearest(vectors: Tensor) -> Tensor:
 def variants(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Callable[[], Any]]:
     """What to measure, by the row's name."""
 
-    def changed(config: Any) -> Callable[[], Any]:
-        def make() -> Any:
-            copied = copy.deepcopy(model)
-            quantize_(copied, config() if callable(config) else config)
-            return copied
-
-        return make
-
     def calibrated(preset: str) -> Callable[[], Any]:
         def make() -> Any:
             count = max(args.calibration_sentences, args.distill * BATCH)
             data = padded(tokenizer, sentences("\n".join(read_texts(args.calibration)), count))
-            copied, config = copy.deepcopy(model), CalibrationConfig.from_preset(preset, **_fields(args.set))
+            copied, config = copy.deepcopy(model), CalibrationConfig.from_preset(preset, **fields_of(args.set))
             calibrate(copied, data[: max(1, args.calibration_sentences // BATCH)], config, progress=False)
             if args.distill:
                 distill(copied, model, data, args.distill, progress=False)
@@ -129,7 +121,9 @@ def variants(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, 
         return make
 
     chosen = list(KNOWN) if args.rows is None else args.rows
-    return {name: changed(KNOWN[name]) for name in chosen} | {name: calibrated(name) for name in args.presets}
+    return {name: functools.partial(quantized, model, KNOWN[name]) for name in chosen} | {
+        name: calibrated(name) for name in args.presets
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

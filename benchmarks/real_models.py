@@ -19,6 +19,7 @@ import argparse
 import ast
 import copy
 import dataclasses
+import functools
 import math
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def plain(source: Path | str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _fields(pairs: list[str]) -> dict[str, Any]:
+def fields_of(pairs: list[str]) -> dict[str, Any]:
     """``["damping=0.2", "clipping=search"]`` as keyword arguments."""
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -132,7 +133,7 @@ def _fields(pairs: list[str]) -> dict[str, Any]:
 
 def configuration(preset: str, fields: list[str], wide: str | None) -> CalibrationConfig:
     """A preset with some fields changed, and the layers whose names match ``wide`` as W8A8 per channel beside its own."""
-    config = CalibrationConfig.from_preset(preset, **_fields(fields))
+    config = CalibrationConfig.from_preset(preset, **fields_of(fields))
     more = {} if wide is None else {wide: OURS["w8a8"]}
     return dataclasses.replace(config, overrides={**more, **config.overrides})
 
@@ -143,16 +144,15 @@ def bits(model: Any) -> float:
     return 8 * sum(w.nbytes_packed() for w in weights) / max(1, sum(w.numel() for w in weights))
 
 
+def quantized(model: Any, config: Any) -> Any:
+    """A quantized copy of a model; ``config`` is one of ``OURS`` or ``PEERS``."""
+    copied = copy.deepcopy(model)
+    quantize_(copied, config() if callable(config) else config)
+    return copied
+
+
 def variants(args: argparse.Namespace, source: Path | str, model: Any, tokenizer: Any) -> dict[str, Callable[[], Any]]:
     """What to measure, by the row's name."""
-
-    def changed(config: Any) -> Callable[[], Any]:
-        def make() -> Any:
-            copied = copy.deepcopy(model)
-            quantize_(copied, config() if callable(config) else config)
-            return copied
-
-        return make
 
     def calibrated(preset: str) -> Callable[[], Any]:
         def make() -> Any:
@@ -171,7 +171,9 @@ def variants(args: argparse.Namespace, source: Path | str, model: Any, tokenizer
 
         return make
 
-    known: dict[str, Callable[[], Any]] = {name: changed(config) for name, config in (OURS | PEERS).items()}
+    known: dict[str, Callable[[], Any]] = {
+        name: functools.partial(quantized, model, config) for name, config in (OURS | PEERS).items()
+    }
     if str(source).endswith(".gguf"):
         known["gguf"] = lambda: from_quantized(source, dtype=torch.float32)[0].to(args.device)
     chosen = {name: known[name] for name in (ROWS if args.rows is None else args.rows) if name in known}

@@ -1,6 +1,6 @@
 // Rounding the columns of a block of GPTQ one after the other, on a CPU: the operations and their order are those of
-// calibration/gptq.py, so the bits are too where PyTorch's BLAS rounds a product and a sum at once, as here. A strip of rows stays in L1 for all columns, where PyTorch's operators write it to
-// memory once for each.
+// calibration/gptq.py, so the bits are too where PyTorch's BLAS rounds a product and a sum at once, as here. A strip of rows
+// stays in L1 for all columns, where PyTorch's operators write it to memory once for each.
 
 #include <cstdint>
 

@@ -45,12 +45,8 @@ def test_likeness_counts_nearest_sentences():
     assert torch.allclose(same.cosines, torch.ones(4)) and bool(same.same.all())
     moved = base.clone()
     moved[1] = base[2]
-    assert bench.likeness(moved, base).same.tolist() == [
-        0,
-        0,
-        0,
-        0,
-    ]  # 2 and 1 fell together, which takes 0's and 3's away
+    # 1 and 2 fell together, which takes 0's and 3's nearest away too.
+    assert not bench.likeness(moved, base).same.any()
     assert bench.likeness(moved, base).cells()[0].endswith(f"({float((base[1] * base[2]).sum()):.4f})")
 
 
