@@ -49,11 +49,14 @@ def _set_up_torch() -> None:
     import torch._dynamo.guards
     import torch._inductor.config
 
+    from tests.support.tracing import quicker_dynamo
+
     # pytest 9 listens to every logger that does not propagate, also to the one for which torch makes a JSON record of each step
     # of a compilation if somebody listens: no test reads it in this process.
     logging.root.manager.loggerDict.pop("torch.__trace", None)
     # Dynamo empties the processor's caches after each compilation to time the guards once, for its own statistics: 20 to 40 ms.
     torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr-defined]
+    quicker_dynamo()
     # g++ takes twice as long for C++ with vector instructions, which is Inductor's work: what our graphs compute is tested
     # without. Files that compare what users run, and what tests start as commands, have them; `--vectorized` gives them to every
     # test.
@@ -123,20 +126,27 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 _frozen_modules = 0
 
 
+_graphs_of: str | None = None  # the file whose tests share the graphs that Dynamo has now
+
+
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(request):
     """Every test starts from the same state, whatever ran before it, so a failure repeats when the test is run alone.
 
     The random state, the graphs that Dynamo has of a function (with too many it gives up), what was logged once, and
-    which private names of other packages were missing.
+    which private names of other packages were missing. Tests marked ``same_graphs`` that follow each other keep the graphs.
     """
     import torch  # not in a process that only starts others
 
     from intscale_compile.integrations import registry
     from intscale_compile.reasons import log_once  # not for a test run that only collects
 
+    global _graphs_of
+    keeps = str(request.path) if request.node.get_closest_marker("same_graphs") else None
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    if keeps is None or keeps != _graphs_of:
+        torch._dynamo.reset()
+    _graphs_of = keeps
     log_once.cache_clear()
     registry._said.clear()
 

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from torchao.quantization import quantize_
 
@@ -13,8 +14,6 @@ from intscale_compile import IntScaleConfig, IntScaleTensor
 from intscale_compile.errors import ConfigError
 from intscale_compile.passes import PASSES
 from tests.support.compiled import Block, compiled, rewritten, w4a8
-
-pytestmark = pytest.mark.generated
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +31,7 @@ def test_backend_is_found_by_name():
     assert "intscale" in torch._dynamo.list_backends()
 
 
-@pytest.mark.vectorized
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.vectorized), torch.bfloat16])
 def test_both_doors_are_bit_identical_and_near_the_original(dtype):
     model = Block().to(dtype).eval().requires_grad_(False)
     quantized = copy.deepcopy(model)
@@ -54,6 +52,7 @@ def test_counts_of_the_passes():
     assert tuple(report.pass_counts) == tuple(p.name for p in PASSES)
 
 
+@pytest.mark.generated
 def test_plain_inductor_runs_the_tensor():
     model = nn.Sequential(nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 32)).eval()
     quantize_(model, IntScaleConfig())
@@ -182,7 +181,7 @@ def test_no_grad_inside_the_graph_is_seen():
     torch.testing.assert_close(run(x), w4a8(x, module.weight, module.bias).detach())
 
 
-@pytest.mark.parametrize("backend", ["intscale", "inductor"])
+@pytest.mark.parametrize("backend", [pytest.param("intscale", marks=pytest.mark.generated), "inductor"])
 def test_gradients_go_straight_through(backend):
     """Quantized weights, trainable norm and bias: the usual first call without no_grad."""
     model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 32))

@@ -69,6 +69,7 @@ def models():
     return eager, model, graphs
 
 
+@pytest.mark.same_graphs
 @pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow if way == "several" else ()) for way in WAYS])
 def test_every_way_of_decoding(models, way):
     eager, model, _ = models
@@ -77,6 +78,7 @@ def test_every_way_of_decoding(models, way):
     assert len(set(expected[0, -TOKENS:].tolist())) > 1, "these tokens prove nothing"
 
 
+@pytest.mark.same_graphs
 def test_prompts_of_other_lengths_compile_nothing(models):
     eager, model, graphs = models
     generate(model)
@@ -183,6 +185,7 @@ def test_a_cache_with_states_beside_keys(caplog):
     assert "keep something else than keys and values (LinearAttentionLayer" in caplog.text
 
 
+@pytest.mark.same_graphs
 def test_padding(models):
     eager, model, _ = models
     ids = token_ids()
@@ -195,6 +198,7 @@ def test_padding(models):
     )
 
 
+@pytest.mark.same_graphs
 def test_prompts_attend_without_a_mask_and_to_themselves_only(models):
     _, model, graphs = models
     generate(model)
@@ -203,6 +207,7 @@ def test_prompts_attend_without_a_mask_and_to_themselves_only(models):
     assert causal and all(n.kwargs.get("attn_mask") is None and n.args[1].target is torch.narrow for n in causal)
 
 
+@pytest.mark.same_graphs
 def test_a_second_prompt_in_one_cache(models):
     """What is in the cache already is seen: that prompt is not compiled."""
     eager, model, _ = models
@@ -220,6 +225,7 @@ def test_a_second_prompt_in_one_cache(models):
     assert torch.equal(*answers)
 
 
+@pytest.mark.same_graphs
 def test_assisted_decoding_runs_eagerly(models, caplog):
     eager, model, graphs = models
     before = len(graphs)
@@ -230,6 +236,7 @@ def test_assisted_decoding_runs_eagerly(models, caplog):
     assert not [r for r in caplog.records if "unable to meet the criteria" in r.getMessage()]
 
 
+@pytest.mark.same_graphs
 def test_the_cache_is_kept_unless_somebody_holds_it(models):
     _, model, _ = models
     state = model._intscale_generation
@@ -245,6 +252,7 @@ def test_the_cache_is_kept_unless_somebody_holds_it(models):
     assert torch.equal(cache.layers[0].keys, before) and state._cache is not cache
 
 
+@pytest.mark.same_graphs
 def test_copies_and_undoing(models):
     eager, model, _ = models
     other = copy.deepcopy(model)
@@ -255,6 +263,7 @@ def test_copies_and_undoing(models):
     assert torch.equal(generate(other), generate(eager))
 
 
+@pytest.mark.same_graphs
 def test_outside_of_generate_nothing_changes(models):
     eager, model, graphs = models
     before = len(graphs)

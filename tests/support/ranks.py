@@ -16,6 +16,7 @@ import torch
 import torch._inductor.config
 
 from tests.support import forks
+from tests.support.tracing import quicker_dynamo
 
 SECONDS = 300.0  # two loaded cores; the groups' own timeouts end what hangs
 
@@ -69,6 +70,7 @@ def main(function: Callable[..., Any], generated: bool = False) -> None:
     Args:
         generated: Inductor writes C++, as for tests with the mark of that name; each rank compiles it.
     """
+    quicker_dynamo()
     torch._inductor.config.cpp.simdlen = 1  # half of g++'s time: see tests/conftest.py
     torch._inductor.config.fallback_by_default = not generated
     number, ranks, name, *arguments = sys.argv[1:]
