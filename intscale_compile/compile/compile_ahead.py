@@ -218,8 +218,9 @@ def _is_called(name: str, arguments: dict[str, Any], cuda_graphs: bool) -> bool:
     group_size, scale_bits, packing = (arguments[key] for key in ("group_size", "scale_bits", "packing"))
     tokens = torch.Size(shape[:-1]).numel()
     asymmetric = arguments.get("zero_point") is not None
-    dtypes = (qdata.dtype, scale.dtype)
-    return op_is_faster(tokens, cuda_graphs, shape[-1], dtypes, group_size, scale_bits, packing, xq.device, asymmetric)
+    features, dtypes = (shape[-1], arguments["out_features"]), (qdata.dtype, scale.dtype)
+    form = (group_size, scale_bits, packing, xq.device, asymmetric)
+    return op_is_faster(tokens, cuda_graphs, *features, dtypes, *form)
 
 
 def request_of(launches: list[Launch], device: torch.device) -> dict[str, Any]:

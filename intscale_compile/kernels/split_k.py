@@ -75,6 +75,8 @@ def take_counters(device: torch.device, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.int32, device=device)
     if (record := recording()) is not None:
         return record.take_counters(device, count)
+    if device.type == "cpu":  # Triton's interpreter
+        return torch.zeros(count, dtype=torch.int32)
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _counters:
         if torch.cuda.is_current_stream_capturing():

@@ -26,7 +26,7 @@ from ..errors import CompileError
 from ..format import schedule_bits
 from ..reasons import log_once
 from .arguments import AccumulateArguments, LinearArguments, converted, form, takes
-from .tiles import choose_tile
+from .tiles import choose_tile, few_tokens_tile
 from .triton_gemm import capability, gluon_obstacle, schedule_flags, use_ptx
 from .triton_tile import device_source
 from .w4a8_gated import GATED_OP
@@ -160,9 +160,9 @@ def _gemm(
     return out if len(lead) == 1 else lowerings[torch.ops.aten.view.default](out, [*lead, out_features])
 
 
-def prefers_gluon(
+def prefers_op(
     xq: ir.TensorBox, qdata: ir.TensorBox, scale: ir.TensorBox, group_size: int, scale_bits: int, packing: str,
-    asymmetric: bool,
+    asymmetric: bool, out_features: int,
 ) -> bool:  # fmt: skip
     """Whether a linear is better left to the op, see :func:`op_is_faster`."""
     rows = _as_rows(xq).get_size()[0]
@@ -171,14 +171,17 @@ def prefers_gluon(
         tokens = max(tokens, GLUON_TOKENS)
     cuda_graphs, features = inductor_config.triton.cudagraphs, _static(xq.get_size()[-1])
     dtypes, device = (qdata.get_dtype(), scale.get_dtype()), xq.get_device_or_error()
-    return op_is_faster(tokens, cuda_graphs, features, dtypes, group_size, scale_bits, packing, device, asymmetric)
+    form = (group_size, scale_bits, packing, device, asymmetric)
+    return op_is_faster(tokens, cuda_graphs, features, out_features, dtypes, *form)
 
 
 def op_is_faster(
-    tokens: int, cuda_graphs: bool, features: int, dtypes: tuple[torch.dtype, torch.dtype], group_size: int,
-    scale_bits: int, packing: str, device: torch.device, asymmetric: bool,
+    tokens: int, cuda_graphs: bool, features: int, out_features: int, dtypes: tuple[torch.dtype, torch.dtype],
+    group_size: int, scale_bits: int, packing: str, device: torch.device, asymmetric: bool,
 ) -> bool:  # fmt: skip
-    """Whether the op, which calls the Gluon kernels and picks a tile at each call, beats the template.
+    """Whether the op, which picks a kernel and a tile at each call, beats the template.
+
+    So it does where it calls a Gluon kernel, or, for few tokens and in CUDA graphs, the one that shares K among programs.
 
     The Gluon kernels are faster than the template, but nothing is fused behind them; what follows a linear of a language
     model (the next norm, an activation function and a quantization) becomes a kernel of its own either way. ``dtypes`` are
@@ -188,9 +191,11 @@ def op_is_faster(
         return False
     weight_bits = 8 if dtypes[0] is torch.int8 else 4
     obstacle = gluon_obstacle(features, group_size, scale_bits, weight_bits, packing, device, asymmetric)
-    if obstacle:
-        log_once(logging.INFO, f"plain Triton instead of Gluon: {obstacle}")
-    return obstacle is None
+    if obstacle is None:
+        return True
+    log_once(logging.INFO, f"plain Triton instead of Gluon: {obstacle}")
+    bits = schedule_bits(scale_bits, asymmetric)
+    return cuda_graphs and few_tokens_tile(tokens, out_features, features, group_size, bits, weight_bits) is not None
 
 
 def lower_w4a8_accumulate(a: Any) -> ir.TensorBox:
@@ -244,6 +249,6 @@ def register_lowerings() -> None:
         if a.xq.get_device().type != "cuda":
             return decompose_w4a8_linear(a)
         asymmetric = a.zero_point is not None
-        if prefers_gluon(a.xq, a.qdata, a.scale, a.group_size, a.scale_bits, a.packing, asymmetric):
+        if prefers_op(a.xq, a.qdata, a.scale, a.group_size, a.scale_bits, a.packing, asymmetric, a.out_features):
             return linear_extern(*a)
         return lower_w4a8_linear(a)

@@ -24,7 +24,7 @@ from .. import format as fmt
 from ..errors import ConfigError
 from .gluon_tiles import gluon_candidates
 from .tile import Tile, schedule_name, table_schedule
-from .tiles import choose_tile
+from .tiles import FEW_TOKENS, choose_tile
 
 WORKERS = 16
 COPY_BYTES = 3e9  # of all copies of one weight
@@ -130,6 +130,8 @@ def plain_candidates(m: int, shape: Shape, capability: int, sweep: bool) -> list
         natural = min(128, max(16, 1 << (m - 1).bit_length()))
         for bm, bn, stages in itertools.product({natural, max(16, natural // 2)}, (64, 128), (3, 5)):
             tiles += [Tile(bm, bn, warps, stages) for warps in ((4, 8) if bm * bn >= 64 * 128 else (4,))]
+            if m <= FEW_TOKENS:
+                tiles += [Tile(bm, bn, num_stages=stages, split_k=parts) for parts in (2, 4, 8)]
     return list(dict.fromkeys(tiles))
 
 

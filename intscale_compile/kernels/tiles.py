@@ -8,9 +8,16 @@ within 5 % of the best are taken where one rule then covers more shapes. On othe
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Optional
+
 from .gluon_tiles import choose_gluon_tile
 from .tile import SM_COUNT, Tile, schedule_name, table_schedule, tile_count
 from .tile_tables import lookup
+
+FEW_TOKENS = 64  # up to which programs share the sum over K
+MOST_PARTS = 8
+LEAST_PART = 256  # features of a part
 
 
 def choose_tile(
@@ -70,4 +77,26 @@ def choose(
     if gluon:
         schedule = schedule_name(group_size, scale_bits, weight_bits)
         return choose_gluon_tile(m, n, k, schedule, sm_count, decode=group_size in (128, -1))
-    return choose_tile(m, n, k, group_size, scale_bits, weight_bits, capability)
+    few = few_tokens_tile(m, n, k, group_size, scale_bits, weight_bits, sm_count)
+    return few or choose_tile(m, n, k, group_size, scale_bits, weight_bits, capability)
+
+
+def few_tokens_tile(
+    m: int, n: int, k: int, group_size: int, scale_bits: int, weight_bits: int, sm_count: int = SM_COUNT
+) -> Optional[Tile]:
+    """Tile of ``triton_split`` for few tokens, or None where the kernel of :func:`choose_tile` is as fast.
+
+    Parts of K double until every SM has a program, for 17 and more tokens 1.4: of 2, 4 and 8 parts, tiles of 64 and 128
+    rows and 3 and 5 stages that was the fastest or within 6 % of it at 6 shapes and 1, 16 and 64 tokens (H200, Triton 3.6;
+    benchmarks/plain_triton.py).
+    """
+    if m > FEW_TOKENS:
+        return None
+    tile = Tile(16 if m <= 16 else 32, 128)
+    count, parts = tile_count(m, tile.block_m) * tile_count(n, tile.block_n), 1
+    while parts < MOST_PARTS and count * parts < (1.0 if m <= 16 else 1.4) * sm_count and k >= LEAST_PART * 2 * parts:
+        parts *= 2
+    by_words = weight_bits == 4 and group_size in (32, 64) and scale_bits <= 8
+    if m <= 16 and by_words:  # groups of 32 at 28672 x 4096, 16 tokens: 29 us in two parts, 36 by the other kernel
+        return replace(tile, split_k=max(2, parts))
+    return replace(tile, split_k=parts) if parts > 1 else None

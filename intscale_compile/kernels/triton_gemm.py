@@ -20,6 +20,7 @@ from .launching import launch
 from .tile import Tile
 from .tiles import choose
 from .triton_epilogue import add_bias, dequantize_tile
+from .triton_split import launch_split
 from .triton_tile import accumulate_tile, tile_position
 
 FOLD_SCALE_BITS = 4  # 8 * 15 = 120 is the largest product of code and scale that an int8 holds with room for the offset
@@ -161,17 +162,22 @@ def _launch(
             if residual is not None and fused is None:
                 out.add_(residual)
             return
-        grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
-        launch(
-            w4a8_kernel, grid,
-            xq, token_scale, qdata, scale, zero_point, row_scale, bias, out, m, n, k, xq.stride(0),
-            DEQUANTIZE=token_scale is not None,
-            HAS_BIAS=bias is not None,
-            PTX=use_ptx(xq.device),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            **schedule_flags(k, group_size, scale_bits, weight_bits, packing, tile, asymmetric),
-        )  # fmt: skip
+        flags = schedule_flags(k, group_size, scale_bits, weight_bits, packing, tile, asymmetric)
+        flags["PTX"] = use_ptx(xq.device)
+        if tile.split_k > 1:
+            early = overlap and capability(xq.device) >= 90
+            launch_split(out, xq, token_scale, qdata, scale, row_scale, bias, zero_point, tile, flags, early)
+        else:
+            grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
+            launch(
+                w4a8_kernel, grid,
+                xq, token_scale, qdata, scale, zero_point, row_scale, bias, out, m, n, k, xq.stride(0),
+                DEQUANTIZE=token_scale is not None,
+                HAS_BIAS=bias is not None,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                **flags,
+            )  # fmt: skip
         if residual is not None:
             out.add_(residual)
 

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from .triton_epilogue import add_bias, dequantize_tile
+from .triton_zero_points import center_codes, load_factors, offset_product
 
 
 @triton.jit
@@ -150,66 +151,6 @@ def fold_codes(packed, scales, TWO_SCALES: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def center_codes(packed, factors, PTX: tl.constexpr):
-    """Expand uint8 ``[BLOCK_N, P/2]`` into ``(code - zero point) * scale`` of its two halves, int8 each.
-
-    ``factors`` is int32 ``[BLOCK_N]`` of :func:`load_factors`: for each half the scale ``s``, at most 7, and ``s`` times the
-    zero point, both unsigned and a byte each.
-    """
-    # Four bytes at once, as in fold_codes: u * s + (128 - s * zero) lies in [23, 233].
-    if PTX:
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, u, a, b, c, d;
-            and.b32 a, $3, 0xFF;
-            bfe.u32 c, $3, 8, 8;
-            bfe.u32 b, $3, 16, 8;
-            shr.u32 d, $3, 24;
-            mad.lo.u32 c, c, 0xFEFEFEFF, 0x80808080;
-            mad.lo.u32 d, d, 0xFEFEFEFF, 0x80808080;
-            shr.u32 u, $2, 4;
-            and.b32 t, $2, 0x0F0F0F0F;
-            and.b32 u, u, 0x0F0F0F0F;
-            mad.lo.u32 t, t, a, c;
-            mad.lo.u32 u, u, b, d;
-            xor.b32 $0, t, 0x80808080;
-            xor.b32 $1, u, 0x80808080;
-            }""",
-            "=&r,=r,r,r,r,r,r",
-            [packed, tl.broadcast_to(factors[:, None], packed.shape)],
-            dtype=(tl.int8, tl.int8),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        low = ((packed & 15).to(tl.int32) * (factors & 255)[:, None] - (factors >> 8 & 255)[:, None]).to(tl.int8)
-        high = ((packed >> 4).to(tl.int32) * (factors >> 16 & 255)[:, None] - (factors >> 24)[:, None]).to(tl.int8)
-    return low, high
-
-
-@triton.jit
-def load_factors(scale_pointers, zero_pointers, FOLD: tl.constexpr, TWO_GROUPS: tl.constexpr, STRIDE: tl.constexpr):
-    """``factors`` of :func:`center_codes` for one step: scale and scale * zero of the low half and, above, of the high.
-
-    Without FOLD the scale in there is 1. Zero points are stored signed; ``+ 8`` puts them on the scale of packed codes.
-    """
-    zero = tl.load(zero_pointers).to(tl.int32) + 8
-    scale = tl.load(scale_pointers).to(tl.int32) if FOLD else zero * 0 + 1
-    low = scale | (scale * zero << 8)
-    if TWO_GROUPS:
-        zero = tl.load(zero_pointers + STRIDE).to(tl.int32) + 8
-        scale = tl.load(scale_pointers + STRIDE).to(tl.int32) if FOLD else scale
-        return low | (scale << 16) | (scale * zero << 24)
-    return low | (low << 16)
-
-
-@triton.jit
-def offset_product(pointers, x):
-    """Offsets ``[BLOCK_N]`` times the sums of int8 activations ``[DEPTH, BLOCK_M]`` over DEPTH."""
-    return tl.load(pointers).to(tl.int32)[:, None] * tl.sum(x.to(tl.int32), 0)[None, :]
-
-
-@triton.jit
 def load_scales(pointers, TWO_SCALES: tl.constexpr, STRIDE: tl.constexpr):
     """Scales of one step as int32 ``[BLOCK_N]``: one, or the two of a packing block of 64 as ``low | high << 16``."""
     scales = tl.load(pointers).to(tl.int32)
@@ -239,10 +180,19 @@ def weight_offsets(rows, columns, TILED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def part_of(steps, part, PARTS: tl.constexpr):
+    """First step of a part of K, and the step behind its last."""
+    if PARTS == 1:
+        return 0, steps
+    return steps * part // PARTS, steps * (part + 1) // PARTS
+
+
+@triton.jit
 def accumulate_int4(
     xq_ptr, xq_stride, qdata_ptr, scale_ptr, zero_ptr, rows_m, rows_n, K,
     GROUP_SIZE: tl.constexpr, PACK: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr, ASYMMETRIC: tl.constexpr,
     TILED: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    part, PARTS: tl.constexpr,
 ):  # fmt: skip
     """K loop over packed 4-bit weights; returns int32 ``[BLOCK_N, BLOCK_M]``, unscaled (and x16) if GROUP_SIZE is -1.
 
@@ -256,8 +206,12 @@ def accumulate_int4(
     S_STEP: tl.constexpr = 64 if TILED else 1
     steps = tl.cdiv(K, PACK * BLOCKS)
     half_range = tl.arange(0, HALF)
+    first, last = part_of(steps, part, PARTS)
     w_ptrs = qdata_ptr + weight_offsets(rows_n, steps * (BLOCKS * HALF), TILED, HALF)[:, None] + half_range[None, :]
     x_ptrs = xq_ptr + rows_m.to(tl.int64)[None, :] * xq_stride + half_range[:, None]
+    if PARTS > 1:
+        w_ptrs += first * (BLOCKS * W_STEP)
+        x_ptrs += first * (BLOCKS * PACK)
     # One group per row is the same address plain or tiled.
     s_offsets = rows_n if PER_CHANNEL else weight_offsets(rows_n, steps * GROUPS, TILED, 1)
     s_ptrs = scale_ptr + s_offsets
@@ -268,20 +222,21 @@ def accumulate_int4(
     else:
         OFFSETS: tl.constexpr = False  # type: ignore[no-redef]
     CENTERED: tl.constexpr = ASYMMETRIC and not OFFSETS
+    first_group = 0 if PER_CHANNEL else first * (GROUPS * S_STEP)
     if CENTERED:
-        next_factors = load_factors(s_ptrs, z_ptrs, FOLD, GROUPS == 2, S_STEP)
+        next_factors = load_factors(s_ptrs + first_group, z_ptrs + first_group, FOLD, GROUPS == 2, S_STEP)
     if not PER_CHANNEL:
-        next_scales = load_scales(s_ptrs, GROUPS == 2, S_STEP)
-    for step in tl.range(0, steps):
+        next_scales = load_scales(s_ptrs + first_group, GROUPS == 2, S_STEP)
+    for step in tl.range(first, last):
         if not PER_CHANNEL:
             # A scale is one byte, too narrow for an asynchronous copy: fetch it a step ahead to hide its latency.
             scales = next_scales
-            next_step = tl.minimum(step + 1, steps - 1)
+            next_step = tl.minimum(step + 1, last - 1)
             next_scales = load_scales(s_ptrs + next_step * (GROUPS * S_STEP), GROUPS == 2, S_STEP)
         if CENTERED:
             factors = next_factors
             if not PER_CHANNEL:
-                group = tl.minimum(step + 1, steps - 1) * (GROUPS * S_STEP)
+                group = tl.minimum(step + 1, last - 1) * (GROUPS * S_STEP)
                 next_factors = load_factors(s_ptrs + group, z_ptrs + group, FOLD, GROUPS == 2, S_STEP)
         if not (PER_CHANNEL or FOLD):
             partial = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
@@ -324,14 +279,19 @@ def accumulate_int4(
 def accumulate_int8(
     xq_ptr, xq_stride, qdata_ptr, rows_m, rows_n, K,
     PACK: tl.constexpr, TILED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    part, PARTS: tl.constexpr,
 ):  # fmt: skip
     """K loop over 8-bit codes, per channel; returns the unscaled int32 ``[BLOCK_N, BLOCK_M]``."""
     steps = tl.cdiv(K, PACK)
     pack_range = tl.arange(0, PACK)
     w_ptrs = qdata_ptr + weight_offsets(rows_n, steps * PACK, TILED, PACK)[:, None] + pack_range[None, :]
     x_ptrs = xq_ptr + rows_m.to(tl.int64)[None, :] * xq_stride + pack_range[:, None]
+    first, last = part_of(steps, part, PARTS)
+    if PARTS > 1:
+        w_ptrs += first * (PACK * 64 if TILED else PACK)
+        x_ptrs += first * PACK
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
-    for step in tl.range(0, steps):
+    for step in tl.range(first, last):
         x = load_activations(x_ptrs, step * PACK, K, PACK, EVEN_K)
         acc = tl.dot(tl.load(w_ptrs), x, acc, out_dtype=tl.int32)
         w_ptrs += PACK * 64 if TILED else PACK
@@ -344,7 +304,7 @@ def accumulate_tile(
     xq_ptr, xq_stride, qdata_ptr, scale_ptr, zero_ptr, rows_m, rows_n, K,
     GROUP_SIZE: tl.constexpr, PACK: tl.constexpr, WEIGHT_BITS: tl.constexpr, FOLD: tl.constexpr, TIMES16: tl.constexpr,
     ASYMMETRIC: tl.constexpr, TILED: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, part=0, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """Integer accumulator of one tile, int32 ``[BLOCK_N, BLOCK_M]``, exact for every schedule.
 
@@ -354,13 +314,16 @@ def accumulate_tile(
         scale_ptr: uint8 or int16 ``[N, G]``, plain or tiled like ``qdata``.
         zero_ptr: int8 or int16 like the scales where ASYMMETRIC; not read otherwise.
         rows_m, rows_n: rows of this tile, ``[BLOCK_M]`` and ``[BLOCK_N]``, clamped into range.
+        part, PARTS: the sum over this one of PARTS parts of K, each of a step or more; the parts' sums add up to the whole.
     """
     if WEIGHT_BITS == 8:
-        acc = accumulate_int8(xq_ptr, xq_stride, qdata_ptr, rows_m, rows_n, K, PACK, TILED, EVEN_K, BLOCK_M, BLOCK_N)
+        acc = accumulate_int8(
+            xq_ptr, xq_stride, qdata_ptr, rows_m, rows_n, K, PACK, TILED, EVEN_K, BLOCK_M, BLOCK_N, part, PARTS
+        )
     else:
         acc = accumulate_int4(
             xq_ptr, xq_stride, qdata_ptr, scale_ptr, zero_ptr, rows_m, rows_n, K,
-            GROUP_SIZE, PACK, FOLD, TIMES16, ASYMMETRIC, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N,
+            GROUP_SIZE, PACK, FOLD, TIMES16, ASYMMETRIC, TILED, EVEN_K, PTX, BLOCK_M, BLOCK_N, part, PARTS,
         )  # fmt: skip
     if GROUP_SIZE == -1:
         if TIMES16:
@@ -380,6 +343,7 @@ DEVICE_FUNCTIONS = (
     load_scales,
     load_activations,
     weight_offsets,
+    part_of,
     accumulate_int4,
     accumulate_int8,
     accumulate_tile,

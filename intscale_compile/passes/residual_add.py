@@ -76,7 +76,8 @@ def _calls_the_op(rewrite: GraphRewrite, linear: fx.Node, tokens: int) -> bool:
     packed = linear.meta["intscale_tensor"]
     dtypes, asymmetric = (packed.qdata.dtype, packed.scale.dtype), packed.zero_point is not None
     form = (packed.group_size, packed.scale_bits, packed.packing_format)
-    return op_is_faster(tokens, rewrite.cuda_graphs, packed.in_features, dtypes, *form, packed.device, asymmetric)
+    features = (packed.in_features, packed.out_features)
+    return op_is_faster(tokens, rewrite.cuda_graphs, *features, dtypes, *form, packed.device, asymmetric)
 
 
 def _replace(rewrite: GraphRewrite, addition: fx.Node, linear: fx.Node) -> None:

@@ -26,7 +26,8 @@ PLAIN = (32, -1)  # with zero points; how a packing is read depends little on th
 QUICK = (
     "g(32|128|-1)-s.-tiled-random|g(64|256)-s4-tiled-random|g(32|-1)-s4-plain-random|g(128|-1)-s.-tiled-e"
     "xtreme|g(128|-1)-int16|zero-g(128|-1)-s.-tiled-extreme|zero-g(32|128)-s[48]-tiled-random|zero-g32-s4"
-    "-plain|w8a8-.*-random|w8a8-tiled|shape.*-16x64|shape.*129.*-32|deep-|chosen|shapes$|nan|quantize"
+    "-plain|w8a8-.*-random|w8a8-tiled|shape.*-16x64|shape.*129.*-32|deep-|chosen|shapes$|nan|quantize|split-(g"
+    "(32|64)-s4.*640|g128-s4-tiled-2|g256-s8|offsets|w8a8|more)"
 )  # see tests/support/interpreter.py
 
 
@@ -62,6 +63,17 @@ def cases():
     # Too deep for codes kept 16 times too large: the per-channel kernel must notice.
     yield "deep-per-channel", (2, 16, 131072 + 64), dict(group_size=-1, scale_bits=1, values="extreme"), SMALL
     yield "deepest-times16", (2, 32, 131072 - 128), dict(group_size=-1, scale_bits=1, values="extreme"), SMALL
+    # Parts of K in different programs: by words of four groups, of two and of one, and by the loop of any format.
+    parts, words = Tile(16, 64, split_k=3), ((32, 640), (64, 640), (64, 1024), (64, 576), (128, 1280), (128, 2048))
+    for group_size, k in (*words, (256, 1024), (-1, 640), (128, 1100)):
+        for scale_bits, packing in ((4, "tiled"), (8, "plain")):
+            arguments = dict(group_size=group_size, scale_bits=scale_bits, packing=packing, values="extreme")
+            yield f"split-g{group_size}-s{scale_bits}-{packing}-{k}", (19, 77, k), arguments, parts
+    for name, scale_bits in (("asymmetric", 3), ("asymmetric", 8), ("offsets", 8)):
+        arguments = dict(group_size=32, scale_bits=scale_bits, packing="tiled", values="extreme") | {name: True}
+        yield f"split-{name}-s{scale_bits}", (3, 65, 520), arguments, parts
+    yield "split-w8a8", (17, 70, 600), dict(group_size=-1, scale_bits=1, packing="tiled", weight_bits=8), parts
+    yield "split-more-parts-than-steps", (3, 65, 256), dict(group_size=128, packing="tiled"), Tile(16, 64, split_k=8)
     yield "chosen-tile", (7, 96, 384), dict(group_size=128, packing="tiled"), None
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
 from intscale_compile.format import schedule_bits
 from intscale_compile.kernels.tile import Tile
-from intscale_compile.kernels.tiles import choose_tile
+from intscale_compile.kernels.tiles import choose_tile, few_tokens_tile
 from intscale_compile.kernels.triton_gemm import schedule_flags, w4a8_kernel
+from intscale_compile.kernels.triton_split import blocks_in_word, w4a8_split_kernel
 from tests.support.sass import Sass, assemble
 
 K = 4096
@@ -134,6 +136,52 @@ def test_accumulate_is_not_given_a_tile_that_spills(code):
     """The reason why ``choose_tile`` keeps accumulate at 64x128; if this fails the rule can go."""
     assert Tile(128, 128) not in chosen_tiles(ACCUMULATE)
     assert code.spill_bytes > 0
+
+
+def compile_split(schedule, tile: Tile, target: GPUTarget, ptx: bool = True):
+    group_size, scale_bits, weight_bits = schedule
+    flags = schedule_flags(K, *schedule, "tiled", tile)
+    del flags["GROUP_N"]
+    blocks = blocks_in_word(K, group_size, torch.uint8, weight_bits, False)
+    signature = SIGNATURE | {"parts_ptr": "*i32", "counters_ptr": "*i32"}
+    signature |= {"qdata_ptr": "*i8"} if weight_bits == 8 else {}
+    constants = dict(zero_ptr=None, bias_ptr=None, DEQUANTIZE=True, HAS_BIAS=False, PTX=ptx, BLOCKS=blocks)
+    constants |= dict(PARTS=tile.split_k, OVERLAP=ptx and target.arch >= 90, **flags)
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    aligned = [name for name in signature if name != "M"]
+    return assemble(w4a8_split_kernel, signature, constants, target, aligned=aligned, **options)
+
+
+SPLIT = [
+    FOLD,
+    (32, 8, 4),
+    pytest.param(PER_CHANNEL, marks=pytest.mark.slow),
+    pytest.param(W8A8, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.assembles(
+    kernel=lambda arch, schedule, m: compile_split(
+        schedule, few_tokens_tile(m, 1024, K, *schedule), GPUTarget("cuda", arch, 32)
+    )
+)
+@pytest.mark.parametrize("schedule", SPLIT, ids=lambda schedule: "-".join(map(str, schedule)))
+@pytest.mark.parametrize(
+    "arch, m", [(80, 16), pytest.param(80, 64, marks=pytest.mark.slow), (90, 16), (90, 64), (100, 16)]
+)
+def test_parts_of_k(arch, schedule, m, code):
+    if arch == 100:  # tensor memory: its waits are loops of their own
+        assert code.count("UTCIMMA") + code.count("IMMA") and code.spill_bytes == 0 and code.count("ATOMG")
+        return
+    check_loop(code, {80: ("IMMA",), 90: ("IGMMA",)}[arch])
+    behind = code.instructions[code.instructions.index(code.k_loop()[-1]) :]
+    assert any(i.base in ("ATOM", "ATOMG") for i in behind), "no arrival is counted"
+
+
+def test_parts_of_k_on_amd():
+    tile = few_tokens_tile(16, 1024, K, *FOLD)
+    compiled = compile_split(FOLD, tile, GPUTarget("hip", "gfx942", 64), ptx=False)
+    assert "v_mfma_i32" in compiled.asm["amdgcn"] and "global_atomic_add" in compiled.asm["amdgcn"]
 
 
 @pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])

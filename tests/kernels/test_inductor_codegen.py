@@ -107,6 +107,26 @@ def test_the_op_is_called_where_gluon_pays(tokens, cudagraphs, dynamic, called):
     assert not called or calls[0].rstrip().endswith(("None, True)", "None, True, None)"))
 
 
+@pytest.mark.parametrize(
+    "tokens, cudagraphs, out_features, called",
+    [
+        (1, True, 128, True),
+        (64, True, 128, True),
+        (65, True, 128, False),
+        (1, False, 128, False),
+        (1, True, 1 << 17, False),
+    ],
+)
+def test_the_op_is_called_where_programs_share_k(tokens, cudagraphs, out_features, called):
+    """Without Gluon: few tokens, CUDA graphs, and fewer tiles than SMs."""
+    from intscale_compile.kernels.template import op_is_faster
+
+    features, dtypes = (4096, out_features), (torch.uint8, torch.uint8)
+    with mock.patch("intscale_compile.kernels.template.gluon_obstacle", return_value="an older GPU"):
+        form = (128, 4, "tiled", torch.device("cuda"), False)
+        assert op_is_faster(tokens, cudagraphs, *features, dtypes, *form) == called
+
+
 def test_straight_through_input_is_not_computed():
     def run(x, *weight):
         source = torch.relu(x) * 3

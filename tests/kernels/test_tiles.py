@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 
@@ -22,9 +23,9 @@ from intscale_compile.kernels.gluon_tiles import (
     shared_bytes,
     shared_limit,
 )
-from intscale_compile.kernels.tile import Tile, table_schedule
+from intscale_compile.kernels.tile import Tile, table_schedule, tile_count
 from intscale_compile.kernels.tile_costs import predicted_us
-from intscale_compile.kernels.tiles import choose, choose_tile
+from intscale_compile.kernels.tiles import FEW_TOKENS, MOST_PARTS, choose, choose_tile, few_tokens_tile
 
 H100 = "NVIDIA H100 80GB HBM3"
 SHAPES = [(n, k) for n in (64, 80, 1024, 6144, 28672, 131072) for k in (128, 1024, 5120, 14336)]
@@ -259,3 +260,20 @@ def test_a_malformed_file_is_named(tmp_path, text):
     (tmp_path / "user.json").write_text(text)
     with pytest.raises(ConfigError, match=r"user\.json"):
         tile_tables.lookup(H100, "fold", 1, 1, 1)
+
+
+@pytest.mark.parametrize("schedule", [FOLD, (32, 8, 4), (-1, 4, 4), (-1, 1, 8)], ids=str)
+def test_parts_of_k_fill_the_gpu_and_no_more(schedule):
+    for m, (n, k), sms in itertools.product(TOKENS, SHAPES, (108, 132, 148)):
+        tile = few_tokens_tile(m, n, k, *schedule, sms)
+        if tile is None:
+            continue
+        programs = tile_count(m, tile.block_m) * tile_count(n, tile.block_n) * tile.split_k
+        assert m <= FEW_TOKENS and tile.kernel == "triton" and tile.split_k <= MOST_PARTS
+        assert programs < 4 * sms or tile.split_k == 2, "more parts than fill it"
+        assert k >= 256 * tile.split_k or tile.split_k == 2
+    assert few_tokens_tile(16, 4096, 4096, *FOLD) == Tile(16, 128, split_k=8)
+    assert few_tokens_tile(16, 28672, 4096, *FOLD) is None and few_tokens_tile(65, 4096, 4096, *FOLD) is None
+    assert few_tokens_tile(1, 28672, 4096, 32, 4, 4).split_k == 2, "groups of 32 always take the loop by words"
+    assert choose(16, 4096, 4096, *FOLD, 80, "NVIDIA A100", False) == Tile(16, 128, split_k=8)
+    assert choose(16, 4096, 4096, *FOLD, 90, "NVIDIA H100", True).kernel == "decode"

@@ -20,6 +20,9 @@ def results(request) -> dict[str, str | None]:
 GROUPS = ["g32-", "g64-", "g128-", "g256-", "g-1-"]
 
 
-@pytest.mark.parametrize("prefix", [*GROUPS, "zero-", "w8a8-", "shape", "deep", "chosen", "shapes", "nan", "quantize"])
+OTHERS = ["zero-", "w8a8-", "shape", "deep", "split-", "chosen", "shapes", "nan", "quantize"]
+
+
+@pytest.mark.parametrize("prefix", [*GROUPS, *OTHERS])
 def test_kernel_is_exact(results, prefix):
     assert_passed(results, prefix)
