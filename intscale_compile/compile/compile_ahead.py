@@ -218,9 +218,10 @@ def _is_called(name: str, arguments: dict[str, Any], cuda_graphs: bool) -> bool:
     group_size, scale_bits, packing = (arguments[key] for key in ("group_size", "scale_bits", "packing"))
     tokens = torch.Size(shape[:-1]).numel()
     asymmetric = arguments.get("zero_point") is not None
-    features, dtypes = (shape[-1], arguments["out_features"]), (qdata.dtype, scale.dtype)
-    form = (group_size, scale_bits, packing, xq.device, asymmetric)
-    return op_is_faster(tokens, cuda_graphs, *features, dtypes, *form)
+    features, dtypes = arguments["out_features"], (qdata.dtype, scale.dtype)
+    return op_is_faster(
+        tokens, cuda_graphs, shape[-1], features, dtypes, group_size, scale_bits, packing, xq.device, asymmetric
+    )
 
 
 def request_of(launches: list[Launch], device: torch.device) -> dict[str, Any]:

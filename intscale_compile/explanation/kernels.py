@@ -21,8 +21,9 @@ def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, behind: 
     # Imports Triton, which only GPUs need.
     from ..kernels.gluon_tiles import for_output
     from ..kernels.template import GLUON_TOKENS
+    from ..kernels.tiles import choose_tile
     from ..kernels.triton_gated import pick_gated_tile
-    from ..kernels.triton_gemm import pick_tile
+    from ..kernels.triton_gemm import capability, pick_tile
 
     rows = int(tokens) if tokens.isdigit() else 1024
     if grouped:
@@ -40,10 +41,13 @@ def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, behind: 
     form = (rows, *shape, packed.group_size, scale_bits, packed.weight_bits, packed.device, gluon)
     gated = behind not in (None, "residual")
     tile = pick_gated_tile(*form, packed.dtype.itemsize) if gated else pick_tile(*form)
+    if tile.kernel == "triton" and not (gluon or cuda_graphs):  # the template, which shares no K among programs
+        tile = choose_tile(rows, *shape, packed.group_size, scale_bits, packed.weight_bits, capability(packed.device))
     if tile.kernel != "triton":
         tile = for_output(tile, schedule, packed.dtype.itemsize)
     name = "triton" if tile.kernel == "triton" else f"gluon {tile.kernel}"
-    return f"{name} {schedule} {tile.block_n}x{tile.block_m}{also}"
+    parts = f", K in {tile.split_k} parts" if tile.kernel == "triton" and tile.split_k > 1 else ""
+    return f"{name} {schedule} {tile.block_n}x{tile.block_m}{parts}{also}"
 
 
 def _gluon_obstacle(packed: IntScaleTensor) -> Optional[str]:

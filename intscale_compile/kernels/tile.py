@@ -19,7 +19,7 @@ class Tile:
         group_n: tile columns that are visited together.
         kernel: ``"triton"``, or a Gluon kernel (Hopper): ``"decode"``, ``"specialized"``, ``"pipelined"``,
             ``"cooperative"`` (two or three groups of 4 computing warps).
-        split_k: parts of K that different programs sum (all Gluon kernels but decode).
+        split_k: parts of K that different programs sum (all kernels but decode; ``"triton"``: ``triton_split``).
         steps: depth of a stage, in units of 4 blocks of 128 features (decode).
         programs_per_sm: persistent programs on an SM, which sets their register budget (decode, specialized).
     """

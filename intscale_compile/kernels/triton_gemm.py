@@ -20,7 +20,7 @@ from .launching import launch
 from .tile import Tile
 from .tiles import choose
 from .triton_epilogue import add_bias, dequantize_tile
-from .triton_split import launch_split
+from .triton_split import blocks_in_word, launch_split, takes_words
 from .triton_tile import accumulate_tile, tile_position
 
 FOLD_SCALE_BITS = 4  # 8 * 15 = 120 is the largest product of code and scale that an int8 holds with room for the offset
@@ -164,7 +164,9 @@ def _launch(
             return
         flags = schedule_flags(k, group_size, scale_bits, weight_bits, packing, tile, asymmetric)
         flags["PTX"] = use_ptx(xq.device)
-        if tile.split_k > 1:
+        if tile.split_k > 1 or takes_words(
+            tile, blocks_in_word(k, group_size, scale.dtype, weight_bits, asymmetric), group_size
+        ):
             early = overlap and capability(xq.device) >= 90
             launch_split(out, xq, token_scale, qdata, scale, row_scale, bias, zero_point, tile, flags, early)
         else:

@@ -343,3 +343,28 @@ def test_the_kernel_of_experts_is_the_one_that_is_launched(monkeypatch, obstacle
     monkeypatch.setattr(kernels, "_gluon_obstacle", lambda packed: obstacle)
     assert kernels.kernel_name(stack, rows, cuda_graphs=True) == name
     assert kernels.kernel_notes(stack) == ({f"plain Triton instead of Gluon: {obstacle}."} if obstacle else set())
+
+
+@pytest.mark.parametrize(
+    "cuda_graphs, tokens, name",
+    [
+        (True, "4", "triton fold 128x16, K in 4 parts"),
+        (False, "4", "triton fold 64x16"),
+        (True, "256", "triton fold 128x64"),
+    ],
+)
+def test_parts_of_k_are_named_where_they_run(monkeypatch, cuda_graphs, tokens, name):
+    """A layer of Llama-3-8B on an A100: the op with CUDA graphs, the template without."""
+    pytest.importorskip("triton")
+    from intscale_compile.explanation import kernels
+    from intscale_compile.kernels import triton_gemm
+
+    weight = SimpleNamespace(
+        out_features=4096, in_features=4096, group_size=128, scale_bits=4, weight_bits=4, zero_point=None,
+        device=torch.device("cuda"), dim=lambda: 2,
+    )  # fmt: skip
+    monkeypatch.setattr(triton_gemm, "capability", lambda device: 80)
+    monkeypatch.setattr(triton_gemm, "device_name", lambda device: "")
+    monkeypatch.setattr(triton_gemm.gluon_launch, "sm_count", lambda device: 108)
+    monkeypatch.setattr(kernels, "_gluon_obstacle", lambda packed: "an older GPU")
+    assert kernels.kernel_name(weight, tokens, cuda_graphs) == name
