@@ -87,8 +87,9 @@ def few_tokens_tile(
     """Tile of ``triton_split`` for few tokens, or None where the kernel of :func:`choose_tile` is as fast.
 
     Parts of K double until every SM has a program, for 17 and more tokens 1.4: of 2, 4 and 8 parts, tiles of 64 and 128
-    rows and 3 and 5 stages that was the fastest or within 6 % of it at 6 shapes and 1, 16 and 64 tokens (H200, Triton 3.6;
-    benchmarks/plain_triton.py).
+    rows and 3 and 5 stages that was the fastest or within 8 % of it at 6 shapes and 1, 16 and 64 tokens (H200, Triton 3.6;
+    benchmarks/plain_triton.py). Up to 16 tokens a word of scales pays with all of K too: 22.7 us instead of 27.9 at
+    28672 x 4096 and 16 tokens; groups of 32 and 64 in two parts at least: 30 us there, 37 in one.
     """
     if m > FEW_TOKENS:
         return None
@@ -96,7 +97,6 @@ def few_tokens_tile(
     count, parts = tile_count(m, tile.block_m) * tile_count(n, tile.block_n), 1
     while parts < MOST_PARTS and count * parts < (1.0 if m <= 16 else 1.4) * sm_count and k >= LEAST_PART * 2 * parts:
         parts *= 2
-    by_words = weight_bits == 4 and group_size in (32, 64) and scale_bits <= 8
-    if m <= 16 and by_words:  # groups of 32 at 28672 x 4096, 16 tokens: 29 us in two parts, 36 by the other kernel
-        return replace(tile, split_k=max(2, parts))
+    if m <= 16 and weight_bits == 4 and group_size in (32, 64, 128) and scale_bits <= 8:
+        return replace(tile, split_k=parts if group_size == 128 else max(2, parts))
     return replace(tile, split_k=parts) if parts > 1 else None

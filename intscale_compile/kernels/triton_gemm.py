@@ -164,9 +164,8 @@ def _launch(
             return
         flags = schedule_flags(k, group_size, scale_bits, weight_bits, packing, tile, asymmetric)
         flags["PTX"] = use_ptx(xq.device)
-        if tile.split_k > 1 or takes_words(
-            tile, blocks_in_word(k, group_size, scale.dtype, weight_bits, asymmetric), group_size
-        ):
+        blocks = blocks_in_word(k, group_size, scale.dtype, weight_bits, asymmetric)
+        if tile.split_k > 1 or takes_words(tile, blocks):
             early = overlap and capability(xq.device) >= 90
             launch_split(out, xq, token_scale, qdata, scale, row_scale, bias, zero_point, tile, flags, early)
         else:

@@ -148,9 +148,9 @@ def blocks_in_word(k: int, group_size: int, scale_dtype: torch.dtype, weight_bit
     return next((blocks for blocks in (most, most // 2, 1) if k % (pack_block(group_size) * blocks) == 0), 0)
 
 
-def takes_words(tile: Tile, blocks: int, group_size: int) -> bool:
-    """Whether a tile with all of K is better summed by words too: few tokens, and groups that ``fold_codes`` is slow for."""
-    return blocks > 0 and tile.block_m <= 16 and group_size < 128
+def takes_words(tile: Tile, blocks: int) -> bool:
+    """Whether a tile with all of K is summed by words too: for few tokens that is faster than ``fold_codes``."""
+    return blocks > 0 and tile.block_m <= 16
 
 
 def launch_split(

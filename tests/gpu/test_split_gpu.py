@@ -37,7 +37,7 @@ def test_parts_are_exact(name, m, tile_m):
         problem, "xq", "qdata", "scale", "zero_point", "token_scale", "row_scale", "bias"
     )
     expected = problem.accumulator.to(torch.int32).cuda()
-    for parts in (2, 4, 8):
+    for parts in (1, 2, 4, 8):
         tile = Tile(tile_m, 128, split_k=parts)
         for _ in range(3):  # the counters are zero again after each
             acc = accumulate_cuda(xq, qdata, scale, *problem.weight_args, tile=tile, zero_point=zero)
@@ -46,7 +46,7 @@ def test_parts_are_exact(name, m, tile_m):
         residual = torch.randn(m, 1000, device="cuda", dtype=torch.bfloat16)
         whole, split = (
             linear_cuda(xq, token, qdata, scale, row, bias, *form, tile=t, zero_point=zero, residual=residual)
-            for t in (Tile(16, 64), tile)
+            for t in (Tile(32, 64), tile)
         )
         assert torch.equal(whole, split)
 
@@ -60,7 +60,7 @@ def test_overlapping_launches_in_a_graph_beside_other_work():
     xq, qdata, scale, token, row = on_gpu(problem, "xq", "qdata", "scale", "token_scale", "row_scale")
     form, tile = (*problem.weight_args, torch.float32), Tile(16, 128, split_k=8)
     inputs = [torch.randint_like(xq, -127, 128) for _ in range(10)]
-    expected = [linear_cuda(x, token, qdata, scale, row, None, *form, tile=Tile(16, 64)) for x in inputs]
+    expected = [linear_cuda(x, token, qdata, scale, row, None, *form, tile=Tile(32, 64)) for x in inputs]
     moving = torch.empty_like(xq)
 
     def step() -> list[torch.Tensor]:

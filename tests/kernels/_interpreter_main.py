@@ -21,13 +21,14 @@ from intscale_compile.kernels.triton_quantize import quantize_per_token_cuda  # 
 from tests.support.weights import make_problem  # noqa: E402
 
 SMALL, TALL, WIDE = Tile(16, 64), Tile(64, 32), Tile(32, 128, group_n=1)
+LOW = Tile(32, 64)  # up to 16 tokens groups are summed by words
 GROUP_SIZES = (32, 64, 128, 256, -1)
 PLAIN = (32, -1)  # with zero points; how a packing is read depends little on the size of a group
 QUICK = (
     "g(32|128|-1)-s.-tiled-random|g(64|256)-s4-tiled-random|g(32|-1)-s4-plain-random|g(128|-1)-s.-tiled-e"
     "xtreme|g(128|-1)-int16|zero-g(128|-1)-s.-tiled-extreme|zero-g(32|128)-s[48]-tiled-random|zero-g32-s4"
     "-plain|w8a8-.*-random|w8a8-tiled|shape.*-16x64|shape.*129.*-32|deep-|chosen|shapes$|nan|quantize|split-(g"
-    "(32|64)-s4.*640|g128-s4-tiled-2|g256-s8|offsets|w8a8|more)"
+    "(32|64)-s4.*640|g128-s4-tiled-2|g256-s8|offsets|w8a8|more|one)"
 )  # see tests/support/interpreter.py
 
 
@@ -35,7 +36,7 @@ def cases():
     """Name, problem arguments and tile of every case; ragged in M, N and K unless the name says otherwise."""
     for group_size, scale_bits, packing in itertools.product(GROUP_SIZES, (4, 8), ("plain", "tiled")):
         for values in ("random", "extreme"):
-            tile = TALL if values == "random" else SMALL
+            tile = TALL if values == "random" else LOW
             shape = (19, 77, 296) if values == "random" else (3, 65, 512)
             arguments = dict(group_size=group_size, scale_bits=scale_bits, packing=packing, values=values)
             yield f"g{group_size}-s{scale_bits}-{packing}-{values}", shape, arguments, tile
@@ -73,6 +74,7 @@ def cases():
         arguments = dict(group_size=32, scale_bits=scale_bits, packing="tiled", values="extreme") | {name: True}
         yield f"split-{name}-s{scale_bits}", (3, 65, 520), arguments, parts
     yield "split-w8a8", (17, 70, 600), dict(group_size=-1, scale_bits=1, packing="tiled", weight_bits=8), parts
+    yield "split-one-part-by-words", (5, 65, 1024), dict(group_size=128, packing="tiled"), Tile(16, 64)
     yield "split-more-parts-than-steps", (3, 65, 256), dict(group_size=128, packing="tiled"), Tile(16, 64, split_k=8)
     yield "chosen-tile", (7, 96, 384), dict(group_size=128, packing="tiled"), None
 

@@ -114,11 +114,11 @@ def test_the_op_is_called_where_gluon_pays(tokens, cudagraphs, dynamic, called):
         (64, True, 128, True),
         (65, True, 128, False),
         (1, False, 128, False),
-        (1, True, 1 << 17, False),
+        (17, True, 1 << 17, False),
     ],
 )
 def test_the_op_is_called_where_programs_share_k(tokens, cudagraphs, out_features, called):
-    """Without Gluon: few tokens, CUDA graphs, and fewer tiles than SMs."""
+    """Without Gluon: few tokens, CUDA graphs, and fewer tiles than SMs or a word of scales."""
     from intscale_compile.kernels.template import op_is_faster
 
     features, dtypes = (4096, out_features), (torch.uint8, torch.uint8)
