@@ -2,8 +2,8 @@
 
 from .config import PRESETS
 from .distilling import Distillation, distill
-from .pipeline import CalibrationReport
 from .random_data import generated_token_ids, random_token_ids
+from .report import CalibrationReport
 from .sensitivity import LayerSensitivity, SensitivityReport, auto_overrides, measure_sensitivity
 
 __all__ = [

@@ -18,7 +18,9 @@ CHOICES = {
     "rotation": ("none", "hadamard", "auto", "inputs"),
     "activation": ("dynamic", "fptq", "fptq-paper"),
     "scales": ("integer", "float"),
+    "distillation": ("always", "fresh"),
 }
+COUNTS = ("sweeps", "tuning_steps", "statistics_tokens", "distillation_steps", "distillation_tokens")
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,16 @@ class CalibrationConfig:
             there to be compared with.
         tuning_steps: steps of gradient descent on row scales and norm weights of each block, to match the output of
             the original block on the original inputs (ApiQ's block-wise objective, arXiv 2402.05147). 0: none.
+        statistics_tokens: statistics and tuning look at the first so many tokens of the data (whole sequences, or entries of
+            a list; padding does not count), and distillation at what is behind them, or at all of the data where nothing
+            is. 0: at all of the data, both. Data without token ids or embeddings is not divided.
         distillation_steps: in the end, steps of gradient descent on row scales, norm weights and biases of the whole model,
-            to match the original's next-token distribution on the data (``distill``). 0: none.
+            to match the original's next-token distribution (``distill``). 0: none.
+        distillation: ``"always"``: these steps, text again where it ends; ``"fresh"``: one pass over the text behind
+            ``statistics_tokens``, of at most so many steps, and none where less lies there than 100 steps (or all of them, if
+            fewer) take, or where the model cannot be distilled; the report and the log say which it was, and why.
+        distillation_tokens: tokens of a step, several batches together. 0: about 4096 of a tensor, one entry of a list.
+        distillation_rate: of the logarithms of row scales, and of vectors relative to their mean magnitude.
         seed: of everything random.
 
     Raises:
@@ -76,7 +86,11 @@ class CalibrationConfig:
     activation: str = "dynamic"
     scales: str = "integer"
     tuning_steps: int = 0
+    statistics_tokens: int = 0
     distillation_steps: int = 0
+    distillation: str = "always"
+    distillation_tokens: int = 0
+    distillation_rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,12 +98,14 @@ class CalibrationConfig:
             self._check(name, getattr(self, name) in allowed, f"one of {allowed}")
         self._check("base_config", type(self.base_config) is IntScaleConfig, "an IntScaleConfig")
         self._check("damping", isinstance(self.damping, float) and 0 < self.damping <= 1, "a float in (0, 1]")
-        for name in ("sweeps", "tuning_steps", "distillation_steps", "seed"):
+        rate = self.distillation_rate
+        self._check("distillation_rate", isinstance(rate, float) and 0 < rate < 1, "a float in (0, 1)")
+        for name in (*COUNTS, "seed"):
             value = getattr(self, name)
             self._check(name, type(value) is int and value >= 0, "an integer, 0 or more")
         policy = self.activation == "dynamic" or self.smoothing in ("fptq", "outliers")
         self._check("activation", policy, '"dynamic" unless smoothing is "fptq" or "outliers"')
-        whole = self.distillation_steps == 0 or self.scales == "integer"
+        whole = self.distillation_steps == 0 or self.scales == "integer" or self.distillation == "fresh"
         self._check("distillation_steps", whole, '0 unless scales="integer"')
         self._check("sweeps", self.sweeps == 0 or self.rounding == "gptq", '0 unless rounding="gptq"')
         for pattern, config in self.overrides.items():
@@ -199,11 +215,26 @@ PRESETS: dict[str, CalibrationConfig] = {
         CalibrationConfig("odyssey", IntScaleConfig(group_size=-1), clipping="learned"),
         CalibrationConfig("fptq", smoothing="outliers", activation="fptq", sweeps=2),
         CalibrationConfig("fptq-paper", rounding="nearest", clipping="none", smoothing="fptq", activation="fptq-paper"),
-        CalibrationConfig("llama3", overrides={"down_proj": W8A8}, rotation="hadamard"),
+        CalibrationConfig(
+            "llama3", overrides={"down_proj": W8A8}, rotation="hadamard", match_original=True, damping=0.2, sweeps=2
+        ),
         CalibrationConfig("mixtral", clipping="none", match_original=True, sweeps=2),
         CalibrationConfig("robust", match_original=True, damping=0.2, sweeps=2, rotation="auto"),
         CalibrationConfig("encoder", W8A8, match_original=True, damping=0.2, sweeps=2, rotation="inputs"),
-        CalibrationConfig("best", clipping="none", match_original=True, sweeps=2, rotation="auto", tuning_steps=64),
+        CalibrationConfig(
+            "best",
+            IntScaleConfig(group_size=32),
+            match_original=True,
+            damping=0.05,
+            sweeps=2,
+            rotation="auto",
+            tuning_steps=64,
+            statistics_tokens=128 * 512,
+            distillation_steps=200,
+            distillation="fresh",
+            distillation_tokens=8192,
+            distillation_rate=3e-3,
+        ),
     )
 }
 

@@ -26,7 +26,7 @@ from ..kernels.hadamard import hadamard_transform
 from ..progress import block_bar
 from ..tensors.intscale_tensor import IntScaleTensor
 from .capture import Data, batches_of
-from .config import CalibrationConfig
+from .dividing import tokens_of
 from .layers import without_cache
 from .solve import frozen
 from .tuning import token_error
@@ -36,6 +36,8 @@ STEP_TOKENS = 4096
 WARM_UP = 0.05  # of the steps
 CHUNK_ENTRIES = {"cuda": 1 << 26, "cpu": 1 << 20}  # of logits that are looked at together
 HELD_OUT = 16  # every sixteenth batch is only looked at, before and after; of fewer batches than that none
+
+Step = Sequence[Mapping[str, Any]]  # batches that are one step together
 
 
 @dataclass
@@ -86,10 +88,27 @@ def distill(
         CalibrationError: there is no data, or no quantized linear layer, or a loss is not finite, or the model has no answers
             to compare; the model is as it was.
     """
+    parts = [[batch] for batch in batches_of(data, STEP_TOKENS)]
+    return distill_steps(model, original, parts, steps, rate=rate, seed=seed, progress=progress)
+
+
+def distill_steps(
+    model: nn.Module,
+    original: nn.Module,
+    parts: Sequence[Step],
+    steps: int,
+    *,
+    rate: float = RATE,
+    seed: int = 0,
+    progress: bool = True,
+) -> Distillation:
+    """``distill`` with the batches of each step given; every sixteenth of them is held out.
+
+    The loss of a step is the mean over the tokens of its batches, which go through the models one by one.
+    """
     layers = _layers(model)
-    batches = batches_of(data, STEP_TOKENS)
-    held = batches[HELD_OUT - 1 :: HELD_OUT]
-    batches = [batch for place, batch in enumerate(batches) if place % HELD_OUT != HELD_OUT - 1]
+    held = parts[HELD_OUT - 1 :: HELD_OUT]
+    parts = trained_on(parts)
     vectors = [p for p in model.parameters() if p.dim() == 1 and p.is_floating_point()]
     kept = [vector.detach().clone() for vector in vectors]
     run = _Run(model, original)
@@ -97,7 +116,7 @@ def distill(
     try:
         with without_cache(model), without_cache(original), _replaced(layers):
             before = run.mean_loss(held)
-            losses = _descend(run, layers, vectors, batches, steps, rate, seed, progress)
+            losses = _descend(run, layers, vectors, parts, steps, rate, seed, progress)
             after = run.mean_loss(held)
         if not all(map(math.isfinite, losses)):
             raise CalibrationError(f"a loss was not finite while the model was distilled: use a rate below {rate}.")
@@ -112,11 +131,9 @@ def distill(
     return Distillation(first, last, before, after, good)
 
 
-def distill_as(
-    model: nn.Module, original: nn.Module, data: Data, options: CalibrationConfig, shown: bool
-) -> Distillation:
-    """``distill`` with a calibration's number of steps and seed."""
-    return distill(model, original, data, options.distillation_steps, seed=options.seed, progress=shown)
+def trained_on(parts: Sequence[Step]) -> list[Step]:
+    """The steps' batches without those that are held out."""
+    return [part for place, part in enumerate(parts) if place % HELD_OUT != HELD_OUT - 1]
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
@@ -249,10 +266,21 @@ class _Run:
             return token_error(found, target)
         return _Divergence.apply(found.flatten(0, -2), target.flatten(0, -2))
 
-    def mean_loss(self, batches: Sequence[Mapping[str, Any]]) -> Optional[float]:
-        """Mean loss over batches; None where there are none."""
+    def step_loss(self, part: Step) -> Tensor:
+        """Mean loss over the tokens of a step's batches; gradients are added up where grad mode is on."""
+        counts = [max(1, tokens_of(batch)) for batch in part]
+        losses = []
+        for batch, count in zip(part, counts):
+            loss = self.loss(batch) * (count / sum(counts))
+            if loss.requires_grad:
+                loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def mean_loss(self, parts: Sequence[Step]) -> Optional[float]:
+        """Mean loss over steps; None where there are none."""
         with torch.no_grad():
-            return sum(float(self.loss(batch)) for batch in batches) / len(batches) if batches else None
+            return sum(float(self.step_loss(part)) for part in parts) / len(parts) if parts else None
 
 
 def _answer(result: Any) -> tuple[Tensor, bool]:
@@ -273,7 +301,7 @@ def _descend(
     run: _Run,
     layers: list[_Layer],
     vectors: list[nn.Parameter],
-    batches: list[dict[str, Any]],
+    parts: Sequence[Step],
     steps: int,
     rate: float,
     seed: int,
@@ -296,13 +324,11 @@ def _descend(
             vector.requires_grad_(True)
         with torch.enable_grad(), block_bar("distill", steps, progress) as bar:
             for _ in range(steps):
-                order = order or torch.randperm(len(batches), generator=generator).tolist()
-                loss = run.loss(batches[order.pop()])
+                order = order or torch.randperm(len(parts), generator=generator).tolist()
                 optimizer.zero_grad()
-                loss.backward()
+                losses.append(run.step_loss(parts[order.pop()]))
                 optimizer.step()
                 schedule.step()
-                losses.append(loss.detach())
                 bar.update(1)
     finally:
         for vector, value in zip(vectors, wanted):

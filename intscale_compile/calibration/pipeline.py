@@ -26,9 +26,11 @@ from .capture import Data, StackInputs, Statistics, batches_of, capture, digest_
 from .changes import announce, changes_of, check_model
 from .clipping import on_integer_grid
 from .config import CalibrationConfig, as_calibration_config
-from .distilling import Distillation, distill_as
+from .distilling_plan import DistillingPlan
+from .dividing import divided
 from .layers import Inputs, LinearWeight, eager_experts, run_block, stacks, stages, weights_of
 from .replay import Replay, replayed
+from .report import CalibrationReport
 from .restoring import restored_on_failure
 from .resume import Checkpoint
 from .rotated_inputs import rotate_inputs
@@ -38,30 +40,6 @@ from .solve import Codes, FloatScaleWeight, frozen, set_integer, solve
 from .tuning import tune_block
 
 CONFIG_ATTRIBUTE = "intscale_calibration_config"
-
-
-@dataclass
-class CalibrationReport:
-    """What ``calibrate`` did.
-
-    Attributes:
-        config: the configuration.
-        losses: squared error of each block's output relative to the original block's, those of earlier blocks included.
-        weights: names of quantized parameters.
-        changes: what else is different now: bytes, an output embedding of its own, 8-bit weights, rotated inputs.
-        distillation: its losses.
-    """
-
-    config: CalibrationConfig
-    losses: dict[str, float] = field(default_factory=dict)
-    weights: list[str] = field(default_factory=list)
-    changes: list[str] = field(default_factory=list)
-    distillation: Optional[Distillation] = None
-
-    def __str__(self) -> str:
-        rows = [f"  {name}: {loss:.3e}" for name, loss in self.losses.items()]
-        head = f"{len(self.weights)} weights; relative error of each block:"
-        return "\n".join([str(self.config), *self.changes, head, *rows])
 
 
 def calibrate(
@@ -87,7 +65,8 @@ def calibrate(
             scales of activations and tuning look at them all the same).
         config: the name of a preset or a ``CalibrationConfig``; it is kept in
             ``model.config.intscale_calibration_config``.
-        checkpoint_dir: finished blocks are stored there; the same call goes on where an interrupted one stopped.
+        checkpoint_dir: finished blocks are stored there; the same call goes on where an interrupted one stopped, and one with
+            more data behind ``statistics_tokens`` takes them too.
         progress: show a bar, with the loss of each block.
         restore: a call that fails or is interrupted leaves the model as it was. That takes a copy of the model in host
             memory until the end; False: none is kept, and the model of a failed call must be loaded anew.
@@ -102,18 +81,18 @@ def calibrate(
         WeightError: a weight that cannot be quantized, such as one with NaN entries.
     """
     chosen = as_calibration_config(config)
-    batches = batches_of(data)
+    first, rest = divided(data, chosen.statistics_tokens)
+    batches = batches_of(first)
     check_model(model)
     report = CalibrationReport(chosen)
     store = Checkpoint.open(checkpoint_dir, chosen, digest_of(batches), model) if checkpoint_dir is not None else None
     before = announce(model, chosen)
-    original = copy.deepcopy(model) if chosen.distillation_steps else None
+    plan, original = DistillingPlan.of(first, rest, chosen).prepared(model)
     with restored_on_failure(model, restore):
         _calibrate_blocks(model, batches, chosen, report, store, progress)
         if chosen.base_config.output_embedding is not None:
             report.weights += quantize_output_embedding(model, chosen.base_config)
-        if original is not None:
-            report.distillation = distill_as(model, original, data, chosen, progress)
+        report.distillation, report.how_distilled = plan.run(model, original, progress)
         _finish(model, chosen)
     report.changes = changes_of(model, before)
     return report

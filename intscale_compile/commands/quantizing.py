@@ -178,6 +178,7 @@ class _Calibration(NamedTuple):
             restore=False,
         )
         summary.losses, summary.config = report.losses, self.options.to_dict()
+        summary.notes += [report.how_distilled] if report.how_distilled else []
 
 
 def make_config(fields: dict[str, Any]) -> IntScaleConfig:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..calibration.capture import Data, batches_of
 from ..calibration.config import CalibrationConfig, as_calibration_config
-from ..calibration.pipeline import CONFIG_ATTRIBUTE, CalibrationReport, quantize_blocks
+from ..calibration.pipeline import CONFIG_ATTRIBUTE, quantize_blocks
+from ..calibration.report import CalibrationReport
 from ..calibration.solve import frozen
 from ..config import IntScaleConfig
 from ..kernels.hadamard import hadamard_transform

@@ -39,8 +39,26 @@ def test_presets_are_what_their_papers_say():
     assert llama3.rotation == "hadamard" and llama3.base_config.group_size == 128
     assert llama3.config_of("model.layers.0.mlp.down_proj").weight_bits == 8
     assert llama3.config_of("model.layers.0.mlp.up_proj").weight_bits == 4
+    assert llama3.match_original and (llama3.damping, llama3.sweeps) == (0.2, 2)
     encoder = from_preset("encoder")
     assert encoder.rotation == "inputs" and encoder.base_config == W8A8
+
+
+def test_best_distills_only_on_much_fresh_text():
+    best = from_preset("best")
+    assert best.base_config.group_size == 32 and (best.damping, best.clipping) == (0.05, "search")
+    assert (best.statistics_tokens, best.distillation_steps, best.distillation) == (65536, 200, "fresh")
+    assert (best.distillation_tokens, best.distillation_rate) == (8192, 3e-3)
+    assert from_preset("best", scales="float").distillation_steps == 200  # does not distil, and says so
+
+
+def test_dictionaries_of_before_are_read_as_they_were_meant():
+    stored = CalibrationConfig("old", distillation_steps=50).to_dict()
+    for name in ("statistics_tokens", "distillation", "distillation_tokens", "distillation_rate"):
+        del stored[name]
+    read = CalibrationConfig.from_dict(stored)
+    assert read == CalibrationConfig("old", distillation_steps=50)
+    assert (read.statistics_tokens, read.distillation, read.distillation_tokens) == (0, "always", 0)
 
 
 def test_changes_reach_the_configuration_too():
@@ -89,6 +107,11 @@ def test_says_what_differs():
         {"tuning_steps": 1.0},
         {"distillation_steps": -1},
         {"distillation_steps": 1, "scales": "float"},
+        {"distillation": "rest"},
+        {"distillation_tokens": -1},
+        {"distillation_rate": 0.0},
+        {"distillation_rate": 1},
+        {"statistics_tokens": 1.0},
         {"seed": None},
         {"base_config": "int4"},
         {"overrides": {"(": W8A8}},
