@@ -5,6 +5,8 @@ r"""What quantization costs a model that people have: change of perplexity with 
     python benchmarks/real_models.py model.gguf --text a=FILE --rows gguf w8a8
     python benchmarks/real_models.py smollm2 --text a=FILE --rows --presets robust --generated --set group_size=32
     python benchmarks/real_models.py smollm2 --text a=FILE --rows --presets robust --calibration FILE --distill 100
+    python benchmarks/real_models.py smollm2 --text a=FILE --rows --presets best --calibration FILE --device cuda \
+        --calibration-sequences 3600  # best takes 128 for its statistics, and is distilled on what is behind them
     python benchmarks/real_models.py smollm2 --text a=FILE --rows --presets robust --calibration FILE --device cuda \
         --calibration-sequences 128 --distill 200 --rate 3e-3 --step-sequences 16 \
         --set group_size=32 --wide '.*layers\.([0-5]|2[4-9])\..*down_proj'
@@ -163,7 +165,8 @@ def variants(args: argparse.Namespace, source: Path | str, model: Any, tokenizer
                 wanted = max(count, args.distill_sequences) if args.distill else count
                 ids = token_sequences(tokenizer, read_texts(args.calibration), wanted, args.tokens)
             copied = copy.deepcopy(model)
-            calibrate(copied, ids[:count], configuration(preset, args.set, args.wide), progress=False)
+            report = calibrate(copied, ids[:count], configuration(preset, args.set, args.wide), progress=False)
+            print(f"{preset}: {report.how_distilled or 'calibrated'}", file=sys.stderr)
             if args.distill:
                 steps = [{"input_ids": part} for part in ids.split(args.step_sequences)]
                 print(distill(copied, model, steps, args.distill, rate=args.rate, progress=False), file=sys.stderr)

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -47,10 +47,10 @@ class DistillingPlan:
             return cls(options)
         if options.distillation == "always":
             return cls(options, options.distillation_steps, _parts(rest if len(rest) else first, options))
-        if why := _too_little(first, rest, options):
+        parts = _parts(rest, options) if len(rest) else []
+        if why := _too_little(first, parts, options):
             log.info("%s", why)
             return cls(options, how=why)
-        parts = _parts(rest, options)
         plan = cls(options, min(options.distillation_steps, len(trained_on(parts))), parts)
         log.info("behind the blocks the model will be distilled: %s (distillation_steps=0 leaves that out)", plan._size)
         return plan
@@ -69,7 +69,7 @@ class DistillingPlan:
         if original is None:
             return None, self.how
         options = self.options
-        settings = {"rate": options.distillation_rate, "seed": options.seed, "progress": shown}
+        settings: dict[str, Any] = {"rate": options.distillation_rate, "seed": options.seed, "progress": shown}
         try:
             done = distill_steps(model, original, self.parts, self.steps, **settings)
         except FAILURES as error:
@@ -82,8 +82,7 @@ class DistillingPlan:
 
     @property
     def _size(self) -> str:
-        mean = sum(tokens_of(batch) for part in self.parts for batch in part) / max(1, len(self.parts))
-        return f"{self.steps} steps of about {mean:.0f} tokens"
+        return f"{self.steps} steps of about {_tokens(self.parts) / max(1, len(self.parts)):.0f} tokens"
 
     def _refused(self, error: BaseException) -> DistillingPlan:
         """Without a step; raises the error anew where the steps were to be taken whatever happens."""
@@ -101,18 +100,24 @@ def _parts(data: Data, options: CalibrationConfig) -> list[Step]:
     return list(grouped(batches_of(data, min(tokens, STEP_TOKENS)), tokens))
 
 
-def _too_little(first: Data, rest: Data, options: CalibrationConfig) -> str:
+def _too_little(first: Data, parts: Sequence[Step], options: CalibrationConfig) -> str:
     """Why the text behind the statistics does not do; "" where it does."""
     if options.scales == "float":
         return "not distilled: group scales are floats"
     if not options.statistics_tokens:
         return "not distilled: statistics_tokens=0, statistics look at all of the data, and none is fresh"
-    seen, behind = (sum(map(tokens_of, batches_of(part))) if len(part) else 0 for part in (first, rest))
-    least = min(LEAST_STEPS, options.distillation_steps) * (options.distillation_tokens or STEP_TOKENS)
-    if behind >= least:
-        return ""
-    wanted = max(seen, options.statistics_tokens) + least - seen - behind
-    return (
-        f"not distilled: that takes {least} tokens behind the first {options.statistics_tokens}, which statistics look at, and "
-        f"{seen + behind} tokens leave {behind}; with {wanted} tokens more it is done"
-    )
+    seen, behind = sum(map(tokens_of, batches_of(first))), _tokens(parts)
+    steps, size = min(LEAST_STEPS, options.distillation_steps), options.distillation_tokens or STEP_TOKENS
+    if behind < steps * size:
+        wanted = max(seen, options.statistics_tokens) + steps * size - seen - behind
+        return (
+            f"not distilled: that takes {steps * size} tokens behind the first {options.statistics_tokens}, which statistics "
+            f"look at, and {seen + behind} tokens leave {behind}; with {wanted} tokens more it is done"
+        )
+    if len(parts) < steps / 2:
+        return f"not distilled: {behind} tokens in {len(parts)} batches are too few steps; batches of {size} tokens would do"
+    return ""
+
+
+def _tokens(parts: Sequence[Step]) -> int:
+    return sum(tokens_of(batch) for part in parts for batch in part)

@@ -56,6 +56,17 @@ def test_wide_layers_and_distillation(tmp_path, capsys):
     assert 4 < found[0] < 5 and found[1] > found[0] + 0.3
 
 
+def test_best_says_whether_it_was_distilled(tmp_path, capsys):
+    """It gets all of the calibration text and takes for its statistics what it is told to."""
+    folder = save_small_llama(tmp_path / "llama", WORDS)
+    text = str(tmp_path / "words.txt")
+    (tmp_path / "words.txt").write_text(WORDS)
+    options = ["--calibration", text, "--calibration-sequences", "8", "--sequences", "2", "--tokens", "32", "--rows"]
+    fields = ["tuning_steps=1", "statistics_tokens=64", "distillation_steps=2", "distillation_tokens=64"]
+    bench.real_models.main([str(folder), "--text", f"a={text}", *options, "--presets", "best", "--set", *fields])
+    assert "best: distilled: 2 steps of about 64 tokens" in capsys.readouterr().err
+
+
 def test_configuration_keeps_a_presets_own_wide_layers():
     config = bench.real_models.configuration("llama3", ["group_size=32"], "up_proj")
     assert [config.config_of(f"layers.0.mlp.{n}").weight_bits for n in ("up_proj", "down_proj", "gate_proj")] == [

@@ -81,6 +81,11 @@ def test_fresh_text_is_enough_or_nothing_happens(model, data, caplog):
     assert calibrate(copy.deepcopy(model), data, CalibrationConfig(**SHORT), progress=False).how_distilled == ""
 
 
+def test_large_batches_are_too_few_steps(model, data):
+    report = calibrate(model, [data[:2], data[2:]], CalibrationConfig(**FRESH), progress=False)
+    assert report.distillation is None and "384 tokens in 1 batches are too few steps" in report.how_distilled
+
+
 def test_fresh_text_is_read_once(model, data, monkeypatch):
     monkeypatch.setattr(distilling_plan, "LEAST_STEPS", 3)
     chosen = CalibrationConfig(**{**FRESH, "distillation_steps": 200})
