@@ -263,8 +263,11 @@ def test_a_pipe_is_not_waited_for(name, llama, tmp_path):
 def test_preset(capsys, llama, text, tmp_path):
     out = tmp_path / "out"
     options = ["--preset", "gptq", "--data", text, "--sequences", 2, "--tokens", 32, "-c", "damping=0.05", "--json"]
+    for field in ("distillation_steps=9", "distillation=fresh", "statistics_tokens=64"):
+        options += ["-c", field]
     code, stdout, _ = in_process(capsys, "quantize", llama, out, *options)
     summary = json.loads(stdout)
+    assert any(note.startswith("not distilled") for note in summary["notes"])
     assert code == 0 and summary["method"] == "gptq" and summary["config"]["damping"] == 0.05
     assert list(summary["losses"]) == ["model.layers.0", "model.layers.1"] and summary["weights"] == 14
     ids = token_sequences(load_tokenizer(llama), [WORDS], 2, 32)
