@@ -7,14 +7,15 @@ is a list of one error text, or null, for each.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import tempfile
 import traceback
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
+from tests.support.interpreter import interpret
+
+interpret()
 
 import torch  # noqa: E402
 

@@ -6,6 +6,7 @@ A fast run has one shape for each path through a kernel, those whose names match
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -22,6 +23,57 @@ from tests.support import forks
 def interpret() -> None:
     """Switch the interpreter on; before triton is imported."""
     os.environ["TRITON_INTERPRET"] = "1"
+    _quicken()
+
+
+def _quicken() -> None:
+    """Leave out what the interpreter repeats, or computes for nothing: two thirds of its time.
+
+    For each call of a function in a kernel it looks at all members of ``triton.language`` for what it has to exchange, which it
+    has done since the first call of the same launch; it builds the table of numpy's types for each value; and it does each
+    integer operation once more in 64 bits, for assertions about overflow that only debugging switches on.
+    """
+    from triton.runtime import interpreter  # after TRITON_INTERPRET
+
+    if getattr(interpreter, "_quickened", False):
+        return
+    language, exchange, numpy_type = interpreter.tl, interpreter._patch_lang, interpreter._get_np_dtype
+    visible: dict[int, frozenset] = {}  # by a function's globals, which modules of the language they name
+    exchanged: set[frozenset] = set()  # since the launch
+    types: dict[str, object] = {}
+
+    def launched(function):
+        exchanged.clear()
+        return exchange(function)
+
+    def called(self, *arguments, **options):
+        known = self.fn.__globals__
+        if id(known) not in visible:
+            visible[id(known)] = frozenset(
+                name for name, module in (("tl", language), ("core", language.core))
+                if any(value is module for value in known.values())
+            )  # fmt: skip
+        if visible[id(known)] not in exchanged:
+            exchange(self.fn)
+            exchanged.add(visible[id(known)])
+        function = self.rewrite()
+        try:
+            return function(*arguments, **options)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    def kept_type(of):
+        element = of.element_ty if isinstance(of, language.block_type) else of
+        name = "pointer" if isinstance(element, language.pointer_type) else element.name
+        if name not in types:
+            types[name] = numpy_type(of)
+        return types[name]
+
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    interpreter._patch_lang, interpreter._get_np_dtype = launched, kept_type
+    interpreter.InterpretedFunction.__call__ = called
+    interpreter._quickened = True
 
 
 def run_cases(cases: Iterable[tuple[str, Callable[[], None]]], quick: str = "") -> int:
