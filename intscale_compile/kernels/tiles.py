@@ -90,7 +90,8 @@ def few_tokens_tile(
     rows and 3 and 5 stages that was the fastest or within 8 % of it at 6 shapes and 1, 16 and 64 tokens (H200, Triton 3.6;
     benchmarks/plain_triton.py). Up to 16 tokens a word of scales pays with all of K too: 22.7 us instead of 27.9 at
     28672 x 4096 and 16 tokens; groups of 32 and 64 in two parts at least: 30 us there, 37 in one. Tiles have 64 rows where
-    those of 128 leave a last wave that is nearly empty (6144 x 4096: 192 programs for 132 SMs, 9.0 instead of 9.7 us).
+    those of 128 leave a last wave that is nearly empty (6144 x 4096: 192 programs for 132 SMs, 9.0 instead of 9.7 us; not in
+    groups of 32: 14.8 instead of 12.5).
     """
     if m > FEW_TOKENS:
         return None
@@ -101,7 +102,7 @@ def few_tokens_tile(
     by_words = m <= 16 and weight_bits == 4 and group_size in (32, 64, 128) and scale_bits <= 8
     if by_words and group_size != 128:
         parts = max(2, parts)
-    if m <= 16 and parts > 1:
+    if by_words and group_size == 128 and parts > 1:
         programs = parts * tile_count(n, 64)
         waves, finer = tile_count(programs // 2, sm_count), tile_count(programs, sm_count) / 2
         tile = replace(tile, block_n=64) if finer < 0.8 * waves else tile
