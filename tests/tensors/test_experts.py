@@ -154,7 +154,7 @@ def test_every_implementation_agrees(kind, dtype):
     for implementation in ("grouped_mm", "batched_mm", "eager", "intscale"):
         module = experts_module(kind, implementation, dtype)
         reference = module(*inputs)
-        quantize_(module, IntScaleConfig(), filter_fn=linears_and_experts)
+        quantize_(module, QUICK, filter_fn=linears_and_experts)
         results[implementation] = module(*inputs)
         assert sqnr(reference, results[implementation]) > 12
     for name, value in results.items():
@@ -256,7 +256,7 @@ def tiny_model(kind: str):
 )
 def test_small_models_with_every_linear_and_expert(kind):
     model, ids = tiny_model(kind), torch.arange(24).view(2, 12)
-    plain_report = intscale_compile.explain(model, ids)
+    plain_report = intscale_compile.explain(model, ids, options={"intscale.config": QUICK})
     assert "EXPERTS" not in {layer.reason for layer in plain_report.layers}
     quantize_(model, QUICK, filter_fn=linears_and_experts)
     stacks = [p for p in model.parameters() if p.dim() == 3]
