@@ -11,7 +11,7 @@ pytestmark = pytest.mark.generated
 
 transformers = pytest.importorskip("transformers")
 SMALL = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 300,
 }  # fmt: skip
 DECODER = {**SMALL, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128}
 LONG = {
