@@ -58,7 +58,29 @@ def expected(eager, ids):
         return eager(ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("layers", [1, pytest.param(2, marks=pytest.mark.slow)])
+LAYERS = [1, pytest.param(2, marks=pytest.mark.slow)]  # a second layer is the same code again, and takes as long
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def small(models_dir, request):
+    """tiny-llama with some of its layers, quantized."""
+    return load(models_dir / "tiny-llama", layers=request.param)
+
+
+@pytest.fixture(scope="module")
+def run(small):
+    """Its reference."""
+    return integer_only.run_eagerly(small)
+
+
+@pytest.fixture(scope="module")
+def whole(run, ids):
+    """Its logits of eight texts with 24 tokens."""
+    with torch.no_grad():
+        return run(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("layers", LAYERS)
 def test_compiled_is_eager(models_dir, ids, layers):
     """Also with two threads; compilation takes most of the time."""
     model = load(models_dir / "tiny-llama", layers=layers)
@@ -80,11 +102,11 @@ def test_golden_hash(expected):
     assert integer_only.hash_logits(expected[0, -1, :12]) == GOLDEN
 
 
-def test_batch_prefix_and_padding(eager, ids, expected):
+def test_batch_prefix_and_padding(run, ids, whole):
     with torch.no_grad():
         for batch in (1, 2):
-            assert torch.equal(eager(ids[:batch], use_cache=False).logits, expected[:batch])
-        assert torch.equal(eager(ids[:2, :9], use_cache=False).logits, expected[:2, :9])
+            assert torch.equal(run(ids[:batch], use_cache=False).logits, whole[:batch])
+        assert torch.equal(run(ids[:2, :9], use_cache=False).logits, whole[:2, :9])
         for left in (True, False):
             more = ids[:2, :5].flip(0)
             padded = torch.cat([more, ids[:2]] if left else [ids[:2], more], 1)
@@ -92,8 +114,8 @@ def test_batch_prefix_and_padding(eager, ids, expected):
             mask[:, :5] = 0
             mask = mask if left else mask.flip(1)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
-            found = eager(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
-            assert torch.equal(found[:, 5:] if left else found[:, :-5], expected[:2])
+            found = run(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            assert torch.equal(found[:, 5:] if left else found[:, :-5], whole[:2])
 
 
 def in_chunks(run, ids, sizes):
@@ -104,32 +126,32 @@ def in_chunks(run, ids, sizes):
     return torch.cat(parts, 1), cache
 
 
-def test_chunked_prefill_and_decoding(eager, ids, expected):
+def test_chunked_prefill_and_decoding(run, ids, whole):
     with torch.no_grad():
-        found, cache = in_chunks(eager, ids[:2], (7, 9, 1, 1, 1, 5))
-    assert torch.equal(found, expected[:2])
+        found, cache = in_chunks(run, ids[:2], (7, 9, 1, 1, 1, 5))
+    assert torch.equal(found, whole[:2])
     layer = cache.layers[0]
     assert (layer.keys.dtype, layer.key_scales.dtype) == (torch.int8, torch.int32)
     assert tuple(layer.keys.shape) == (2, 2, 24, 64) and cache.get_seq_length() == 24
 
 
-def test_generate_follows_the_whole_text(short, eager, ids):
+def test_generate_follows_the_whole_text(small, run, ids):
     """Greedy tokens of ``generate`` are those that the whole text without a cache gives, alone and padded in a batch."""
-    forward = short.forward
+    forward = small.forward
     try:
-        short.forward = torch.compile(forward, backend=integer_only.eager_backend(), fullgraph=True)
+        small.forward = torch.compile(forward, backend=integer_only.eager_backend(), fullgraph=True)
         options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         prompts = ids[:2, :12].clone()
         mask = torch.ones_like(prompts)
         prompts[1, :4], mask[1, :4] = 0, 0
         cache = integer_only.IntegerCache()
-        out = short.generate(prompts, attention_mask=mask, past_key_values=cache, **options)
+        out = small.generate(prompts, attention_mask=mask, past_key_values=cache, **options)
     finally:
-        short.forward = forward
+        small.forward = forward
     for row, start in ((0, 0), (1, 4)):
         text = out[row : row + 1, start:]
         with torch.no_grad():
-            logits = eager(text, use_cache=False).logits
+            logits = run(text, use_cache=False).logits
         assert logits[0, -7:-1].argmax(-1).tolist() == text[0, -6:].tolist()
 
 
