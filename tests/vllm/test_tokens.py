@@ -1,6 +1,7 @@
 """All 128 greedy tokens, and all activations, are those of transformers where the operations around our layers are the same.
 
-vLLM's attention, rotary embedding and choice of experts round otherwise than transformers'; here both have torch's.
+vLLM's attention, rotary embedding and choice of experts round otherwise than transformers'; here both have torch's, and the
+products of routers are rounded once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from engines import engine, equal_tokens, generate, load_model, prompts, record, reference, weights_of  # noqa: E402
 from made import every_format, imported, rotated, untied  # noqa: E402
-from torch_operations import torch_attention, torch_routing  # noqa: E402
+from torch_operations import exact_router_products, torch_attention, torch_routing  # noqa: E402
 
 from intscale_compile.commands.quantizing import quantize_folder  # noqa: E402
 
@@ -57,6 +58,7 @@ def test_128_of_128_tokens_are_those_of_transformers(case, folders, request):
     ids, (model, _) = prompts(folder), load_model(folder, dtype=torch.float32)
     assert model.config.tie_word_embeddings == (case not in ("untied head", "rotated"))
     with same_arithmetic(folder, **how) as llm:
+        exact_router_products(llm, model)
         tokens = generate(llm, ids)
         calls = record(llm)
         generate(llm, ids, 1)
@@ -86,8 +88,11 @@ def activations(model, ids):
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
-def test_attention_and_rotary_embedding_are_what_rounds_otherwise(llama, folders, capsys):
-    """The first layer's activation is that of transformers whatever they are; attention's result only where both are torch's."""
+def test_what_rounds_otherwise_is_attention_and_may_be_rotary_embedding(llama, folders, capsys):
+    """The first layer's activation is that of transformers whatever they are; attention's result where both are torch's.
+
+    vLLM's rotary embedding rounds otherwise with AVX-512, and as torch's without.
+    """
     folder = folders / "tokens-operations"
     ours(llama, folder)
     ids, (model, _) = prompts(folder), load_model(folder, dtype=torch.float32)
@@ -104,6 +109,6 @@ def test_attention_and_rotary_embedding_are_what_rounds_otherwise(llama, folders
     neither = differences(torch_attention(), **NATIVE_ROTARY)
     rotary, attention = differences(torch_attention()), differences(contextlib.nullcontext(), **NATIVE_ROTARY)
     size = float(wanted[result].abs().max())
-    assert neither == 0 and 0 < rotary < 1e-5 * size and 0 < attention < 1e-5 * size
+    assert neither == 0 and rotary < 1e-5 * size and 0 < attention < 1e-5 * size
     with capsys.disabled():
         print(f"\nlargest difference after attention, of values up to {size:.3g}: rotary {rotary:.2g}, {attention:.2g}")

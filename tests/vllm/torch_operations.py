@@ -1,6 +1,7 @@
 """vLLM's operations that round otherwise than transformers', replaced for the tests by those that transformers calls.
 
-Attention is torch's scaled_dot_product_attention, request by request; routers take the softmax before they choose.
+Attention is torch's scaled_dot_product_attention, request by request; routers take the softmax before they choose, and both sides
+have their products in fp64.
 """
 
 from __future__ import annotations
@@ -80,3 +81,26 @@ def torch_routing():
         yield
     finally:
         cpu_router._softmax_topk = original
+
+
+def exact_router_products(llm, model) -> None:
+    """Compute what routers multiply in fp64 and round it once, in an engine and in transformers' model, from now on.
+
+    vLLM's product is oneDNN's, torch's MKL's, which has one sum for a single row and another for several: their last bits are
+    equal on some processors only, and experts are weighted by them.
+    """
+    weights = []
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.double().register_forward_pre_hook(lambda module, args: (args[0].double(),))
+            weights.append(module.weight)
+
+    def hook(served):
+        gates = [module for name, module in served.named_modules() if name.endswith("block_sparse_moe.gate")]
+        assert len(gates) == len(weights)
+        for gate, weight in zip(gates, weights):
+            gate.register_forward_hook(
+                lambda module, args, output, w=weight: (F.linear(args[0].double(), w).float(), output[1])
+            )
+
+    llm.apply_model(hook)
