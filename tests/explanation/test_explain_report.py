@@ -348,7 +348,7 @@ def test_the_kernel_of_experts_is_the_one_that_is_launched(monkeypatch, obstacle
 @pytest.mark.parametrize(
     "cuda_graphs, tokens, name",
     [
-        (True, "4", "triton fold 128x16, K in 4 parts"),
+        (True, "4", "triton fold 64x16, K in 4 parts"),
         (False, "4", "triton fold 64x16"),
         (True, "256", "triton fold 128x64"),
     ],
