@@ -41,12 +41,14 @@ def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, behind: 
     form = (rows, *shape, packed.group_size, scale_bits, packed.weight_bits, packed.device, gluon)
     gated = behind not in (None, "residual")
     tile = pick_gated_tile(*form, packed.dtype.itemsize) if gated else pick_tile(*form)
-    if tile.kernel == "triton" and not (gluon or cuda_graphs):  # the template, which shares no K among programs
+    if tile.kernel == "triton" and not (
+        gated or gluon or cuda_graphs
+    ):  # the template, which shares no K among programs
         tile = choose_tile(rows, *shape, packed.group_size, scale_bits, packed.weight_bits, capability(packed.device))
     if tile.kernel != "triton":
         tile = for_output(tile, schedule, packed.dtype.itemsize)
     name = "triton" if tile.kernel == "triton" else f"gluon {tile.kernel}"
-    parts = f", K in {tile.split_k} parts" if tile.kernel == "triton" and tile.split_k > 1 else ""
+    parts = f", K in {tile.split_k} parts" if tile.kernel == "triton" and tile.split_k > 1 and not gated else ""
     return f"{name} {schedule} {tile.block_n}x{tile.block_m}{parts}{also}"
 
 

@@ -24,7 +24,7 @@ from .. import format as fmt
 from ..errors import ConfigError
 from .gluon_tiles import gluon_candidates
 from .tile import Tile, schedule_name, table_schedule
-from .tiles import FEW_TOKENS, choose_tile
+from .tiles import FEW_TOKENS, choose_tile, few_tokens_tile
 
 WORKERS = 16
 COPY_BYTES = 3e9  # of all copies of one weight
@@ -124,9 +124,11 @@ def compile_job(device: int, job: Job) -> None:
 
 
 def plain_candidates(m: int, shape: Shape, capability: int, sweep: bool) -> list[Tile]:
-    """Tiles of the plain-Triton kernel, the rule's choice first; with ``sweep`` also others near it."""
+    """Tiles of plain Triton: the rule's with all of K; with ``sweep`` what the rules choose first, and others near it."""
     tiles = [choose_tile(m, shape.n, shape.k, *shape.format, capability)]
     if sweep:
+        if few := few_tokens_tile(m, shape.n, shape.k, *shape.format):
+            tiles.insert(0, few)
         natural = min(128, max(16, 1 << (m - 1).bit_length()))
         for bm, bn, stages in itertools.product({natural, max(16, natural // 2)}, (64, 128), (3, 5)):
             tiles += [Tile(bm, bn, warps, stages) for warps in ((4, 8) if bm * bn >= 64 * 128 else (4,))]

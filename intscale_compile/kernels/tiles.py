@@ -57,6 +57,7 @@ def choose(
     device_name: str,
     gluon: bool,
     sm_count: int = SM_COUNT,
+    in_parts: bool = True,
 ) -> Tile:
     """Tile for one problem on one GPU: the user's table, the shipped table, then the rules.
 
@@ -67,6 +68,7 @@ def choose(
         device_name: as ``torch.cuda.get_device_name`` says it; ``""`` finds no table.
         gluon: whether the Gluon kernels can run this problem here. Without them, their table entries are passed over.
         sm_count: streaming multiprocessors, for the rules.
+        in_parts: whether the plain-Triton kernel can share K among programs, which the gated one cannot.
 
     Raises:
         ConfigError: the user's table is malformed.
@@ -77,7 +79,7 @@ def choose(
     if gluon:
         schedule = schedule_name(group_size, scale_bits, weight_bits)
         return choose_gluon_tile(m, n, k, schedule, sm_count, decode=group_size in (128, -1))
-    few = few_tokens_tile(m, n, k, group_size, scale_bits, weight_bits, sm_count)
+    few = few_tokens_tile(m, n, k, group_size, scale_bits, weight_bits, sm_count) if in_parts else None
     return few or choose_tile(m, n, k, group_size, scale_bits, weight_bits, capability)
 
 

@@ -79,7 +79,8 @@ def pick_gated_tile(
     ``gluon`` says whether the Gluon kernels can run this weight here, see :func:`gated_obstacle`; ``out_bytes`` is the width of
     an element of the output, which cooperative tiles need to be 2.
     """
-    tile = pick_tile(m, n, k, group_size, scale_bits, weight_bits, device, gluon and m > DECODE_TOKENS)
+    gluon = gluon and m > DECODE_TOKENS
+    tile = pick_tile(m, n, k, group_size, scale_bits, weight_bits, device, gluon, in_parts=False)
     schedule = schedule_name(group_size, scale_bits, weight_bits)
     if tile.kernel != "triton" and gated_tile(tile, schedule) != tile:
         limits = (gluon_launch.sm_count(device),) if device.type == "cuda" else ()

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..format import k_alignment, pack_block, schedule_bits
 from . import gluon_launch
 from .launching import launch
-from .tile import Tile
+from .tile import SM_COUNT, Tile
 from .tiles import choose
 from .triton_epilogue import add_bias, dequantize_tile
 from .triton_split import blocks_in_word, launch_split, takes_words
@@ -119,11 +119,13 @@ def device_name(device: torch.device) -> str:
 
 
 def pick_tile(
-    m: int, n: int, k: int, group_size: int, scale_bits: int, weight_bits: int, device: torch.device, gluon: bool
-) -> Tile:
+    m: int, n: int, k: int, group_size: int, scale_bits: int, weight_bits: int, device: torch.device, gluon: bool,
+    in_parts: bool = True,
+) -> Tile:  # fmt: skip
     """Kernel and tile for a problem on a device, from the tables or the rules."""
-    limits = (gluon_launch.sm_count(device),) if device.type == "cuda" else ()
-    return choose(m, n, k, group_size, scale_bits, weight_bits, capability(device), device_name(device), gluon, *limits)
+    sms = gluon_launch.sm_count(device) if device.type == "cuda" else SM_COUNT
+    where = (capability(device), device_name(device), gluon, sms)
+    return choose(m, n, k, group_size, scale_bits, weight_bits, *where, in_parts)
 
 
 def _launch(

@@ -15,6 +15,7 @@ from intscale_compile.kernels import triton_gated
 from intscale_compile.kernels.gluon_tiles import choose_gluon_tile, gated_tile, illegal
 from intscale_compile.kernels.tile import Tile
 from intscale_compile.kernels.tile_tables import active_tiles
+from intscale_compile.kernels.tiles import choose_tile
 from intscale_compile.kernels.triton_gated import gated_obstacle, pick_gated_tile
 from tests.support import fake_cuda
 
@@ -47,7 +48,7 @@ def test_shipped_tiles_become_legal_ones():
 def test_few_tokens_run_in_plain_triton(m, kernels, monkeypatch):
     """The Gluon kernel for up to 16 tokens has no gated form."""
 
-    def pick(m, n, k, group_size, scale_bits, weight_bits, device, gluon):
+    def pick(m, n, k, group_size, scale_bits, weight_bits, device, gluon, in_parts):
         return choose_gluon_tile(m, n, k, "fold") if gluon else Tile(16, 128)
 
     monkeypatch.setattr(triton_gated, "pick_tile", pick)
@@ -55,6 +56,16 @@ def test_few_tokens_run_in_plain_triton(m, kernels, monkeypatch):
     assert tile.kernel in kernels and tile.block_n >= 128
     wide = pick_gated_tile(m, 28672, 4096, 128, 4, 4, torch.device("cpu"), True, out_bytes=4)
     assert wide.kernel == ("specialized" if tile.kernel == "cooperative" else tile.kernel)
+
+
+@pytest.mark.parametrize("n", [1024, 4096, 28672])
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+def test_the_gated_kernel_is_given_no_parts_of_k(n, group_size):
+    """It has none: a tile with parts would leave a narrow layer with a few programs."""
+    for m in (1, 16, 64):
+        for gluon in (False, True) if m <= 16 else (False,):
+            tile = pick_gated_tile(m, n, 4096, group_size, 4, 4, torch.device("cpu"), gluon)
+            assert tile == choose_tile(m, n, 4096, group_size, 4, 4, 0), (m, gluon)
 
 
 def test_obstacles(monkeypatch):
