@@ -31,7 +31,8 @@ MOST_WAVES = 24  # a tile that needs more is not worth a try
 
 
 def tiles(m: int, n: int, k: int, schedule: str, sms: int = 132) -> list[Tile]:
-    """Tiles to time for a problem, the rule's choice first."""
+    """Tiles to time for a problem, the rule's choice first; ``schedule`` as tables key it."""
+    schedule = schedule.partition("/")[0]
     found = [choose_gluon_tile(m, n, k, schedule, sms), *_specialized(m, n, k, sms), *_large(m, n, k, sms)]
     fitted = [deepest(tile, schedule) for tile in found]
     return [tile for tile in dict.fromkeys(fitted) if illegal(tile, schedule, k) is None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma, warpgroup_mma_wait
 
 # Waits for all warps of a program or partition; renamed in Triton 3.7.
 block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
@@ -97,6 +97,91 @@ def fold_codes(packed, scales):
         is_pure=True,
         pack=4,
     )
+
+
+@gluon.jit
+def fold_codes_of_two(packed, low_scales, high_scales):
+    """As :func:`fold_codes` where the low nibbles are of one group and the high ones of another."""
+    low_offset = -2139062144 - low_scales * 0x08080808
+    high_offset = -2139062144 - high_scales * 0x08080808
+    low_scale, _ = gl.broadcast(gl.expand_dims(low_scales, 1), packed)
+    low_offset, _ = gl.broadcast(gl.expand_dims(low_offset, 1), packed)
+    high_scale, _ = gl.broadcast(gl.expand_dims(high_scales, 1), packed)
+    high_offset, _ = gl.broadcast(gl.expand_dims(high_offset, 1), packed)
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 t, u;
+        and.b32 t, $2, 0x0F0F0F0F;
+        shr.b32 u, $2, 4;
+        and.b32 u, u, 0x0F0F0F0F;
+        mad.lo.u32 t, t, $3, $7;
+        mad.lo.u32 u, u, $11, $15;
+        xor.b32 $0, t, 0x80808080;
+        xor.b32 $1, u, 0x80808080;
+        }""",
+        "=&r,=&r" + ",r" * 17,
+        [packed, low_scale, low_offset, high_scale, high_offset],
+        dtype=(gl.int8, gl.int8),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.constexpr_function
+def scales_in_block(group_size):
+    """Group scales of a row in one block of 128 features."""
+    return max(1, 128 // group_size)
+
+
+@gluon.constexpr_function
+def blocks_of_group(group_size):
+    """Blocks of 128 features that share a group scale."""
+    return max(1, group_size // 128)
+
+
+@gluon.constexpr_function
+def packed_pieces(group_size):
+    """Packing blocks in one block of 128 features."""
+    return 2 if group_size in (32, 64) else 1
+
+
+@gluon.jit
+def add_four(acc, a, b, c, d, x):
+    """Start four products of 32 features each, with activations ``x`` ``[tokens, 128]`` in shared memory."""
+    acc = warpgroup_mma(a, x.slice(0, 32, 1).permute((1, 0)), acc, is_async=True)
+    acc = warpgroup_mma(b, x.slice(32, 32, 1).permute((1, 0)), acc, is_async=True)
+    acc = warpgroup_mma(c, x.slice(64, 32, 1).permute((1, 0)), acc, is_async=True)
+    return warpgroup_mma(d, x.slice(96, 32, 1).permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def add_group(acc, codes, more, x, first: gl.constexpr, scales, SHIFT: gl.constexpr, LAYOUT: gl.constexpr):
+    """Add the scaled sum of one group, of ``codes`` and unless None ``more``, whose features begin at ``first``."""
+    part = gl.zeros(acc.shape, gl.int32, LAYOUT)
+    part = warpgroup_mma(codes, x.slice(first, 32, 1).permute((1, 0)), part, use_acc=False, is_async=True)
+    if more is not None:
+        part = warpgroup_mma(more, x.slice(first + 32, 32, 1).permute((1, 0)), part, is_async=True)
+    part = warpgroup_mma_wait(0, deps=(part,)) >> SHIFT
+    if scales.dtype == gl.float32:
+        part = part.to(gl.float32)
+    return acc + part * gl.expand_dims(scales, 1)
+
+
+@gluon.jit
+def add_block_groups(
+    acc, low, high, x, first: gl.constexpr, low_scales, high_scales, GROUP_SIZE: gl.constexpr, SHIFT: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Add the scaled sums of the one or two groups in a packing block of 64 features; the products are complete on return.
+
+    Codes are ``2**SHIFT`` times too large. Of groups of 64 ``high_scales`` is not looked at.
+    """
+    if GROUP_SIZE == 64:
+        acc = add_group(acc, low, high, x, first, low_scales, SHIFT, LAYOUT)
+    else:
+        acc = add_group(acc, low, None, x, first, low_scales, SHIFT, LAYOUT)
+        acc = add_group(acc, high, None, x, first + 32, high_scales, SHIFT, LAYOUT)
+    return acc
 
 
 @gluon.jit

@@ -22,11 +22,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from .gluon_common import (
+    add_block_groups,
+    add_four,
     allow_next_kernel,
+    blocks_of_group,
     copy_to_shared,
     fold_codes,
+    fold_codes_of_two,
     load_tokens,
+    packed_pieces,
     reinterpret_shared,
+    scales_in_block,
     store_tile,
     tile_position,
     token_halves,
@@ -46,7 +52,7 @@ def copied_scales(block_n):
 @gluon.jit
 def load_weights(
     w_desc, s_desc, ws, ss, bar, slot, row_tile, block, pred,
-    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     GATED: gl.constexpr, row_tiles,
 ):  # fmt: skip
     """Announce all bytes of a stage and start the copies of the codes and group scales of all consumers.
@@ -57,29 +63,35 @@ def load_weights(
     """
     ROWS: gl.constexpr = ws.shape[1]
     CONSUMERS: gl.constexpr = BLOCK_N // ROWS
-    SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else copied_scales(BLOCK_N) * (4 if SCALES == "float" else 1)
-    CODE_BYTES: gl.constexpr = w_desc.block_shape[1]
+    GROUPS: gl.constexpr = scales_in_block(GROUP_SIZE)
+    PIECES: gl.constexpr = packed_pieces(GROUP_SIZE)
+    WIDTH: gl.constexpr = 0 if SCALES == "none" else 4 if SCALES == "float" else 1
+    SCALE_BYTES: gl.constexpr = copied_scales(BLOCK_N) * GROUPS * WIDTH
+    CODE_BYTES: gl.constexpr = w_desc.block_shape[1] * PIECES
     mbarrier.expect(bar, BLOCK_M * 128 + BLOCK_N * CODE_BYTES + SCALE_BYTES, pred=pred)
     COPY: gl.constexpr = w_desc.block_shape[0]  # rows
     for r in gl.static_range(BLOCK_N // COPY):
         if GATED == "none":
-            row = ((row_tile + r) * BLOCKS + block) * 64
+            row = ((row_tile + r) * BLOCKS + block) * (64 * PIECES)
         else:
-            row = ((row_tile + r % 2 * row_tiles) * BLOCKS + block) * 64 + r // 2 * COPY
-        rows = ws.index(slot * CONSUMERS + r * COPY // ROWS).slice(r * COPY % ROWS, COPY, 0)
-        copy_to_shared(w_desc, [row, 0], bar, rows, pred=pred)
+            row = ((row_tile + r % 2 * row_tiles) * BLOCKS + block) * (64 * PIECES) + r // 2 * COPY
+        for piece in gl.static_range(PIECES):
+            rows = ws.index((slot * CONSUMERS + r * COPY // ROWS) * PIECES + piece).slice(r * COPY % ROWS, COPY, 0)
+            copy_to_shared(w_desc, [row + piece * 64, 0], bar, rows, pred=pred)
     if SCALES != "none":
-        if GATED == "none":
-            copy_to_shared(s_desc, [row_tile, block // BLOCKS_PER_GROUP, 0], bar, ss.index(slot), pred=pred)
-        else:
-            copy_to_shared(s_desc, [0, row_tile, block // BLOCKS_PER_GROUP, 0], bar, ss.index(slot), pred=pred)
+        for g in gl.static_range(GROUPS):
+            group = block // blocks_of_group(GROUP_SIZE) * GROUPS + g
+            if GATED == "none":
+                copy_to_shared(s_desc, [row_tile, group, 0], bar, ss.index(slot * GROUPS + g), pred=pred)
+            else:
+                copy_to_shared(s_desc, [0, row_tile, group, 0], bar, ss.index(slot * GROUPS + g), pred=pred)
 
 
 @gluon.jit
 def consumer_scales(
     ss, slot, CONSUMER: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
-    """Group scales of one consumer's rows, ``[ROWS]``, as int32 (or fp32)."""
+    """Scales of one group and one consumer's rows, ``[ROWS]``, as int32 (or fp32)."""
     LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     every = reinterpret_shared(ss.index(slot), ss.dtype, [copied_scales(BLOCK_N)], LINEAR)
     if GATED == "none":
@@ -110,16 +122,53 @@ def one_where_loaded(scales):
 
 
 @gluon.jit
+def multiply_fine_half(
+    acc, slot, x, ws, ss, empty, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """:func:`multiply_half` for groups of 32 and 64: two packing blocks, and two or four groups, in a stage."""
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=4)
+    SUMS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    BLOCK_N: gl.constexpr = ROWS * CONSUMERS
+    GROUPS: gl.constexpr = scales_in_block(GROUP_SIZE)
+    piece = (slot * CONSUMERS + CONSUMER) * 2
+    first, second = ws.index(piece).load(A), ws.index(piece + 1).load(A)
+    group = slot * GROUPS
+    s0 = consumer_scales(ss, group, CONSUMER, ROWS, gl.SliceLayout(1, A), BLOCK_N, GATED)
+    s1 = consumer_scales(ss, group + GROUPS // 2 - 1, CONSUMER, ROWS, gl.SliceLayout(1, A), BLOCK_N, GATED)
+    s2 = consumer_scales(ss, group + GROUPS // 2, CONSUMER, ROWS, gl.SliceLayout(1, A), BLOCK_N, GATED)
+    s3 = consumer_scales(ss, group + GROUPS - 1, CONSUMER, ROWS, gl.SliceLayout(1, A), BLOCK_N, GATED)
+    if SCALES == "fold":
+        low, high = fold_codes_of_two(first, s0, s1)
+        next_low, next_high = fold_codes_of_two(second, s2, s3)
+        acc = add_four(acc, low, high, next_low, next_high, x)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    else:
+        low, high = fold_codes_of_two(first, one_where_loaded(s0), one_where_loaded(s1))
+        s0, s1 = gl.convert_layout(s0, SUMS), gl.convert_layout(s1, SUMS)
+        acc = add_block_groups(acc, low, high, x, 0, s0, s1, GROUP_SIZE, 0, LAYOUT)
+        low, high = fold_codes_of_two(second, one_where_loaded(s2), one_where_loaded(s3))
+        s2, s3 = gl.convert_layout(s2, SUMS), gl.convert_layout(s3, SUMS)
+        acc = add_block_groups(acc, low, high, x, 64, s2, s3, GROUP_SIZE, 0, LAYOUT)
+    mbarrier.arrive(empty.index(slot), count=1)
+    return acc
+
+
+@gluon.jit
 def multiply_half(
     acc, slot, xs, ws, ss, empty, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
-    SCALES: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr, INT8: gl.constexpr,
-    GATED: gl.constexpr,
+    SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr,
+    INT8: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Add one stage to the ``[ROWS, BLOCK_M]`` sums of a consumer, and free its part of the stage."""
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=4)
     x = xs.index(slot)
     rows = ws.index(slot * CONSUMERS + CONSUMER)
-    if INT8:
+    if GROUP_SIZE < 128:
+        acc = multiply_fine_half(
+            acc, slot, x, ws, ss, empty, CONSUMER, CONSUMERS, SCALES, GROUP_SIZE, ROWS, LAYOUT, GATED
+        )
+    elif INT8:
         acc = warpgroup_mma(rows, x.permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(slot), count=1)
@@ -160,6 +209,7 @@ def consume_half(
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.constexpr,
     OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr, TMA_STORE: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
 ):  # fmt: skip
     """One consumer: the products of its rows with every stage of every tile of this program, and their epilogue."""
     ROWS: gl.constexpr = BLOCK_N // CONSUMERS
@@ -191,8 +241,9 @@ def consume_half(
                 slot = (stage + u) % STAGES
                 mbarrier.wait(full.index(slot), ((stage + u) // STAGES) & 1)
                 acc = multiply_half(
-                    acc, slot, xs, ws, ss, empty, CONSUMER, CONSUMERS, SCALES, BLOCK_M, ROWS, LAYOUT, INT8, GATED
-                )
+                    acc, slot, xs, ws, ss, empty, CONSUMER, CONSUMERS,
+                    SCALES, GROUP_SIZE, BLOCK_M, ROWS, LAYOUT, INT8, GATED,
+                )  # fmt: skip
             stage += UNROLL
         last = True
         if SPLIT_K > 1:
@@ -231,7 +282,7 @@ def consume_half(
 @gluon.jit
 def produce_shared(
     x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N,
-    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr,
     GATED: gl.constexpr,
 ):  # fmt: skip
@@ -245,7 +296,7 @@ def produce_shared(
     for i in gl.static_range(STAGES):
         load_weights(
             w_desc, s_desc, ws, ss, full.index(i), i, tile_n * SPAN, begin + i, i < ahead,
-            BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED, N // 128,
+            BLOCKS, SCALES, GROUP_SIZE, BLOCK_M, BLOCK_N, GATED, N // 128,
         )  # fmt: skip
     if OVERLAP:
         wait_for_previous_kernel()
@@ -264,7 +315,7 @@ def produce_shared(
             mbarrier.wait(empty.index(slot), ((stage // STAGES) & 1) ^ 1)
             load_weights(
                 w_desc, s_desc, ws, ss, bar, slot, tile_n * SPAN, block, True,
-                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED, N // 128,
+                BLOCKS, SCALES, GROUP_SIZE, BLOCK_M, BLOCK_N, GATED, N // 128,
             )  # fmt: skip
             load_tokens(x_desc, xs, bar, slot, first, second, block, True, BLOCK_M)
             stage += 1
@@ -274,7 +325,7 @@ def produce_shared(
 def gemm_cooperative(
     x_desc, w_desc, s_desc, out_desc, residual_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr,
     residual_ptr, partial_ptr, counter_ptr, M, N,
-    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, DEQUANTIZE: gl.constexpr,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, DEQUANTIZE: gl.constexpr,
     HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr,
     SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr, TMA_STORE: gl.constexpr,
@@ -289,13 +340,13 @@ def gemm_cooperative(
     gl.static_assert(GATED == "none" or (TMA_STORE and BLOCK_N == 128))
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
     CONSUMERS: gl.constexpr = 3 if BLOCK_N == 192 else 2
-    ws = gl.allocate_shared_memory(
-        gl.int8, [STAGES * CONSUMERS, BLOCK_N // CONSUMERS, w_desc.block_shape[1]], w_desc.layout
-    )
+    PIECES: gl.constexpr = STAGES * CONSUMERS * packed_pieces(GROUP_SIZE)
+    ws = gl.allocate_shared_memory(gl.int8, [PIECES, BLOCK_N // CONSUMERS, w_desc.block_shape[1]], w_desc.layout)
+    SCALES_AHEAD: gl.constexpr = STAGES * scales_in_block(GROUP_SIZE)
     if GATED == "none":
-        ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, s_desc.block_shape[0], 1, 64], s_desc.layout)
+        ss = gl.allocate_shared_memory(s_desc.dtype, [SCALES_AHEAD, s_desc.block_shape[0], 1, 64], s_desc.layout)
     else:
-        ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, 2, 1, 1, 64], s_desc.layout)
+        ss = gl.allocate_shared_memory(s_desc.dtype, [SCALES_AHEAD, 2, 1, 1, 64], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -321,14 +372,14 @@ def gemm_cooperative(
                     part, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
                     row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
                     DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
-                    HAS_RESIDUAL, TMA_STORE,
+                    HAS_RESIDUAL, TMA_STORE, GROUP_SIZE,
                 ),
             )
             if part < CONSUMERS
             else (
                 produce_shared,
                 (
-                    x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N,
+                    x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, GROUP_SIZE, BLOCK_M, BLOCK_N,
                     STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, GATED,
                 ),
             )

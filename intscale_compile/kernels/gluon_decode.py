@@ -10,7 +10,8 @@ RESIDENT keeps the activations of all of K in shared memory, for programs that c
 through the ring beside the weights.
 
 The four partial sums meet in shared memory after the last stage. Group scales are applied to the int32 sum of each group
-(any uint8 scale), which at this size costs less than folding them into the weight; all of it is exact.
+(any uint8 scale), which at this size costs less than folding them into the weight; all of it is exact. A block has 128
+features, which are two packing blocks if groups are of 32 or 64.
 """
 
 from __future__ import annotations
@@ -20,9 +21,29 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .gluon_common import allow_next_kernel, copy_to_shared, store_tile, unpack_times16, wait_for_previous_kernel
+from .gluon_common import (
+    allow_next_kernel,
+    copy_to_shared,
+    packed_pieces,
+    reinterpret_shared,
+    scales_in_block,
+    store_tile,
+    unpack_times16,
+    wait_for_previous_kernel,
+)
 
 SPLIT = gl.constexpr(4)  # warps that share K
+
+
+@gluon.jit
+def allocate_weights(
+    w_desc, s_desc, STAGES: gl.constexpr, STEPS: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_SIZE: gl.constexpr
+):
+    """Shared memory for the codes and the group scales of all stages; a stage has a slot for each packing block and group."""
+    PIECES: gl.constexpr = STAGES * packed_pieces(GROUP_SIZE)
+    GROUPS: gl.constexpr = STAGES * scales_in_block(GROUP_SIZE)
+    ws = gl.allocate_shared_memory(gl.int8, [PIECES, STEPS * SPLIT, BLOCK_N, w_desc.block_shape[2]], w_desc.layout)
+    return ws, gl.allocate_shared_memory(s_desc.dtype, [GROUPS, STEPS * SPLIT, BLOCK_N], s_desc.layout)
 
 
 @gluon.jit
@@ -35,12 +56,16 @@ def copy_weights(
     Behind the last block of a row the copy runs on into other rows: there the activation is filled with zeros.
     """
     DEPTH: gl.constexpr = STEPS * SPLIT
-    SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else 4 if SCALES == "float" else 1
+    PIECES: gl.constexpr = 64 // ws.shape[3]
+    GROUPS: gl.constexpr = ss.shape[0] * PIECES // ws.shape[0]
+    SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else 4 * GROUPS if SCALES == "float" else GROUPS
     ACTIVATION_BYTES: gl.constexpr = 0 if RESIDENT else BLOCK_M * 128
     mbarrier.expect(bar, DEPTH * (BLOCK_N * (64 + SCALE_BYTES) + ACTIVATION_BYTES), pred=pred)
-    copy_to_shared(w_desc, [first, row, 0], bar, ws.index(slot), pred=pred)
+    for piece in gl.static_range(PIECES):
+        copy_to_shared(w_desc, [first, piece * 64 + row, 0], bar, ws.index(slot * PIECES + piece), pred=pred)
     if SCALES != "none":
-        copy_to_shared(s_desc, [first, row], bar, ss.index(slot), pred=pred)
+        for g in gl.static_range(GROUPS):
+            copy_to_shared(s_desc, [first, g * 64 + row], bar, ss.index(slot * GROUPS + g), pred=pred)
 
 
 @gluon.jit
@@ -124,30 +149,54 @@ def after_loads(acc):
 
 
 @gluon.jit
+def add_scaled(acc, part, scales, step: gl.constexpr, LAYOUT: gl.constexpr):
+    """Add sums of one group of each block, 16 times too large, by their scales: of ``step`` in a stage's."""
+    scales = scales.slice(step * SPLIT, SPLIT, 0).load(gl.SliceLayout(2, LAYOUT))
+    if scales.dtype == gl.float32:
+        acc = acc + (part >> 4).to(gl.float32) * gl.expand_dims(scales, 2)
+    else:
+        acc = acc + (part >> 4) * gl.expand_dims(scales.to(gl.int32), 2)
+    return acc
+
+
+@gluon.jit
 def multiply_round(
     acc, item, x_slot, xs, ws, ss, empty, SCALES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, STEPS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Add stage ``item`` of the ring to the ``[SPLIT, BLOCK_N, BLOCK_M]`` sums and give a stage free."""
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=16)
-    B: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=LAYOUT, k_width=16)
+    HALF: gl.constexpr = ws.shape[
+        3
+    ]  # features of a nibble: those of one load, and of a group if there are two in a block
+    PIECES: gl.constexpr = 64 // HALF
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=HALF // 4)
+    B: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=LAYOUT, k_width=HALF // 4)
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    GROUPS: gl.constexpr = ss.shape[0] // STAGES
     zero = gl.zeros([SPLIT, BLOCK_N, BLOCK_M], gl.int32, LAYOUT)
     slot = item % STAGES
     for step in gl.static_range(STEPS):
-        packed = ws.index(slot).slice(step * SPLIT, SPLIT, 0).load(A)
-        x_low = xs.index(x_slot).permute((0, 2, 1)).slice(step * SPLIT, SPLIT, 0).load(B)
-        x_high = xs.index(x_slot + 1).permute((0, 2, 1)).slice(step * SPLIT, SPLIT, 0).load(B)
-        low, high = unpack_times16(packed)
-        part = mma_v2(low, x_low, zero)
-        part = mma_v2(high, x_high, part) >> 4
-        if SCALES == "none":
-            acc = acc + part
-        elif SCALES == "float":
-            scales = ss.index(slot).slice(step * SPLIT, SPLIT, 0).load(gl.SliceLayout(2, LAYOUT))
-            acc = acc + part.to(gl.float32) * gl.expand_dims(scales, 2)
-        else:
-            scales = ss.index(slot).slice(step * SPLIT, SPLIT, 0).load(gl.SliceLayout(2, LAYOUT))
-            acc = acc + part * gl.expand_dims(scales.to(gl.int32), 2)
+        for piece in gl.static_range(PIECES):
+            packed = ws.index(slot * PIECES + piece).slice(step * SPLIT, SPLIT, 0).load(A)
+            if PIECES == 1:
+                x_low = xs.index(x_slot).permute((0, 2, 1)).slice(step * SPLIT, SPLIT, 0).load(B)
+                x_high = xs.index(x_slot + 1).permute((0, 2, 1)).slice(step * SPLIT, SPLIT, 0).load(B)
+            else:  # a packing block is half of the 128 features; swizzled rows could not be halved
+                x = reinterpret_shared(xs.index(x_slot + piece), gl.int8, [STEPS * SPLIT, BLOCK_M, 64], ROWS)
+                x = x.slice(step * SPLIT, SPLIT, 0)
+                x_low = x.slice(0, HALF, 2).permute((0, 2, 1)).load(B)
+                x_high = x.slice(HALF, HALF, 2).permute((0, 2, 1)).load(B)
+            low, high = unpack_times16(packed)
+            part = mma_v2(low, x_low, zero)
+            if GROUPS == 4:
+                acc = add_scaled(acc, part, ss.index(slot * 4 + piece * 2), step, LAYOUT)
+                part = zero
+            part = mma_v2(high, x_high, part)
+            if SCALES == "none":
+                acc = acc + (part >> 4)
+            else:
+                group = slot * GROUPS + (piece + 1) * (GROUPS // PIECES) - 1
+                acc = add_scaled(acc, part, ss.index(group), step, LAYOUT)
     if STAGES > 2:  # the stage before: the loads of this one, of which some have been used, came after all of its loads
         mbarrier.arrive(empty.index((item + STAGES - 1) % STAGES), count=1, pred=item > 0)
     else:
@@ -200,11 +249,10 @@ def gemm_decode(
     x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, OVERLAP: gl.constexpr,
-    RESIDENT: gl.constexpr,
+    RESIDENT: gl.constexpr, GROUP_SIZE: gl.constexpr,
 ):  # fmt: skip
     """``out[m, n]``, ``[M, N]``; persistent along N, one row of programs per BLOCK_M tokens; see the module."""
-    ws = gl.allocate_shared_memory(gl.int8, [STAGES, STEPS * SPLIT, BLOCK_N, 64], w_desc.layout)
-    ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, STEPS * SPLIT, BLOCK_N], s_desc.layout)
+    ws, ss = allocate_weights(w_desc, s_desc, STAGES, STEPS, BLOCK_N, GROUP_SIZE)
     ROUNDS: gl.constexpr = (BLOCKS + STEPS * SPLIT - 1) // (STEPS * SPLIT)
     X_SLOTS: gl.constexpr = ROUNDS if RESIDENT else STAGES
     xs = gl.allocate_shared_memory(gl.int8, [X_SLOTS * 2, STEPS * SPLIT, BLOCK_M, 64], x_desc.layout)

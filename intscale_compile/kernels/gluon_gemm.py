@@ -15,6 +15,9 @@ Two kernels over the same steps:
 ``none`` (per channel, applied in the epilogue), ``accumulate`` (int32 partial sums per group, any uint8 scale) and
 ``float`` (fp32 scales, what other W4A8 kernels do; for comparison only).
 
+Weights in groups of 32 and 64 have packing blocks of 64 features: a stage holds two of them, and two or four group scales a row.
+Its products are four wgmma of 32 features each, in the order of the features.
+
 ``GATED`` other than ``none`` says that the first half of the weight's rows are gate rows, the second the up rows that belong
 to them, and the output is ``silu(gate) * up`` or the like. Weights are stored as ever: a tile of BLOCK_N rows takes half of
 them from each half of the weight.
@@ -30,12 +33,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .gluon_common import (
+    add_block_groups,
+    add_four,
     allow_next_kernel,
     block_barrier,
+    blocks_of_group,
     copy_to_shared,
     fold_codes,
+    fold_codes_of_two,
     load_tokens,
+    packed_pieces,
     reinterpret_shared,
+    scales_in_block,
     store_tile,
     tile_position,
     token_halves,
@@ -54,39 +63,44 @@ def split_range(part, BLOCKS: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.co
 @gluon.jit
 def load_weight_stage(
     w_desc, s_desc, ws, ss, bar, slot, tile_n, N, block, pred,
-    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     GATED: gl.constexpr,
 ):  # fmt: skip
     """Announce all bytes of a stage and start the copies of its codes and group scales."""
     TILES: gl.constexpr = BLOCK_N // 64
     SPAN: gl.constexpr = TILES if GATED == "none" else TILES // 2  # row tiles of each half
-    SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else BLOCK_N * 4 if SCALES == "float" else BLOCK_N
-    CODE_BYTES: gl.constexpr = w_desc.block_shape[1]
+    GROUPS: gl.constexpr = scales_in_block(GROUP_SIZE)
+    PIECES: gl.constexpr = packed_pieces(GROUP_SIZE)
+    SCALE_BYTES: gl.constexpr = 0 if SCALES == "none" else BLOCK_N * GROUPS * (4 if SCALES == "float" else 1)
+    CODE_BYTES: gl.constexpr = w_desc.block_shape[1] * PIECES
     mbarrier.expect(bar, BLOCK_M * 128 + BLOCK_N * CODE_BYTES + SCALE_BYTES, pred=pred)
     for r in gl.static_range(TILES):
-        rows = ws.index(slot).slice(r * 64, 64, 0)
-        row = ((tile_n * SPAN + r % SPAN + r // SPAN * (N // 128)) * BLOCKS + block) * 64
-        copy_to_shared(w_desc, [row, 0], bar, rows, pred=pred)
+        row = ((tile_n * SPAN + r % SPAN + r // SPAN * (N // 128)) * BLOCKS + block) * (64 * PIECES)
+        for piece in gl.static_range(PIECES):
+            rows = ws.index(slot * PIECES + piece).slice(r * 64, 64, 0)
+            copy_to_shared(w_desc, [row + piece * 64, 0], bar, rows, pred=pred)
     if SCALES != "none":
-        group = block // BLOCKS_PER_GROUP
-        if GATED == "none":
-            scales = ss.index(slot).slice(0, TILES, 0)
-            copy_to_shared(s_desc, [tile_n * TILES, group, 0], bar, scales, pred=pred)
-        else:  # both halves in one copy: alone, one of 64 bytes would make the next begin off a multiple of 128
-            copy_to_shared(s_desc, [0, tile_n * SPAN, group, 0], bar, ss.index(slot), pred=pred)
+        for g in gl.static_range(GROUPS):
+            group = block // blocks_of_group(GROUP_SIZE) * GROUPS + g
+            if GATED == "none":
+                scales = ss.index(slot * GROUPS + g).slice(0, TILES, 0)
+                copy_to_shared(s_desc, [tile_n * TILES, group, 0], bar, scales, pred=pred)
+            else:  # both halves in one copy: alone, one of 64 bytes would make the next begin off a multiple of 128
+                copy_to_shared(s_desc, [0, tile_n * SPAN, group, 0], bar, ss.index(slot * GROUPS + g), pred=pred)
 
 
 @gluon.jit
-def allocate_scales(s_desc, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, GATED: gl.constexpr):
+def allocate_scales(s_desc, STAGES: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, GATED: gl.constexpr):
     """Shared memory for the group scales of all stages."""
+    SLOTS: gl.constexpr = STAGES * scales_in_block(GROUP_SIZE)
     SCALE_TILES: gl.constexpr = 2 if BLOCK_N == 64 else BLOCK_N // 64  # a copy must begin at a multiple of 128 bytes
-    SHAPE: gl.constexpr = [STAGES, SCALE_TILES, 1, 64] if GATED == "none" else [STAGES, 2, SCALE_TILES // 2, 1, 64]
+    SHAPE: gl.constexpr = [SLOTS, SCALE_TILES, 1, 64] if GATED == "none" else [SLOTS, 2, SCALE_TILES // 2, 1, 64]
     return gl.allocate_shared_memory(s_desc.dtype, SHAPE, s_desc.layout)
 
 
 @gluon.jit
 def stage_scales(ss, slot, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Group scales of a stage, ``[BLOCK_N]``, as int32 (or fp32)."""
+    """Group scales of one group of a stage, ``[BLOCK_N]``, as int32 (or fp32)."""
     LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ROWS: gl.constexpr = 128 if BLOCK_N == 64 else BLOCK_N  # as in allocate_scales
     rows = reinterpret_shared(ss.index(slot), ss.dtype, [ROWS], LINEAR)
@@ -99,13 +113,13 @@ def stage_scales(ss, slot, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
 @gluon.jit
 def multiply_stage(
     acc, stage, xs, ws, ss, full,
-    SCALES: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
-    INT8: gl.constexpr, UNROLL: gl.constexpr,
+    SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    LAYOUT: gl.constexpr, INT8: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
     """Add one stage to ``acc``; on return all stages before it, and nothing else, are sure to have been read."""
     # The tensor cores read the expanded weight from registers while the next stage is expanded. Those are other registers
     # only if the loop is unrolled: without, sums were wrong on an H100.
-    IN_FLIGHT: gl.constexpr = 2 if UNROLL > 1 else 0
+    IN_FLIGHT: gl.constexpr = 2 * packed_pieces(GROUP_SIZE) if UNROLL > 1 else 0
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=4)
     slot = stage % STAGES
     mbarrier.wait(full.index(slot), (stage // STAGES) & 1)
@@ -113,6 +127,25 @@ def multiply_stage(
     if INT8:
         acc = warpgroup_mma(ws.index(slot), x.permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
+    elif GROUP_SIZE < 128:
+        GROUPS: gl.constexpr = scales_in_block(GROUP_SIZE)
+        SUMS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+        ROWS: gl.constexpr = gl.SliceLayout(1, A) if SCALES == "fold" else SUMS
+        first, second = ws.index(slot * 2).load(A), ws.index(slot * 2 + 1).load(A)
+        s0 = stage_scales(ss, slot * GROUPS, ROWS, BLOCK_N)
+        s1 = stage_scales(ss, slot * GROUPS + GROUPS // 2 - 1, ROWS, BLOCK_N)
+        s2 = stage_scales(ss, slot * GROUPS + GROUPS // 2, ROWS, BLOCK_N)
+        s3 = stage_scales(ss, slot * GROUPS + GROUPS - 1, ROWS, BLOCK_N)
+        if SCALES == "fold":
+            low, high = fold_codes_of_two(first, s0, s1)
+            next_low, next_high = fold_codes_of_two(second, s2, s3)
+            acc = add_four(acc, low, high, next_low, next_high, x)
+            acc = warpgroup_mma_wait(IN_FLIGHT, deps=(acc,))
+        else:
+            low, high = unpack_times16(first)
+            acc = add_block_groups(acc, low, high, x, 0, s0, s1, GROUP_SIZE, 4, LAYOUT)
+            low, high = unpack_times16(second)
+            acc = add_block_groups(acc, low, high, x, 64, s2, s3, GROUP_SIZE, 4, LAYOUT)
     else:
         x_low = x.slice(0, 64, 1).permute((1, 0))
         x_high = x.slice(64, 64, 1).permute((1, 0))
@@ -180,7 +213,7 @@ def finish_tile(
 @gluon.jit
 def produce(
     x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N,
-    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr,
     GATED: gl.constexpr,
 ):  # fmt: skip
@@ -193,7 +226,7 @@ def produce(
     for i in gl.static_range(STAGES):
         load_weight_stage(
             w_desc, s_desc, ws, ss, full.index(i), i, tile_n, N, begin + i, i < ahead,
-            BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED,
+            BLOCKS, SCALES, GROUP_SIZE, BLOCK_M, BLOCK_N, GATED,
         )  # fmt: skip
     if OVERLAP:
         wait_for_previous_kernel()
@@ -211,7 +244,7 @@ def produce(
             mbarrier.wait(empty.index(slot), ((stage // STAGES) & 1) ^ 1)
             load_weight_stage(
                 w_desc, s_desc, ws, ss, full.index(slot), slot, tile_n, N, block, True,
-                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED,
+                BLOCKS, SCALES, GROUP_SIZE, BLOCK_M, BLOCK_N, GATED,
             )  # fmt: skip
             load_tokens(x_desc, xs, full.index(slot), slot, first, second, block, True, BLOCK_M)
             stage += 1
@@ -224,6 +257,7 @@ def consume(
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr,
     UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
 ):  # fmt: skip
     """The computing warps: multiply the stages of every tile of this program and store it."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -240,8 +274,9 @@ def consume(
         for step in range(begin // UNROLL, end // UNROLL):
             for u in gl.static_range(UNROLL):
                 acc = multiply_stage(
-                    acc, stage + u, xs, ws, ss, full, SCALES, STAGES, BLOCK_M, BLOCK_N, LAYOUT, INT8, UNROLL
-                )
+                    acc, stage + u, xs, ws, ss, full,
+                    SCALES, GROUP_SIZE, STAGES, BLOCK_M, BLOCK_N, LAYOUT, INT8, UNROLL,
+                )  # fmt: skip
                 # The stage before this one has been read: its slot is free, unless it belongs to the tile before.
                 free = (step * UNROLL + u) != begin
                 mbarrier.arrive(empty.index((stage + u + STAGES - 1) % STAGES), count=1, pred=free)
@@ -260,15 +295,16 @@ def consume(
 def gemm_specialized(
     x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr,
     counter_ptr, M, N,
-    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, DEQUANTIZE: gl.constexpr,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, DEQUANTIZE: gl.constexpr,
     HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr,
     SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """``out[m, n]``, ``[M, N]`` (gated: ``[M, N/2]``), with a producer warp and ``num_warps`` computing warps; see the module."""
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
-    ws = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
-    ss = allocate_scales(s_desc, STAGES, BLOCK_N, GATED)
+    PIECES: gl.constexpr = packed_pieces(GROUP_SIZE)
+    ws = gl.allocate_shared_memory(gl.int8, [STAGES * PIECES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
+    ss = allocate_scales(s_desc, STAGES, GROUP_SIZE, BLOCK_N, GATED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -284,13 +320,13 @@ def gemm_specialized(
                 (
                     xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr,
                     partial_ptr, counter_ptr, M, N, BLOCKS, SCALES, DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS, STAGES,
-                    GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED, HAS_RESIDUAL,
+                    GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED, HAS_RESIDUAL, GROUP_SIZE,
                 ),
             ),
             (
                 produce,
                 (
-                    x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M,
+                    x_desc, w_desc, s_desc, xs, ws, ss, full, empty, M, N, BLOCKS, SCALES, GROUP_SIZE, BLOCK_M,
                     BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, GATED,
                 ),
             ),
@@ -304,7 +340,7 @@ def gemm_specialized(
 def gemm_pipelined(
     x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr,
     counter_ptr, M, N,
-    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, DEQUANTIZE: gl.constexpr,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, DEQUANTIZE: gl.constexpr,
     HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr,
     SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
@@ -315,8 +351,9 @@ def gemm_pipelined(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 32]
     )
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
-    ws = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
-    ss = allocate_scales(s_desc, STAGES, BLOCK_N, GATED)
+    PIECES: gl.constexpr = packed_pieces(GROUP_SIZE)
+    ws = gl.allocate_shared_memory(gl.int8, [STAGES * PIECES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
+    ss = allocate_scales(s_desc, STAGES, GROUP_SIZE, BLOCK_N, GATED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -328,7 +365,7 @@ def gemm_pipelined(
     for i in gl.static_range(STAGES - 1):
         load_weight_stage(
             w_desc, s_desc, ws, ss, full.index(i), i, tile_n, N, begin + i, begin + i < end,
-            BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED,
+            BLOCKS, SCALES, GROUP_SIZE, BLOCK_M, BLOCK_N, GATED,
         )  # fmt: skip
     if OVERLAP:
         wait_for_previous_kernel()
@@ -339,13 +376,15 @@ def gemm_pipelined(
     for step in range(begin // UNROLL, end // UNROLL):
         for u in gl.static_range(UNROLL):
             stage = step * UNROLL + u - begin
-            acc = multiply_stage(acc, stage, xs, ws, ss, full, SCALES, STAGES, BLOCK_M, BLOCK_N, LAYOUT, INT8, UNROLL)
+            acc = multiply_stage(
+                acc, stage, xs, ws, ss, full, SCALES, GROUP_SIZE, STAGES, BLOCK_M, BLOCK_N, LAYOUT, INT8, UNROLL
+            )
             # The slot of the stage before this one is free now.
             ahead = stage + STAGES - 1
             slot, more = ahead % STAGES, begin + ahead < end
             load_weight_stage(
                 w_desc, s_desc, ws, ss, full.index(slot), slot, tile_n, N, begin + ahead, more,
-                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, GATED,
+                BLOCKS, SCALES, GROUP_SIZE, BLOCK_M, BLOCK_N, GATED,
             )  # fmt: skip
             load_tokens(x_desc, xs, full.index(slot), slot, first, second, begin + ahead, more, BLOCK_M)
     if SCALES == "fold" or SCALES == "none":

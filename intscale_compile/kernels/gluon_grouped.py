@@ -14,9 +14,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .gluon_common import load_tokens, tile_position, tile_tokens, wait_for_previous_kernel
+from .gluon_common import (
+    load_tokens,
+    packed_pieces,
+    scales_in_block,
+    tile_position,
+    tile_tokens,
+    wait_for_previous_kernel,
+)
 from .gluon_cooperative import load_weights, multiply_half
-from .gluon_decode import SPLIT, copy_weights, load_activation_stage, multiply_round
+from .gluon_decode import SPLIT, allocate_weights, copy_weights, load_activation_stage, multiply_round
 
 
 @gluon.jit
@@ -115,7 +122,7 @@ def consume_rows(
     offsets_ptr, row_index_ptr, out_index_ptr, rows, experts, N, row_tiles,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, GROUPS: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr, UNROLL: gl.constexpr,
-    OVERLAP: gl.constexpr, INT8: gl.constexpr,
+    OVERLAP: gl.constexpr, INT8: gl.constexpr, GROUP_SIZE: gl.constexpr,
 ):  # fmt: skip
     """One consumer of ``grouped_cooperative``: its half of the output features of every tile of this program."""
     ROWS: gl.constexpr = BLOCK_N // 2
@@ -136,7 +143,7 @@ def consume_rows(
                 slot = (stage + u) % STAGES
                 mbarrier.wait(full.index(slot), ((stage + u) // STAGES) & 1)
                 acc = multiply_half(
-                    acc, slot, xs, ws, ss, empty, CONSUMER, 2, SCALES, BLOCK_M, ROWS, LAYOUT, INT8, "none"
+                    acc, slot, xs, ws, ss, empty, CONSUMER, 2, SCALES, GROUP_SIZE, BLOCK_M, ROWS, LAYOUT, INT8, "none"
                 )
             stage += UNROLL
         if SCALES == "none" and not INT8:
@@ -152,7 +159,7 @@ def consume_rows(
 @gluon.jit
 def produce_rows(
     x_desc, w_desc, s_desc, xs, ws, ss, full, empty, offsets_ptr, rows, experts, N, row_tiles,
-    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, GROUPS: gl.constexpr,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, GROUPS: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """The producer warp of ``grouped_cooperative``: fill the ring for every tile of this program."""
@@ -172,7 +179,7 @@ def produce_rows(
             mbarrier.wait(empty.index(slot), ((stage // STAGES) & 1) ^ 1)
             load_weights(
                 w_desc, s_desc, ws, ss, bar, slot, row_tile, block, True,
-                BLOCKS, SCALES, BLOCKS_PER_GROUP, BLOCK_M, BLOCK_N, "none", 0,
+                BLOCKS, SCALES, GROUP_SIZE, BLOCK_M, BLOCK_N, "none", 0,
             )  # fmt: skip
             load_tokens(x_desc, xs, bar, slot, first, second, block, True, BLOCK_M)
             stage += 1
@@ -182,7 +189,7 @@ def produce_rows(
 def grouped_cooperative(
     x_desc, w_desc, s_desc, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, offsets_ptr, row_index_ptr,
     out_index_ptr, rows, experts, N, row_tiles,
-    BLOCKS: gl.constexpr, SCALES: gl.constexpr, BLOCKS_PER_GROUP: gl.constexpr, DEQUANTIZE: gl.constexpr,
+    BLOCKS: gl.constexpr, SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, DEQUANTIZE: gl.constexpr,
     HAS_BIAS: gl.constexpr, GROUPS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     GROUP_N: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr,
 ):  # fmt: skip
@@ -191,8 +198,10 @@ def grouped_cooperative(
     ``row_tiles`` are packing tiles of 64 rows of one expert's weight. GROUPS is a power of 2 above ``experts``, at least 32.
     """
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
-    ws = gl.allocate_shared_memory(gl.int8, [STAGES * 2, BLOCK_N // 2, w_desc.block_shape[1]], w_desc.layout)
-    ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, BLOCK_N // 64, 1, 64], s_desc.layout)
+    PIECES: gl.constexpr = STAGES * 2 * packed_pieces(GROUP_SIZE)
+    ws = gl.allocate_shared_memory(gl.int8, [PIECES, BLOCK_N // 2, w_desc.block_shape[1]], w_desc.layout)
+    SCALES_AHEAD: gl.constexpr = STAGES * scales_in_block(GROUP_SIZE)
+    ss = gl.allocate_shared_memory(s_desc.dtype, [SCALES_AHEAD, BLOCK_N // 64, 1, 64], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -205,7 +214,7 @@ def grouped_cooperative(
                 (
                     0, xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, offsets_ptr,
                     row_index_ptr, out_index_ptr, rows, experts, N, row_tiles, BLOCKS, SCALES, DEQUANTIZE, HAS_BIAS,
-                    GROUPS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, UNROLL, OVERLAP, INT8,
+                    GROUPS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, UNROLL, OVERLAP, INT8, GROUP_SIZE,
                 ),
             ),
             (
@@ -213,14 +222,14 @@ def grouped_cooperative(
                 (
                     1, xs, ws, ss, full, empty, out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, offsets_ptr,
                     row_index_ptr, out_index_ptr, rows, experts, N, row_tiles, BLOCKS, SCALES, DEQUANTIZE, HAS_BIAS,
-                    GROUPS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, UNROLL, OVERLAP, INT8,
+                    GROUPS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, UNROLL, OVERLAP, INT8, GROUP_SIZE,
                 ),
             ),
             (
                 produce_rows,
                 (
                     x_desc, w_desc, s_desc, xs, ws, ss, full, empty, offsets_ptr, rows, experts, N, row_tiles, BLOCKS, SCALES,
-                    BLOCKS_PER_GROUP, GROUPS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, OVERLAP,
+                    GROUP_SIZE, GROUPS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, OVERLAP,
                 ),
             ),
         ],
@@ -287,21 +296,8 @@ def produce_stream(
             bar = full.index(slot)
             mbarrier.wait(empty.index(slot), ((stage // STAGES) & 1) ^ 1)
             copy_weights(
-                w_desc,
-                s_desc,
-                ws,
-                ss,
-                bar,
-                slot,
-                block + round * DEPTH,
-                n0 % 64,
-                True,
-                SCALES,
-                BLOCK_M,
-                BLOCK_N,
-                STEPS,
-                False,
-            )
+                w_desc, s_desc, ws, ss, bar, slot, block + round * DEPTH, n0 % 64, True, SCALES, BLOCK_M, BLOCK_N, STEPS, False
+            )  # fmt: skip
             load_activation_stage(x_desc, xs, bar, slot, round, first, True, STEPS)
             stage += 1
 
@@ -312,10 +308,10 @@ def grouped_decode(
     out_index_ptr, rows, experts, N, row_tiles,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, GROUPS: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, OVERLAP: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
 ):  # fmt: skip
     """``out`` ``[rows, N]``; persistent. Parameters as in ``grouped_cooperative``."""
-    ws = gl.allocate_shared_memory(gl.int8, [STAGES, STEPS * SPLIT, BLOCK_N, 64], w_desc.layout)
-    ss = gl.allocate_shared_memory(s_desc.dtype, [STAGES, STEPS * SPLIT, BLOCK_N], s_desc.layout)
+    ws, ss = allocate_weights(w_desc, s_desc, STAGES, STEPS, BLOCK_N, GROUP_SIZE)
     xs = gl.allocate_shared_memory(gl.int8, [STAGES * 2, STEPS * SPLIT, BLOCK_M, 64], x_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -9,9 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..format import pack_block
-from .gluon_launch import REGISTERS, blocks_in_body, descriptor, scale_schedule, sm_count
-from .gluon_tiles import for_output
+from .gluon_launch import (
+    REGISTERS,
+    blocks_in_body,
+    decode_descriptors,
+    gemm_descriptors,
+    scale_schedule,
+    sm_count,
+)
+from .gluon_tiles import for_output, scales_in_block
 from .launching import launch
 from .tile import Tile
 
@@ -64,59 +70,30 @@ def launch_gluon_grouped(
     from .gluon_grouped import grouped_cooperative, grouped_decode
 
     (rows, n), (experts, padded), k = out.shape, qdata.shape[:2], xq.shape[1]
-    weight_bits, decode, blocks = (
-        8 if qdata.dtype is torch.int8 else 4,
-        tile.kernel == "decode",
-        k // pack_block(group_size),
-    )
+    weight_bits, decode, blocks = 8 if qdata.dtype is torch.int8 else 4, tile.kernel == "decode", k // 128
     schedule = scale_schedule(group_size, scale_bits, weight_bits, decode)
-    tile = for_output(tile, "int8" if weight_bits == 8 else schedule, out.element_size())
+    groups = scales_in_block(group_size)
+    tile = for_output(tile, "int8" if weight_bits == 8 else schedule, out.element_size(), groups)
     if row_index is not None:
         xq = _sorted_rows(xq, row_index)
     operands = (out, scale, row_scale, token_scale, bias, offsets, row_index, out_index, rows, experts, n, padded // 64)
+    group_size = group_size if group_size > 0 else 128
     flags: dict[str, Any] = dict(
-        BLOCKS=blocks, SCALES=schedule, DEQUANTIZE=token_scale is not None, HAS_BIAS=bias is not None,
+        BLOCKS=blocks, GROUP_SIZE=group_size, SCALES=schedule, DEQUANTIZE=token_scale is not None, HAS_BIAS=bias is not None,
         GROUPS=max(FEWEST_GROUPS, triton.next_power_of_2(experts + 1)), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STAGES=tile.num_stages, OVERLAP=True, launch_pdl=True,
     )  # fmt: skip
     most_tiles = (min(experts + 1, rows) + rows // tile.block_m) * triton.cdiv(n, tile.block_n)
     grid = (min(most_tiles, sm_count(xq.device) * tile.programs_per_sm),)
-    arguments = (xq, qdata, scale, experts * padded // 64, blocks)
+    weights = (xq, qdata, scale, experts * padded // 64, group_size, schedule, tile)
     if decode:
         flags.update(
             STEPS=tile.steps, num_warps=tile.num_warps, maxnreg=REGISTERS[tile.num_warps, tile.programs_per_sm]
         )
-        launch(grouped_decode, grid, *_decode_descriptors(*arguments, schedule, tile), *operands, **flags)
+        launch(grouped_decode, grid, *decode_descriptors(*weights), *operands, **flags)
         return
-    per_group = max(1, group_size // 128)
     flags.update(
-        BLOCKS_PER_GROUP=per_group, GROUP_N=tile.group_n, INT8=weight_bits == 8, num_warps=4,
-        UNROLL=blocks_in_body(True, schedule, weight_bits == 8, blocks), maxnreg=REGISTERS[8, 1],
+        GROUP_N=tile.group_n, INT8=weight_bits == 8, num_warps=4,
+        UNROLL=blocks_in_body(True, schedule, weight_bits == 8, blocks, groups), maxnreg=REGISTERS[8, 1],
     )  # fmt: skip
-    launch(
-        grouped_cooperative, grid, *_descriptors(*arguments, schedule, tile, blocks // per_group), *operands, **flags
-    )
-
-
-def _decode_descriptors(
-    xq: Tensor, qdata: Tensor, scale: Tensor, row_tiles: int, blocks: int, schedule: str, tile: Tile
-):
-    depth = 4 * tile.steps
-    x_desc = descriptor(xq, [blocks, xq.shape[0], 128], [128, xq.stride(0), 1], (depth, tile.block_m, 64))
-    w_desc = descriptor(qdata.view(torch.int8), [row_tiles * blocks, 64, 64], [4096, 64, 1], (depth, tile.block_n, 64))
-    # Per channel there are no group scales to copy; the descriptor is never used, but has to describe something.
-    scales = qdata.view(torch.uint8) if schedule == "none" else scale
-    return x_desc, w_desc, descriptor(scales, [row_tiles * blocks, 64], [64, 1], (depth, tile.block_n), swizzled=False)
-
-
-def _descriptors(
-    xq: Tensor, qdata: Tensor, scale: Tensor, row_tiles: int, blocks: int, schedule: str, tile: Tile, groups: int
-):
-    code_bytes = 128 if qdata.dtype is torch.int8 else 64
-    x_desc = descriptor(xq, list(xq.shape), [xq.stride(0), 1], (tile.block_m // 2, 128))
-    w_desc = descriptor(
-        qdata.view(torch.int8), [row_tiles * blocks * 64, code_bytes], [code_bytes, 1], (64, code_bytes)
-    )
-    scales = qdata.view(torch.uint8) if schedule == "none" else scale
-    shape, strides = [row_tiles, groups, 64], [groups * 64, 64, 1]
-    return x_desc, w_desc, descriptor(scales, shape, strides, (tile.block_n // 64, 1, 64), swizzled=False)
+    launch(grouped_cooperative, grid, *gemm_descriptors(*weights), *operands, **flags)

@@ -1,8 +1,7 @@
 """Launchers of the Gluon kernels, and the conditions under which they can run.
 
-They need a Hopper GPU, a Triton release whose Gluon these kernels were written for, tiled weights in groups of 128 or 256
-or per channel, and activations that the tensor memory accelerator can address. Everything else has plain-Triton kernels
-that give the same accumulator.
+They need a Hopper GPU, a Triton release whose Gluon these kernels were written for, symmetric tiled weights, and activations
+that the tensor memory accelerator can address. Everything else has plain-Triton kernels that give the same accumulator.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..format import pack_block
 from ..reasons import log_once
-from .gluon_tiles import fits_resident, for_output, scale_tiles
+from .gluon_tiles import fits_resident, for_output, scale_tiles, scales_in_block
 from .launching import collecting, described, launch
 from .split_k import take_counters
 from .tile import Tile, schedule_name
@@ -45,8 +44,10 @@ UNROLLS = {
 }  # fmt: skip
 
 
-def blocks_in_body(cooperative: bool, scales: str, int8: bool, blocks: int) -> int:
-    """Blocks of K that a loop's body holds, for a K of ``blocks``."""
+def blocks_in_body(cooperative: bool, scales: str, int8: bool, blocks: int, groups: int = 1) -> int:
+    """Blocks of K that a loop's body holds, for a K of ``blocks`` with ``groups`` group scales in each."""
+    if groups > 1 and scales in ("accumulate", "float"):
+        return 1
     return next(unroll for unroll in UNROLLS[cooperative, scales, int8] if blocks % unroll == 0)
 
 
@@ -85,8 +86,6 @@ def unsupported_format(
         return "the weight is not in tiled packing"
     if in_features % 128:
         return f"{in_features} input features are not a multiple of 128"
-    if weight_bits == 4 and group_size not in (128, 256, -1):
-        return f"groups of {group_size}"
     if group_size == 256 and in_features % 256:
         return f"{in_features} input features are not a multiple of the group size 256"
     if group_size == -1 and in_features > MAX_PER_CHANNEL_K:
@@ -134,21 +133,61 @@ def _decode(
     from .gluon_decode import gemm_decode
 
     xq, qdata, scale, blocks = operands["xq"], operands["qdata"], operands["scale"], operands["blocks"]
-    row_tiles, depth = qdata.shape[0] // 64, 4 * tile.steps
-    x_desc = descriptor(xq, [blocks, m, 128], [128, xq.stride(0), 1], (depth, tile.block_m, 64))
-    w_desc = descriptor(qdata.view(torch.int8), [row_tiles * blocks, 64, 64], [4096, 64, 1], (depth, tile.block_n, 64))
-    # Per channel there are no group scales to copy; the descriptor is never used, but has to describe something.
-    scales = qdata.view(torch.uint8) if flags["SCALES"] == "none" else scale
-    s_desc = descriptor(scales, [row_tiles * blocks, 64], [64, 1], (depth, tile.block_n), swizzled=False)
+    group_size = operands["group_size"]
+    descriptors = decode_descriptors(xq, qdata, scale, qdata.shape[0] // 64, group_size, flags["SCALES"], tile)
+    resident = fits_resident(tile, flags["SCALES"], blocks, scales_in_block(group_size))
     tiles = triton.cdiv(n, tile.block_n)
     programs = min(tiles, grid_limit)
     launch(
         gemm_decode, (programs, triton.cdiv(m, tile.block_m)),
-        x_desc, w_desc, s_desc, *operands["epilogue"], m, n,
-        BLOCKS=blocks, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, STEPS=tile.steps, OVERLAP=overlap,
-        RESIDENT=tiles > programs and fits_resident(tile, flags["SCALES"], blocks),
+        *descriptors, *operands["epilogue"], m, n,
+        BLOCKS=blocks, GROUP_SIZE=group_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages,
+        STEPS=tile.steps, OVERLAP=overlap, RESIDENT=tiles > programs and resident,
         num_warps=tile.num_warps, maxnreg=REGISTERS[tile.num_warps, tile.programs_per_sm], launch_pdl=overlap, **flags,
     )  # fmt: skip
+
+
+def decode_descriptors(
+    xq: Tensor, qdata: Tensor, scale: Tensor, row_tiles: int, group_size: int, schedule: str, tile: Tile
+) -> tuple[Any, Any, Any]:
+    """Descriptors of activations, codes and group scales for the decode kernels; ``row_tiles`` counts those of all experts."""
+    depth, blocks, row_bytes = 4 * tile.steps, xq.shape[1] // 128, pack_block(group_size) // 2
+    shape, strides, box = [blocks, xq.shape[0], 128], [128, xq.stride(0), 1], (depth, tile.block_m, 64)
+    x_desc = descriptor(xq, shape, strides, box, swizzled=row_bytes == 64)
+    codes, shape = qdata.view(torch.int8), [row_tiles * blocks, 4096 // row_bytes, row_bytes]
+    w_desc = descriptor(codes, shape, [4096, row_bytes, 1], (depth, tile.block_n, row_bytes))
+    # Per channel there are no group scales to copy; the descriptor is never used, but has to describe something.
+    scales = qdata.view(torch.uint8) if schedule == "none" else scale
+    rows = 64 * scales_in_block(group_size)
+    s_desc = descriptor(scales, [row_tiles * blocks, rows], [rows, 1], (depth, tile.block_n), swizzled=False)
+    return x_desc, w_desc, s_desc
+
+
+def gemm_descriptors(
+    xq: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    row_tiles: int,
+    group_size: int,
+    schedule: str,
+    tile: Tile,
+    gated: bool = False,
+) -> tuple[Any, Any, Any]:
+    """As :func:`decode_descriptors` for the kernels of many tokens; ``gated`` says that a tile has rows of gate and of up."""
+    k = xq.shape[1]
+    row_bytes = 128 if qdata.dtype is torch.int8 else pack_block(group_size) // 2
+    x_desc = descriptor(xq, [xq.shape[0], k], [xq.stride(0), 1], (tile.block_m // 2, 128))
+    # A cooperative tile of gate and up takes 8 rows of each in turns.
+    box = (8 if gated and tile.kernel == "cooperative" else 64, row_bytes)
+    codes = qdata.view(torch.int8)
+    w_desc = descriptor(codes, [codes.numel() // row_bytes, row_bytes], [row_bytes, 1], box)
+    scales = qdata.view(torch.uint8) if schedule == "none" else scale
+    groups = k // group_size
+    shape, strides, block = [row_tiles, groups, 64], [groups * 64, 64, 1], [scale_tiles(tile), 1, 64]
+    if gated:  # one copy takes the scales of gate rows and of up rows
+        shape, strides = [2, row_tiles // 2, groups, 64], [row_tiles // 2 * groups * 64, *strides]
+        block = [2, tile.block_n // 128, 1, 64]
+    return x_desc, w_desc, descriptor(scales, shape, strides, tuple(block), swizzled=False)
 
 
 def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any], overlap: bool, flags: dict[str, Any]):
@@ -157,23 +196,12 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
     from .gluon_gemm import gemm_pipelined, gemm_specialized
 
     xq, qdata, scale, blocks = operands["xq"], operands["qdata"], operands["scale"], operands["blocks"]
-    row_tiles = qdata.shape[0] // 64
-    int8 = qdata.dtype is torch.int8
-    code_bytes = 128 if int8 else 64
-    blocks_per_group = max(1, operands["group_size"] // 128)
-    groups = blocks // blocks_per_group
-    x_desc = descriptor(xq, [m, xq.shape[1]], [xq.stride(0), 1], (tile.block_m // 2, 128))
+    int8, group_size = qdata.dtype is torch.int8, operands["group_size"]
     cooperative, gated = tile.kernel == "cooperative", flags["GATED"] != "none"
-    # A cooperative tile of gate and up takes 8 rows of each in turns.
-    w_box = (8 if cooperative and gated else 64, code_bytes)
-    w_desc = descriptor(qdata.view(torch.int8), [row_tiles * blocks * 64, code_bytes], [code_bytes, 1], w_box)
-    scales = qdata.view(torch.uint8) if flags["SCALES"] == "none" else scale
-    shape, strides, block = [row_tiles, groups, 64], [groups * 64, 64, 1], [scale_tiles(tile), 1, 64]
-    if gated:  # one copy takes the scales of gate rows and of up rows
-        shape, strides = [2, row_tiles // 2, groups, 64], [row_tiles // 2 * groups * 64, *strides]
-        block = [2, tile.block_n // 128, 1, 64]
-    s_desc = descriptor(scales, shape, strides, tuple(block), swizzled=False)
-    unroll = blocks_in_body(cooperative, flags["SCALES"], int8, blocks)
+    descriptors = gemm_descriptors(
+        xq, qdata, scale, qdata.shape[0] // 64, group_size, flags["SCALES"], tile, gated=gated
+    )
+    unroll = blocks_in_body(cooperative, flags["SCALES"], int8, blocks, scales_in_block(group_size))
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
     split_k = min(tile.split_k, blocks // unroll)
     partial = counters = None
@@ -197,8 +225,8 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
     grid = tiles * split_k
     launch(
         kernels[tile.kernel], (min(grid, grid_limit) if persistent else grid,),
-        x_desc, w_desc, s_desc, *stores, *operands["epilogue"], residual, partial, counters, m, n,
-        BLOCKS=blocks, BLOCKS_PER_GROUP=blocks_per_group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        *descriptors, *stores, *operands["epilogue"], residual, partial, counters, m, n,
+        BLOCKS=blocks, GROUP_SIZE=group_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STAGES=tile.num_stages, GROUP_N=tile.group_n, SPLIT_K=split_k, UNROLL=unroll, OVERLAP=overlap, INT8=int8,
         num_warps=4 if cooperative else tile.num_warps, launch_pdl=overlap, **options, **flags,
     )  # fmt: skip
@@ -247,11 +275,11 @@ def launch_gluon(
         HAS_BIAS=bias is not None,
     )
     operands = dict(
-        xq=xq, qdata=qdata, scale=scale, blocks=k // pack_block(group_size), group_size=group_size,
+        xq=xq, qdata=qdata, scale=scale, blocks=k // 128, group_size=group_size if group_size > 0 else 128,
         epilogue=(out, scale, row_scale, token_scale, bias), residual=residual,
     )  # fmt: skip
     schedule = "int8" if weight_bits == 8 else str(flags["SCALES"])
-    tile = for_output(tile, schedule, out.element_size())
+    tile = for_output(tile, schedule, out.element_size(), scales_in_block(group_size))
     grid_limit = sm_count(xq.device) * tile.programs_per_sm
     if decode:
         _decode(grid_limit, m, n, tile, operands, overlap, flags)

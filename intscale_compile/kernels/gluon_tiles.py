@@ -33,13 +33,18 @@ MIN_SPLIT_BLOCKS = 8  # blocks of 128 features that a part of K keeps
 MAX_SPLIT = 8
 
 
-def stage_bytes(tile: Tile, schedule: str) -> int:
-    """Shared memory of one stage: activations, codes and group scales."""
+def scales_in_block(group_size: int) -> int:
+    """Group scales of a row in one block of 128 features."""
+    return 128 // group_size if group_size in (32, 64) else 1
+
+
+def stage_bytes(tile: Tile, schedule: str, groups: int = 1) -> int:
+    """Shared memory of one stage: activations, codes and group scales, ``groups`` of them a row in 128 features."""
     if tile.kernel == "decode":
-        scale = SCALE_BYTES[schedule]
+        scale = SCALE_BYTES[schedule] * groups
         return 4 * tile.steps * (tile.block_n * (64 + scale) + tile.block_m * 128)
     codes = tile.block_n * (128 if schedule == "int8" else 64)
-    return tile.block_m * 128 + codes + 64 * max(scale_tiles(tile), 2) * SCALE_BYTES[schedule]
+    return tile.block_m * 128 + codes + 64 * max(scale_tiles(tile), 2) * SCALE_BYTES[schedule] * groups
 
 
 def scale_tiles(tile: Tile) -> int:
@@ -61,23 +66,24 @@ def scratch_bytes(tile: Tile, out_bytes: int = 2) -> int:
     return RESERVED_BYTES + (narrow if tile.kernel in ("decode", "pipelined") else max(narrow, wide))
 
 
-def shared_bytes(tile: Tile, schedule: str, out_bytes: int = 2) -> int:
+def shared_bytes(tile: Tile, schedule: str, out_bytes: int = 2, groups: int = 1) -> int:
     """Shared memory of one program."""
-    return tile.num_stages * stage_bytes(tile, schedule) + scratch_bytes(tile, out_bytes)
+    return tile.num_stages * stage_bytes(tile, schedule, groups) + scratch_bytes(tile, out_bytes)
 
 
-def for_output(tile: Tile, schedule: str, out_bytes: int) -> Tile:
+def for_output(tile: Tile, schedule: str, out_bytes: int, groups: int = 1) -> Tile:
     """``tile`` with as many stages as the epilogue of an output of ``out_bytes`` an element leaves room for.
 
-    Tiles are chosen and tuned for 16-bit outputs. The result does not depend on the number of stages. Three consumers with two
-    sums each have no registers for the plain stores of wider outputs (Triton 3.7 and 3.9): two take their place.
+    Tiles are chosen for 16-bit outputs and one group scale in 128 features; ``groups`` is how many there are. The result does
+    not depend on the number of stages. Three consumers with two sums each have no registers for the plain stores of wider
+    outputs (Triton 3.7 and 3.9), nor for the scales of several groups: two take their place.
     """
-    if out_bytes > 2 and schedule in ("accumulate", "float") and tile.num_warps == 12:
+    if (out_bytes > 2 or groups > 1) and schedule in ("accumulate", "float") and tile.num_warps == 12:
         tile = deepest(dataclasses.replace(tile, block_n=128, num_warps=8), schedule)
-    if shared_bytes(tile, schedule, out_bytes) <= shared_limit(tile):
+    if shared_bytes(tile, schedule, out_bytes, groups) <= shared_limit(tile):
         return tile
     room = shared_limit(tile) - scratch_bytes(tile, out_bytes)
-    return dataclasses.replace(tile, num_stages=room // stage_bytes(tile, schedule))
+    return dataclasses.replace(tile, num_stages=room // stage_bytes(tile, schedule, groups))
 
 
 def shared_limit(tile: Tile) -> int:
@@ -85,10 +91,10 @@ def shared_limit(tile: Tile) -> int:
     return SHARED_BYTES[2 if tile.kernel == "pipelined" else tile.programs_per_sm]
 
 
-def fits_resident(tile: Tile, schedule: str, blocks: int) -> bool:
-    """Whether a decode tile's ring leaves room for the activations of all ``blocks`` packing blocks of K."""
+def fits_resident(tile: Tile, schedule: str, blocks: int, groups: int = 1) -> bool:
+    """Whether a decode tile's ring leaves room for the activations of all ``blocks`` blocks of 128 features."""
     depth = 4 * tile.steps
-    ring = tile.num_stages * depth * tile.block_n * (64 + SCALE_BYTES[schedule])
+    ring = tile.num_stages * depth * tile.block_n * (64 + SCALE_BYTES[schedule] * groups)
     resident = tile_count(blocks, depth) * depth * tile.block_m * 128
     return ring + resident + scratch_bytes(tile) <= shared_limit(tile)
 
@@ -102,7 +108,7 @@ def deepest(tile: Tile, schedule: str, most: int = MAX_STAGES) -> Tile:
 def illegal(tile: Tile, schedule: str, k: int, decode: bool = True) -> Optional[str]:
     """Why a Gluon kernel cannot run ``tile`` for ``k`` input features, or None.
 
-    ``decode`` says whether the group size (128 or per channel) suits the decode kernel.
+    ``decode`` says whether the group size (any but 256) suits the decode kernel.
     """
     reason = _decode_illegal(tile, schedule, decode) if tile.kernel == "decode" else _gemm_illegal(tile, schedule, k)
     if reason is not None:
@@ -160,7 +166,7 @@ def choose_gluon_tile(m: int, n: int, k: int, schedule: str, sm_count: int = SM_
     Args:
         schedule: one of ``SCHEDULES``; ``"none"`` is per channel in 4 bits, ``"int8"`` 8-bit weights.
         sm_count: streaming multiprocessors of the GPU.
-        decode: whether the group size (128 or per channel) suits the decode kernel.
+        decode: whether the group size (any but 256) suits the decode kernel.
     """
     tiles = list(_costed_tiles(m, n, k, schedule, sm_count))
     if m <= DECODE_TOKENS and decode and schedule != "int8":

@@ -93,9 +93,7 @@ def _tile_fault(tile: Tile, schedule: str, k: int) -> Optional[str]:
     """Why the tile cannot be launched, or None."""
     if tile.kernel != "triton":
         name, _, group = schedule.partition("/")
-        if group not in ("", "256"):
-            return f"groups of {group} have no Gluon kernel"
-        return illegal(tile, name, k, decode=group == "")
+        return illegal(tile, name, k, decode=group != "256")
     powers = all(size & (size - 1) == 0 for size in (tile.block_m, tile.block_n, tile.num_warps))
     if (
         not powers

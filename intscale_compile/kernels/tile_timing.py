@@ -172,7 +172,7 @@ class GpuBench:
         plain = plain_candidates(m, shape, self.capability, sweep=obstacle is not None)
         if obstacle:
             return plain
-        name, decode = schedule_name(*shape.format), shape.group_size in (128, -1)
+        name, decode = schedule_name(*shape.format), shape.group_size != 256
         return gluon_candidates(m, shape.n, shape.k, name, self.sm_count, decode=decode) + plain
 
     def compile(self, jobs: Iterable[Job], seconds: Optional[float] = None) -> None:

@@ -78,7 +78,7 @@ def choose(
         return tile
     if gluon:
         schedule = schedule_name(group_size, scale_bits, weight_bits)
-        return choose_gluon_tile(m, n, k, schedule, sm_count, decode=group_size in (128, -1))
+        return choose_gluon_tile(m, n, k, schedule, sm_count, decode=group_size != 256)
     few = few_tokens_tile(m, n, k, group_size, scale_bits, weight_bits, sm_count) if in_parts else None
     return few or choose_tile(m, n, k, group_size, scale_bits, weight_bits, capability)
 

@@ -64,7 +64,8 @@ def test_every_tile_is_exact(schedule):
 
 
 @pytest.mark.parametrize(
-    "group_size, scale_bits, weight_bits", [(128, 4, 4), (128, 8, 4), (256, 4, 4), (-1, 1, 4), (-1, 1, 8)]
+    "group_size, scale_bits, weight_bits",
+    [(32, 4, 4), (64, 8, 4), (128, 4, 4), (128, 8, 4), (256, 4, 4), (-1, 1, 4), (-1, 1, 8)],
 )
 @pytest.mark.parametrize("few", [True, False], ids=["few rows", "many rows"])
 def test_every_gluon_tile_is_exact(few, group_size, scale_bits, weight_bits):
@@ -85,7 +86,7 @@ def test_every_gluon_tile_is_exact(few, group_size, scale_bits, weight_bits):
         make_grouped((0, 0, 0), 20, 128, 768, **options),
         make_grouped((9, *[0] * 40, 300, 1), 40, 300, 768, scatter=True, **options),
     ]
-    tiles = [t for t in gluon_grouped_tiles(schedule, few, decode=group_size in (128, -1)) if t.group_n != 16]
+    tiles = [t for t in gluon_grouped_tiles(schedule, few, decode=group_size != 256) if t.group_n != 16]
     for problem in problems:
         for tile in tiles:
             assert_exact(problem, tile)

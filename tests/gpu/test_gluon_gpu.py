@@ -61,17 +61,17 @@ def assert_exact(p: Problem, tile, **options) -> None:
 
 
 @pytest.mark.parametrize("scale_bits", [4, 8])
-@pytest.mark.parametrize("group_size", [128, 256, -1])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
 def test_gemm_tiles_are_exact(group_size, scale_bits):
     problems = [(150, 333, 1280, "random"), (70, 64, 4096, "extreme"), (70, 64, 1152, "random")]
-    for m, n, k, values in problems if group_size == 128 else problems[:1]:
+    for m, n, k, values in problems if group_size in (32, 128) else problems[:1]:
         p = make_problem(m, n, k, group_size, scale_bits, "tiled", values=values).to("cuda")
         for t in gemm_tiles():
             if narrow(t, scale_bits if group_size != -1 else 1):
                 assert_exact(p, t)
 
 
-@pytest.mark.parametrize("group_size,scale_bits", [(128, 4), (128, 8), (-1, 1)])
+@pytest.mark.parametrize("group_size,scale_bits", [(32, 4), (32, 8), (64, 8), (128, 4), (128, 8), (-1, 1)])
 def test_decode_tiles_are_exact(group_size, scale_bits):
     for k, values in ((1152, "random"), (4096, "extreme"), (128, "random")):
         p = make_problem(13, 333, k, group_size, scale_bits, "tiled", values=values).to("cuda")
@@ -119,7 +119,7 @@ def dequantized(p: Problem, dtype: torch.dtype, more: bool):
     return lambda tile: linear_cuda(*operands, tile=tile, overlap=True, residual=residual)
 
 
-@pytest.mark.parametrize("form", [(128, 4), (128, 8), (256, 4), (-1, 1)], ids=str)
+@pytest.mark.parametrize("form", [(32, 4), (64, 8), (128, 4), (128, 8), (256, 4), (-1, 1)], ids=str)
 def test_results_copied_by_the_accelerator_are_those_of_plain_stores(form):
     """Every cooperative tile: odd widths, tokens beside whole tiles, bias, residual, parts of K, both 16-bit types."""
     from intscale_compile.kernels.tile import Tile
@@ -237,7 +237,9 @@ def test_compiled_with_cuda_graphs_calls_the_op(m):
 
 @pytest.mark.parametrize("m", [100, 300, 1000])
 @pytest.mark.parametrize(
-    "packed", [dict(group_size=128), dict(group_size=128, scale_bits=8), dict(group_size=-1)], ids=str
+    "packed",
+    [dict(group_size=32), dict(group_size=128), dict(group_size=128, scale_bits=8), dict(group_size=-1)],
+    ids=str,
 )
 def test_an_fp32_model_has_its_outputs(m, packed):
     """32-bit outputs take more shared memory in the epilogue; 28672 rows select the largest tiles."""
@@ -258,7 +260,9 @@ def test_an_fp32_model_has_its_outputs(m, packed):
 
 @pytest.mark.parametrize("m", [513, 1000])
 @pytest.mark.parametrize(
-    "packed", [dict(group_size=128, scale_bits=8), dict(group_size=128), dict(group_size=-1)], ids=str
+    "packed",
+    [dict(group_size=g, scale_bits=bits) for g in (32, 64, 128) for bits in (4, 8)] + [dict(group_size=-1)],
+    ids=str,
 )
 def test_every_launch_has_the_same_bits(m, packed):
     """Several tiles a program, again and again, launched into the end of other kernels: a stage of the ring that is given back

@@ -83,15 +83,15 @@ def test_overlapping_launches_in_a_graph_beside_other_work():
 
 
 def test_the_rules_use_parts_where_gluon_has_no_kernel():
-    """Groups of 32 on Hopper, and a decoding step of a compiled model calls the op."""
+    """Features that are no multiple of 128 on Hopper, and a decoding step of a compiled model calls the op."""
     from intscale_compile import IntScaleConfig, quantize
 
     torch.manual_seed(0)
     model = (
-        torch.nn.Sequential(torch.nn.Linear(2048, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 2048)).cuda().bfloat16()
+        torch.nn.Sequential(torch.nn.Linear(2112, 1088), torch.nn.ReLU(), torch.nn.Linear(1088, 2112)).cuda().bfloat16()
     )
     quantize(model.eval(), IntScaleConfig(group_size=32))
-    x = torch.randn(4, 2048, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(4, 2112, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         eager = model(x)
         compiled = torch.compile(model, backend="intscale", mode="reduce-overhead")

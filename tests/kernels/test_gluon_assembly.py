@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 triton = pytest.importorskip("triton")
+from intscale_compile.format import pack_block  # noqa: E402
 from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES, UNROLLS, blocks_in_body  # noqa: E402
 from intscale_compile.kernels.gluon_tiles import (  # noqa: E402
     SCHEDULES,
@@ -28,6 +29,7 @@ from intscale_compile.kernels.gluon_tiles import (  # noqa: E402
     gated_tile,
     illegal,
     scale_tiles,
+    scales_in_block,
     shared_bytes,
 )
 from intscale_compile.kernels.tile import Tile  # noqa: E402
@@ -66,7 +68,15 @@ def path_of(schedule: str, tile: Tile, *_: Any) -> tuple:
     return schedule, tile.kernel, tile.block_n == 64, tile.split_k > 1
 
 
-def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residual: bool = False, out: str = "bf16"):
+def compile_tile(
+    schedule: str,
+    tile: Tile,
+    k: int,
+    gated: str = "none",
+    residual: bool = False,
+    out: str = "bf16",
+    group_size: int = 128,
+):
     """Compile one kernel for sm_90 and return Triton's compiled object; ``out="i32"`` is the accumulator itself."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -74,29 +84,30 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
     from intscale_compile.kernels import gluon_cooperative, gluon_decode, gluon_gemm
 
     blocks, scale, int8 = k // 128, "fp32" if schedule == "float" else "u8", schedule == "int8"
+    pack = pack_block(group_size)
     schedule = "none" if int8 else schedule
     constants = dict(
-        BLOCKS=blocks, SCALES=schedule, DEQUANTIZE=out != "i32", HAS_BIAS=False, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        STAGES=tile.num_stages, OVERLAP=True, bias_ptr=None,
+        BLOCKS=blocks, GROUP_SIZE=group_size, SCALES=schedule, DEQUANTIZE=out != "i32", HAS_BIAS=False,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, OVERLAP=True, bias_ptr=None,
     )  # fmt: skip
     signature = {**POINTERS, "out_ptr": f"*{out}", "scale_ptr": f"*{scale}", "M": "i32", "N": "i32"}
     options: dict = dict(num_warps=4 if tile.kernel == "cooperative" else tile.num_warps)
     if tile.kernel == "decode":
         fn, depth = gluon_decode.gemm_decode, 4 * tile.steps
-        shapes = ([depth, tile.block_m, 64], [depth, tile.block_n, 64], [depth, tile.block_n])
-        constants.update(STEPS=tile.steps, RESIDENT=fits_resident(tile, schedule, blocks))
+        shapes = ([depth, tile.block_m, 64], [depth, tile.block_n, pack // 2], [depth, tile.block_n])
+        resident = fits_resident(tile, schedule, blocks, scales_in_block(group_size))
+        constants.update(STEPS=tile.steps, RESIDENT=resident)
         constants["SCALES"] = "accumulate" if schedule == "fold" else schedule
     else:
         kernels = {"pipelined": gluon_gemm.gemm_pipelined, "specialized": gluon_gemm.gemm_specialized}
         fn = kernels.get(tile.kernel, gluon_cooperative.gemm_cooperative)
         scales = [scale_tiles(tile), 1, 64] if gated == "none" else [2, tile.block_n // 128, 1, 64]
         rows = 8 if tile.kernel == "cooperative" and gated != "none" else 64
-        shapes = ([tile.block_m // 2, 128], [rows, 128 if int8 else 64], scales)
+        shapes = ([tile.block_m // 2, 128], [rows, 128 if int8 else pack // 2], scales)
         constants.update(
-            BLOCKS_PER_GROUP=1,
             GROUP_N=tile.group_n,
             SPLIT_K=tile.split_k,
-            UNROLL=blocks_in_body(tile.kernel == "cooperative", schedule, int8, blocks),
+            UNROLL=blocks_in_body(tile.kernel == "cooperative", schedule, int8, blocks, scales_in_block(group_size)),
             INT8=int8,
             GATED=gated,
             HAS_RESIDUAL=residual,
@@ -116,7 +127,8 @@ def compile_tile(schedule: str, tile: Tile, k: int, gated: str = "none", residua
             constants.update(partial_ptr=None, counter_ptr=None)
     if tile.kernel != "pipelined":
         options["maxnreg"] = REGISTERS[tile.num_warps, tile.programs_per_sm]
-    signature.update(zip(("x_desc", "w_desc"), (descriptor(shape, "i8") for shape in shapes[:2])))
+    signature["x_desc"] = descriptor(shapes[0], "i8", swizzled=pack == 128 or tile.kernel != "decode")
+    signature["w_desc"] = descriptor(shapes[1], "i8")
     signature["s_desc"] = descriptor(shapes[2], scale, swizzled=False)
     names = fn.arg_names
     aligned = [i for i, name in enumerate(names) if signature.get(name, "")[:1] == "*" or name == "N"]

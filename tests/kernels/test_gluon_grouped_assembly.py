@@ -7,8 +7,9 @@ import itertools
 import pytest
 
 triton = pytest.importorskip("triton")
+from intscale_compile.format import pack_block  # noqa: E402
 from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES, blocks_in_body  # noqa: E402
-from intscale_compile.kernels.gluon_tiles import deepest, for_output  # noqa: E402
+from intscale_compile.kernels.gluon_tiles import deepest, for_output, scales_in_block  # noqa: E402
 from intscale_compile.kernels.grouped_tiles import choose_grouped_tile  # noqa: E402
 from intscale_compile.kernels.tile import Tile  # noqa: E402
 from tests.support.gluon import POINTERS, RELEASE, check, descriptor  # noqa: E402
@@ -16,7 +17,9 @@ from tests.support.gluon import POINTERS, RELEASE, check, descriptor  # noqa: E4
 pytestmark = pytest.mark.skipif(RELEASE not in TRITON_RELEASES, reason=f"Gluon of Triton {triton.__version__}")
 
 
-def compile_grouped(schedule: str, tile: Tile, k: int, groups: int, out: str = "bf16", indices: bool = True):
+def compile_grouped(
+    schedule: str, tile: Tile, k: int, groups: int, out: str = "bf16", indices: bool = True, group_size: int = 128
+):
     """Compile one kernel for sm_90; ``out="i32"`` is the accumulator itself, ``"fp32"`` has a bias."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -28,8 +31,8 @@ def compile_grouped(schedule: str, tile: Tile, k: int, groups: int, out: str = "
     signature = {"out_ptr": f"*{out}", "scale_ptr": "*u8", "offsets_ptr": "*i32"}
     signature |= dict.fromkeys(("rows", "experts", "N", "row_tiles"), "i32")
     constants = dict(
-        BLOCKS=blocks, SCALES=scales, DEQUANTIZE=out != "i32", HAS_BIAS=out == "fp32", GROUPS=groups, BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n, STAGES=tile.num_stages, OVERLAP=True,
+        BLOCKS=blocks, GROUP_SIZE=group_size, SCALES=scales, DEQUANTIZE=out != "i32", HAS_BIAS=out == "fp32", GROUPS=groups,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, OVERLAP=True,
     )  # fmt: skip
     for name, there in (
         ("row_scale_ptr", out != "i32"), ("token_scale_ptr", out != "i32"), ("bias_ptr", out == "fp32"),
@@ -39,16 +42,17 @@ def compile_grouped(schedule: str, tile: Tile, k: int, groups: int, out: str = "
             signature[name] = POINTERS.get(name, "*fp32" if name == "bias_ptr" else "*i32")
         else:
             constants[name] = None
-    depth = 4 * tile.steps
+    pack = pack_block(group_size)
     if decode:
-        fn, constants["STEPS"] = gluon_grouped.grouped_decode, tile.steps
-        shapes = ([depth, tile.block_m, 64], [depth, tile.block_n, 64], [depth, tile.block_n])
+        fn, depth, constants["STEPS"] = gluon_grouped.grouped_decode, 4 * tile.steps, tile.steps
+        shapes = ([depth, tile.block_m, 64], [depth, tile.block_n, pack // 2], [depth, tile.block_n])
     else:
         fn = gluon_grouped.grouped_cooperative
-        shapes = ([tile.block_m // 2, 128], [64, 128 if int8 else 64], [tile.block_n // 64, 1, 64])
-        unroll = blocks_in_body(True, scales, int8, blocks)
-        constants.update(BLOCKS_PER_GROUP=1, GROUP_N=tile.group_n, UNROLL=unroll, INT8=int8)
-    signature.update(zip(("x_desc", "w_desc"), (descriptor(shape, "i8") for shape in shapes[:2])))
+        shapes = ([tile.block_m // 2, 128], [64, 128 if int8 else pack // 2], [tile.block_n // 64, 1, 64])
+        unroll = blocks_in_body(True, scales, int8, blocks, scales_in_block(group_size))
+        constants.update(GROUP_N=tile.group_n, UNROLL=unroll, INT8=int8)
+    signature["x_desc"] = descriptor(shapes[0], "i8", swizzled=pack == 128 or tile.kernel != "decode")
+    signature["w_desc"] = descriptor(shapes[1], "i8")
     signature["s_desc"] = descriptor(shapes[2], "u8", swizzled=False)
     names = fn.arg_names
     aligned = [i for i, name in enumerate(names) if signature.get(name, "")[:1] == "*" or name == "N"]
