@@ -209,11 +209,11 @@ def test_plain_kernels_launch_what_was_compiled_ahead(started, compiled):
 
 @gluon
 def test_only_ops_that_inductor_calls():
-    """The template has no kernel of ours: few tokens without CUDA graphs, groups without a Gluon kernel, int32 results."""
-    few, many, small_groups = linear_case(64, 512, 256), linear_case(4096, 512, 256), linear_case(64, 512, 256, 64)
+    """The template has no kernel of ours: few tokens without CUDA graphs, features without a Gluon kernel, int32 results."""
+    few, many, half_block = linear_case(64, 512, 256), linear_case(4096, 512, 256), linear_case(64, 512, 192, 64)
     _, shapes, _ = few
     bare = "intscale::w4a8_accumulate", [shapes[0], *shapes[2:4]], (512, 128, 4, "tiled", ops.KERNEL_ABI)
-    rewrite = graph_of(few, many, small_groups, bare)
+    rewrite = graph_of(few, many, half_block, bare)
     without = compile_ahead.launches_of(rewrite, cuda_graphs=False)
     assert [(one.kernel.fn.__name__, one.args[0].shape) for one in without] == [("gemm_specialized", [4096, 256])]
     assert len(compile_ahead.launches_of(rewrite, cuda_graphs=True)) == 2

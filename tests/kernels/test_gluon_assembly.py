@@ -220,6 +220,49 @@ def test_tiles_by_rule_assemble_without_spills(schedule, tile, k, code):
         assert code.count("STSM") >= tile.block_m * tile.block_n // (32 * 32) and code.count("UTMASTG")
 
 
+def fine_tiles() -> list[tuple[str, Tile, int, dict]]:
+    """Every kind of tile for groups of 32 and 64, the largest of each kernel first; gated ones, and with a residual."""
+    decode = {case for case in chosen(choose_gluon_tile, ("fold",)) if case[1].kernel == "decode"}
+    whole = [(s, t) for s, t in {*costed_tiles(), *decode} if s in ("fold", "accumulate") and t.split_k == 1]
+    whole.sort(key=lambda case: (-case[1].block_m * case[1].block_n, str(case)))
+    cases = [(s, t, group_size, {}) for group_size in (32, 64) for s, t in whole]
+    wide = deepest(Tile(256, 128, 8, kernel="cooperative"), "fold")
+    return cases + [("fold", wide, 32, {"gated": "silu"}), ("fold", wide, 32, {"residual": True})]
+
+
+def compile_fine(schedule: str, tile: Tile, group_size: int, form: dict):
+    """The tile as the launcher fits it to the scales of several groups in a stage."""
+    return compile_tile(schedule, fine(schedule, tile, group_size), 4096, group_size=group_size, **form)
+
+
+def fine(schedule: str, tile: Tile, group_size: int) -> Tile:
+    return for_output(tile, schedule, 2, scales_in_block(group_size))
+
+
+@pytest.mark.assembles(kernel=compile_fine)
+@pytest.mark.parametrize(
+    "schedule,tile,group_size,form",
+    quick_first(
+        fine_tiles(),
+        lambda schedule, tile, group_size, form: (schedule, tile.kernel),
+        lambda schedule, tile, group_size, form: (
+            (schedule, tile.kernel) in (("fold", "cooperative"), ("fold", "decode"))
+        ),
+    ),
+    ids=str,
+)
+def test_groups_of_32_and_64_assemble(schedule, tile, group_size, form, code):
+    """The products of a stage stay in flight together where scales are folded; else those of a group do.
+
+    Groups of 32 with two sums keep up to eight words of a loop in local memory (Triton 3.9; three with 3.6).
+    """
+    apart = schedule == "accumulate" and tile.kernel != "decode"
+    words = 8 if apart and group_size == 32 else 0
+    check(code, fine(schedule, tile, group_size), summed=group_size // 32 if apart else 0, words=words)
+    stages = fine(schedule, tile, group_size).num_stages
+    assert stages >= 2 and (schedule != "fold" or stages >= tile.num_stages - 1)
+
+
 def gated_tiles() -> list[tuple[str, Tile, int, str]]:
     """Every tile that a shipped one, or one by rule, becomes in a gated launch, once; the widest with each activation."""
     schedules = ("fold", "accumulate", "none", "int8")
