@@ -31,13 +31,17 @@ def test_backend_is_found_by_name():
     assert "intscale" in torch._dynamo.list_backends()
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.vectorized), torch.bfloat16])
-def test_both_doors_are_bit_identical_and_near_the_original(dtype):
+@pytest.mark.parametrize(
+    "dtype, run",
+    [pytest.param(torch.float32, compiled, marks=pytest.mark.vectorized), (torch.bfloat16, rewritten)],
+    ids=["fp32", "bf16 without Inductor"],
+)
+def test_both_doors_are_bit_identical_and_near_the_original(dtype, run):
     model = Block().to(dtype).eval().requires_grad_(False)
     quantized = copy.deepcopy(model)
     quantize_(quantized, IntScaleConfig())
     x = torch.randn(3, 5, 64, dtype=dtype)
-    plain_door, tensor_door = compiled(model)(x), compiled(quantized)(x)
+    plain_door, tensor_door = run(model)(x), run(quantized)(x)
     assert torch.equal(plain_door, tensor_door)
     assert 15 < sqnr(model(x).float(), plain_door.float()) < 60  # quantized, and not by much
     assert sqnr(quantized(x).float(), tensor_door.float()) > 35  # eager rounds between ops, a fused graph does not
@@ -54,7 +58,7 @@ def test_counts_of_the_passes():
 
 @pytest.mark.generated
 def test_plain_inductor_runs_the_tensor():
-    model = nn.Sequential(nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 32)).eval()
+    model = nn.Sequential(nn.Linear(64, 48), nn.SiLU()).eval()
     quantize_(model, IntScaleConfig())
     x = torch.randn(4, 64)
     with torch.no_grad():
@@ -81,39 +85,43 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("door", ["plain", "tensor"])
-def test_every_form_of_a_product_is_matched(form, door):
-    function, kn, has_bias = FORMS[form]
-    if door == "tensor" and form == "cast weight":
-        pytest.skip("a cast of a quantized weight to its own dtype is the plain form")
+def test_every_form_of_a_product_is_matched(door):
+    """All in one graph, each with a weight of its own, and not merged: one product for each form."""
+    # A cast of a quantized weight to its own dtype is the plain form.
+    forms = {name: form for name, form in FORMS.items() if (door, name) != ("tensor", "cast weight")}
 
-    class Product(nn.Module):
+    def weight_of(kn):
+        if door == "plain":
+            return W.t().contiguous() if kn else W.clone()
+        return IntScaleTensor.from_hp(W).t() if kn else IntScaleTensor.from_hp(W)
+
+    class Products(nn.Module):
         def __init__(self):
             super().__init__()
-            weight = W.t().contiguous() if kn else W
-            if door == "tensor":
-                packed = IntScaleTensor.from_hp(W)
-                weight = packed.t() if kn else packed
-            self.weight = nn.Parameter(weight, requires_grad=False)
+            weights = [weight_of(kn) for _, kn, _ in forms.values()]
+            self.weights = nn.ParameterList([nn.Parameter(weight, requires_grad=False) for weight in weights])
             self.bias = nn.Parameter(BIAS, requires_grad=False)
 
         def forward(self, x):
-            return function(x, self.weight, self.bias)
+            return [f(x, weight, self.bias) for (f, _, _), weight in zip(forms.values(), self.weights)]
 
-    module, x = Product(), torch.randn(2, 3, 64)
-    expected = w4a8(x, W, BIAS if has_bias else None)
+    module, x, options = Products(), torch.randn(2, 3, 64), {"intscale.disable_passes": ["merge_siblings"]}
     with torch.no_grad():
-        y = rewritten(module)(x)
-    assert torch.equal(y.view(expected.shape), expected)
-    assert intscale_compile.explain(module, x).gemms == 1
+        found = dict(zip(forms, rewritten(module, **options)(x), strict=True))
+    expected = {True: w4a8(x, W, BIAS), False: w4a8(x, W)}
+    for name, (_, _, has_bias) in forms.items():
+        assert torch.equal(found[name].view(2, 3, 48), expected[has_bias]), name
+    report = intscale_compile.explain(module, x, options=options)
+    assert report.gemms == len(forms) and not report.fallbacks
 
 
-@pytest.mark.parametrize("shape", [(64,), (1, 64), (7, 64), (2, 3, 4, 64), (0, 64)])
-def test_activations_of_any_rank(shape):
+def test_activations_of_any_rank():
     module = nn.Linear(64, 48).requires_grad_(False)
-    x = torch.randn(shape)
-    assert torch.equal(rewritten(module)(x), w4a8(x, module.weight, module.bias))
+    for shape in ((64,), (1, 64), (7, 64), (2, 3, 4, 64), (0, 64)):
+        torch._dynamo.reset()  # static sizes
+        x = torch.randn(shape)
+        assert torch.equal(rewritten(module)(x), w4a8(x, module.weight, module.bias)), shape
 
 
 @pytest.mark.parametrize("door", ["plain", "tensor"])
@@ -181,7 +189,7 @@ def test_no_grad_inside_the_graph_is_seen():
     torch.testing.assert_close(run(x), w4a8(x, module.weight, module.bias).detach())
 
 
-@pytest.mark.parametrize("backend", [pytest.param("intscale", marks=pytest.mark.generated), "inductor"])
+@pytest.mark.parametrize("backend", ["intscale", "inductor"])
 def test_gradients_go_straight_through(backend):
     """Quantized weights, trainable norm and bias: the usual first call without no_grad."""
     model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 32))
@@ -224,7 +232,7 @@ def test_options_reach_their_place():
 
 
 def test_modes():
-    model, x = Block().eval().requires_grad_(False), torch.randn(4, 64)
+    model, x = nn.Sequential(nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 32)).requires_grad_(False), torch.randn(4, 64)
     y = compiled(model)(x)
     torch._dynamo.reset()
     assert torch.equal(y, compiled(model, mode="reduce-overhead")(x))

@@ -31,7 +31,7 @@ def warnings_of(model, config, caplog, door=quantize_):
 @pytest.fixture
 def sensitive() -> nn.Module:
     """Sharp next-token distributions, which small changes of the hidden states turn over."""
-    model = tiny_llama()
+    model = tiny_llama(1)
     model.lm_head.weight.data.mul_(100)
     return model
 

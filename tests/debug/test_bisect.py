@@ -100,7 +100,7 @@ def test_layers_that_do_not_survive_quantization_are_found_among_plain_ones():
     assert {c.name for c in result.layers} == {"layers.0.o_proj.weight", "layers.1.o_proj.weight"}
 
 
-@pytest.mark.parametrize("layer", ["layers.0.q_proj", "layers.1.k_proj"])
+@pytest.mark.parametrize("layer", ["layers.1.k_proj", pytest.param("layers.0.q_proj", marks=pytest.mark.slow)])
 def test_a_corrupted_layer_of_a_quantized_model_is_found(layer):
     model, x = Model(), torch.randn(4, 64)
     other = copy.deepcopy(model)

@@ -37,12 +37,11 @@ def test_nothing_is_written_without_a_level(folder, monkeypatch, capfd):
         monkeypatch.delenv("INTSCALE_DEBUG", raising=False)
         if level is not None:
             monkeypatch.setenv("INTSCALE_DEBUG", level)
-        compiled()
+        compiled(nn.Linear(64, 64).requires_grad_(False))
         torch._dynamo.reset()
     assert not folder.exists() and "intscale:" not in capfd.readouterr().err
 
 
-@pytest.mark.generated
 def test_levels_escalate(folder, monkeypatch, capfd):
     monkeypatch.setenv("INTSCALE_DEBUG", "1")
     compiled()
@@ -72,7 +71,6 @@ def test_levels_escalate(folder, monkeypatch, capfd):
     assert kernels and all("intscale.w4a8_linear" in path.read_text() for path in kernels)
 
 
-@pytest.mark.generated
 def test_graphs_on_disk_run_and_pictures_are_svg(folder, monkeypatch):
     monkeypatch.setenv("INTSCALE_DEBUG", "3")
     compiled()

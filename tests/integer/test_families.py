@@ -38,16 +38,18 @@ def make(name, config, **kwargs):
     return model
 
 
-def both(model, **kwargs):
-    """Outputs of the float form and of the integer-only one, where the mask lets them be seen."""
+def both(model, alone=False, **kwargs):
+    """Outputs of the float form and of the integer-only one, where the mask lets them be seen.
+
+    ``alone``: the first text has the same bits without the second, which takes another compilation.
+    """
     ids = torch.arange(40).view(2, 20) * 7 % 300
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
     run = integer_only.run_eagerly(model)
     with torch.no_grad():
-        found, alone = run(ids, attention_mask=mask, **kwargs)[0], run(ids[:1], **kwargs)[0]
-        expected = model(ids, attention_mask=mask, **kwargs)[0]
-    assert torch.equal(found[:1], alone)
+        found, expected = (m(ids, attention_mask=mask, **kwargs)[0] for m in (run, model))
+        assert not alone or torch.equal(found[:1], run(ids[:1], **kwargs)[0])
     return expected[mask.bool()], found[mask.bool()]
 
 
@@ -55,7 +57,7 @@ def both(model, **kwargs):
     "name", ["Mistral", "Qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Qwen2", "Llama"))]
 )
 def test_decoders(name):
-    expected, found = both(make(name, KNOWN[name]), use_cache=False)
+    expected, found = both(make(name, KNOWN[name]), alone=name == "Mistral", use_cache=False)
     assert torch.nn.functional.cosine_similarity(expected, found, dim=-1).min() > 0.999
 
 

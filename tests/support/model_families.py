@@ -130,9 +130,8 @@ def _vit(layers: int) -> nn.Module:
 
 def _t5(layers: int) -> nn.Module:
     sizes = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4, "vocab_size": VOCABULARY}
-    config = hf.T5Config(
-        num_layers=layers, decoder_start_token_id=0, use_cache=False, feed_forward_proj="gated-gelu", **sizes
-    )
+    stacks = {"num_layers": 1, "num_decoder_layers": layers}
+    config = hf.T5Config(**stacks, decoder_start_token_id=0, use_cache=False, feed_forward_proj="gated-gelu", **sizes)
     return hf.T5ForConditionalGeneration(config)
 
 
@@ -251,8 +250,8 @@ FAMILIES: dict[str, Family] = {
     # Keys and values of all cross attentions read one activation, the encoder's output: one GEMM for all layers.
     "t5": Family(
         _t5,
-        lambda n: 7 * n + 11 * n,
-        lambda n: 4 * n + 6 * n + 1,
+        lambda n: 7 + 11 * n,  # one layer of the encoder
+        lambda n: 4 + 6 * n + 1,
         11,
         {"encoder.embed_tokens.weight": TIED},
         _two_texts,
