@@ -92,99 +92,6 @@ def test_prompts_of_other_lengths_compile_nothing(models):
     assert len(graphs) == before and model._intscale_generation.prompts == prompts + 3
 
 
-def test_layers_share_one_graph(models, caplog):
-    """``prompt="layers"``: whatever the length, and the tokens are those of the other ways."""
-    eager, graphs = models[0], []
-    model = copy.deepcopy(eager)
-    setup = prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers", max_cache_len=32)
-    assert "one graph for all layers and lengths" in setup.prompt
-    generate(model)
-    assert len(graphs) == 2  # a layer, and the decoding step
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for columns in (5, 9, 17):
-            ids = token_ids(2, columns)
-            assert torch.equal(
-                generate(model, ids), generate(eager, ids, cache_implementation="static", disable_compile=True)
-            )
-    assert len(graphs) == 2 and model._intscale_generation.prompts == 4
-    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
-    again = copy.deepcopy(model)
-    assert again._intscale_generation.by_layer and torch.equal(generate(again), generate(eager))
-
-
-def test_layers_that_cannot_be_told_are_compiled_as_a_whole(monkeypatch, caplog):
-    model, graphs = build(), []
-    model.model.layers[0].self_attn.layer_idx = 5
-    setup = prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers")
-    assert setup.prompt == "torch.compile, one graph for all lengths" and not model._intscale_generation.by_layer
-    plain = build(quantized=False)
-    assert "layers" not in prepare_for_generation(plain, prompt="layers").prompt  # quantized while they are compiled
-    model.model.layers[0].self_attn.layer_idx = 0
-    prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers")
-    monkeypatch.setattr("intscale_compile.integrations.transformers_layers.CACHE_NAMES", ("another name",))
-    generate(model)
-    assert not model._intscale_generation.by_layer and "compiled as a whole from the next one on" in caplog.text
-    assert "forward" not in model.model.layers[0].__dict__
-
-
-@pytest.mark.parametrize(
-    "name, said",
-    [("qwen3", None), ("falcon", "the form of its cache is not known"), ("mistral", "see a part of the prompt")],
-)
-def test_prompts_of_families(name, said, caplog):
-    """Masks by kind of layer (Qwen), one head of keys (Falcon), windows (Mistral): right, and what runs eagerly is said once."""
-    eager, graphs = FAMILIES[name].build(), []
-    eager.config.use_cache = eager.generation_config.use_cache = True
-    eager.generation_config.eos_token_id, eager.generation_config.pad_token_id = None, 0
-    quantize_(eager, IntScaleConfig())
-    model = copy.deepcopy(eager)
-    prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers", max_cache_len=32)
-    for columns in (5, 9):
-        ids = token_ids(2, columns)
-        arguments = dict(cache_implementation="static", disable_compile=True, max_cache_len=32)
-        answers = [generate(m, ids, max_new_tokens=12, **a) for m, a in ((model, {}), (eager, arguments))]
-        assert torch.equal(*answers)
-    assert model._intscale_generation.prompts == {"qwen3": 2, "falcon": 1, "mistral": 0}[name]
-    assert len(graphs) <= 4  # with a constant count of tokens each step of a window was compiled, and after eight none
-    messages = [r.getMessage() for r in caplog.records if "that prompt runs eagerly" in r.getMessage()]
-    assert len(messages) == (said is not None) and all(said in message for message in messages)
-
-
-def test_what_fails_with_a_static_cache_stays_eager(caplog):
-    """XLM repeats its mask for as many keys as there are tokens; transformers' own call with a static cache fails too."""
-    model = transformers.XLMWithLMHeadModel(
-        transformers.XLMConfig(vocab_size=160, emb_dim=64, n_layers=1, n_heads=2, max_position_embeddings=64)
-    ).eval()
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    quantize_(model, IntScaleConfig())
-    expected = generate(model)
-    setup = prepare_for_generation(model, backend=without_inductor([]))
-    assert "XLMWithLMHeadModel fails in transformers with a static cache" in setup.decoding and setup.prompt == "eager"
-    assert setup.decoding in caplog.text and model.generation_config.cache_implementation is None
-    assert torch.equal(generate(model), expected)
-
-
-def test_a_cache_with_states_beside_keys(caplog):
-    """Linear attention (Qwen3-Next): its part of the cache has neither a length nor a count of tokens."""
-    config = transformers.Qwen3NextConfig(
-        vocab_size=128, hidden_size=64, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], head_dim=32,
-        num_attention_heads=2, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-        shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=32,
-        linear_value_head_dim=32,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    eager = transformers.Qwen3NextForCausalLM(config).eval().requires_grad_(False)
-    eager.generation_config.eos_token_id, eager.generation_config.pad_token_id = None, 0
-    quantize_(eager, IntScaleConfig())
-    model = copy.deepcopy(eager)
-    prepare_for_generation(model, backend=without_inductor([]), prompt="compiled", max_cache_len=32)
-    for columns in (9, 5):
-        ids = token_ids(1, columns)
-        arguments = dict(cache_implementation="static", disable_compile=True, max_cache_len=32)
-        assert torch.equal(generate(model, ids), generate(eager, ids, **arguments))
-    assert "keep something else than keys and values (LinearAttentionLayer" in caplog.text
-
-
 @pytest.mark.same_graphs
 def test_padding(models):
     eager, model, _ = models
@@ -270,6 +177,99 @@ def test_outside_of_generate_nothing_changes(models):
     with torch.no_grad():
         assert torch.equal(model(token_ids()).logits, eager(token_ids()).logits)
     assert len(graphs) == before
+
+
+def test_layers_share_one_graph(models, caplog):
+    """``prompt="layers"``: whatever the length, and the tokens are those of the other ways."""
+    eager, graphs = models[0], []
+    model = copy.deepcopy(eager)
+    setup = prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers", max_cache_len=32)
+    assert "one graph for all layers and lengths" in setup.prompt
+    generate(model)
+    assert len(graphs) == 2  # a layer, and the decoding step
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for columns in (5, 9, 17):
+            ids = token_ids(2, columns)
+            assert torch.equal(
+                generate(model, ids), generate(eager, ids, cache_implementation="static", disable_compile=True)
+            )
+    assert len(graphs) == 2 and model._intscale_generation.prompts == 4
+    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+    again = copy.deepcopy(model)
+    assert again._intscale_generation.by_layer and torch.equal(generate(again), generate(eager))
+
+
+def test_layers_that_cannot_be_told_are_compiled_as_a_whole(monkeypatch, caplog):
+    model, graphs = build(), []
+    model.model.layers[0].self_attn.layer_idx = 5
+    setup = prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers")
+    assert setup.prompt == "torch.compile, one graph for all lengths" and not model._intscale_generation.by_layer
+    plain = build(quantized=False)
+    assert "layers" not in prepare_for_generation(plain, prompt="layers").prompt  # quantized while they are compiled
+    model.model.layers[0].self_attn.layer_idx = 0
+    prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers")
+    monkeypatch.setattr("intscale_compile.integrations.transformers_layers.CACHE_NAMES", ("another name",))
+    generate(model)
+    assert not model._intscale_generation.by_layer and "compiled as a whole from the next one on" in caplog.text
+    assert "forward" not in model.model.layers[0].__dict__
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [("qwen3", None), ("falcon", "the form of its cache is not known"), ("mistral", "see a part of the prompt")],
+)
+def test_prompts_of_families(name, said, caplog):
+    """Masks by kind of layer (Qwen), one head of keys (Falcon), windows (Mistral): right, and what runs eagerly is said once."""
+    eager, graphs = FAMILIES[name].build(), []
+    eager.config.use_cache = eager.generation_config.use_cache = True
+    eager.generation_config.eos_token_id, eager.generation_config.pad_token_id = None, 0
+    quantize_(eager, IntScaleConfig())
+    model = copy.deepcopy(eager)
+    prepare_for_generation(model, backend=without_inductor(graphs), prompt="layers", max_cache_len=32)
+    for columns in (5, 9):
+        ids = token_ids(2, columns)
+        arguments = dict(cache_implementation="static", disable_compile=True, max_cache_len=32)
+        answers = [generate(m, ids, max_new_tokens=10, **a) for m, a in ((model, {}), (eager, arguments))]
+        assert torch.equal(*answers)
+    assert model._intscale_generation.prompts == {"qwen3": 2, "falcon": 1, "mistral": 0}[name]
+    assert len(graphs) <= 4  # with a constant count of tokens each step of a window was compiled, and after eight none
+    messages = [r.getMessage() for r in caplog.records if "that prompt runs eagerly" in r.getMessage()]
+    assert len(messages) == (said is not None) and all(said in message for message in messages)
+
+
+def test_what_fails_with_a_static_cache_stays_eager(caplog):
+    """XLM repeats its mask for as many keys as there are tokens; transformers' own call with a static cache fails too."""
+    model = transformers.XLMWithLMHeadModel(
+        transformers.XLMConfig(vocab_size=160, emb_dim=64, n_layers=1, n_heads=2, max_position_embeddings=64)
+    ).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    quantize_(model, IntScaleConfig())
+    expected = generate(model)
+    setup = prepare_for_generation(model, backend=without_inductor([]))
+    assert "XLMWithLMHeadModel fails in transformers with a static cache" in setup.decoding and setup.prompt == "eager"
+    assert setup.decoding in caplog.text and model.generation_config.cache_implementation is None
+    assert torch.equal(generate(model), expected)
+
+
+def test_a_cache_with_states_beside_keys(caplog):
+    """Linear attention (Qwen3-Next): its part of the cache has neither a length nor a count of tokens."""
+    config = transformers.Qwen3NextConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], head_dim=32,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=32,
+        linear_value_head_dim=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    eager = transformers.Qwen3NextForCausalLM(config).eval().requires_grad_(False)
+    eager.generation_config.eos_token_id, eager.generation_config.pad_token_id = None, 0
+    quantize_(eager, IntScaleConfig())
+    model = copy.deepcopy(eager)
+    prepare_for_generation(model, backend=without_inductor([]), prompt="compiled", max_cache_len=32)
+    for columns in (9, 5):
+        ids = token_ids(1, columns)
+        arguments = dict(cache_implementation="static", disable_compile=True, max_cache_len=32)
+        assert torch.equal(generate(model, ids), generate(eager, ids, **arguments))
+    assert "keep something else than keys and values (LinearAttentionLayer" in caplog.text
 
 
 def test_what_it_says(caplog):

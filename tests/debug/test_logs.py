@@ -19,16 +19,53 @@ model = torch.nn.Linear(64, 32).requires_grad_(False)
 with torch.no_grad():
     torch.compile(model, backend="intscale")(torch.randn(2, 64))
 """
+# A fork of a process that has imported torch and Inductor and nothing of ours. TORCH_LOGS goes before set_logs.
 SET_LOGS = """
-import logging, torch
-def level(): return logging.getLogger("intscale_compile.passes").getEffectiveLevel()
-torch._logging.set_logs(modules={"intscale": logging.DEBUG})
-import intscale_compile
-assert level() == logging.DEBUG, level()
-torch._logging.set_logs(modules={"intscale": logging.INFO})
-assert level() == logging.INFO, level()
-torch._logging.set_logs()
-assert level() == logging.WARNING, level()
+import os, sys, torch._inductor.compile_fx
+assert not any(name.startswith("intscale") for name in sys.modules), "imported with torch"
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    import logging, traceback
+    try:
+        for name in ("TORCH_LOGS", "TORCH_TRACE"):
+            del os.environ[name]
+        torch._logging._internal.LOG_TRACE_HANDLER = None  # the parent's file
+        def level(): return logging.getLogger("intscale_compile.passes").getEffectiveLevel()
+        torch._logging.set_logs(modules={"intscale": logging.DEBUG})
+        import intscale_compile
+        assert level() == logging.DEBUG, level()
+        torch._logging.set_logs(modules={"intscale": logging.INFO})
+        assert level() == logging.INFO, level()
+        torch._logging.set_logs()
+        assert level() == logging.WARNING, level()
+        torch._inductor.config.fallback_by_default = True
+        model = torch.nn.Linear(64, 32).requires_grad_(False)
+        for level in (logging.DEBUG, logging.INFO):
+            torch._logging.set_logs(modules={"intscale": level})
+            print("---", file=sys.stderr)
+            torch._dynamo.reset()
+            with torch.no_grad():
+                torch.compile(model, backend="intscale")(torch.randn(2, 64))
+        print("---", file=sys.stderr, flush=True)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+"""
+# What torch runs of ours for our names: nothing is imported, and reading them takes no part of the import worth naming.
+IMPORT = """
+import os, sys, time
+taken = time.process_time()
+import torch
+taken, names, setting = time.process_time() - taken, os.environ["TORCH_LOGS"], time.process_time()
+os.environ["TORCH_LOGS"] = "+intscale,intscale_graphs"
+torch._logging._internal._init_logs()
+setting = time.process_time() - setting
+assert not any(n.startswith("intscale") for n in sys.modules)
+assert setting < 0.1 * taken, (setting, taken)
+os.environ["TORCH_LOGS"] = names
+torch._logging._internal._init_logs()
 """
 
 
@@ -53,18 +90,6 @@ SHOWN = {  # by name: what is logged, and what is not
         ["linear products", "after experts"],
     ),
 }
-COMPILE = """
-import sys
-import torch._inductor.config
-torch._inductor.config.fallback_by_default = True
-model = torch.nn.Linear(64, 32).requires_grad_(False)
-for level in (logging.DEBUG, logging.INFO):
-    torch._logging.set_logs(modules={"intscale": level})
-    print("---", file=sys.stderr)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(model, backend="intscale")(torch.randn(2, 64))
-"""
 
 
 def check_shown(value, text):
@@ -83,41 +108,29 @@ def check_trace(folder):
     assert "torch.ops.intscale.w4a8_linear" in text
 
 
-@pytest.mark.parametrize(
-    "value", ["intscale_graphs", *(pytest.param(name, marks=pytest.mark.slow) for name in ("intscale", "+intscale"))]
-)
-def test_names_work_without_an_import_of_ours(value, tmp_path):
-    """With the artifacts for tlparse in the same process."""
-    check_shown(value, run(MODEL, tmp_path, TORCH_LOGS=value, TORCH_TRACE=str(tmp_path / "trace")))
-    check_trace(tmp_path / "trace")
-
-
-def test_set_logs_works_before_and_after_our_import(tmp_path):
-    """Levels, and then what two of them show."""
-    _, debug, info = run(SET_LOGS + COMPILE, tmp_path).split("---\n")
+def test_names_work_without_an_import_of_ours(tmp_path):
+    """In one process: what the names take of ``import torch``, levels by ``set_logs`` before and after our import and what
+    two of them show, and then what the variable asks for, with the artifacts for tlparse."""
+    trace = tmp_path / "trace"
+    text = run(IMPORT + SET_LOGS + MODEL, tmp_path, TORCH_LOGS="intscale_graphs", TORCH_TRACE=str(trace))
+    _, debug, info, graphs = text.split("---\n")
     check_shown("+intscale", debug)
     check_shown("intscale", info)
+    check_shown("intscale_graphs", graphs)
+    check_trace(trace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["intscale", "+intscale"])
+def test_other_names(value, tmp_path):
+    check_shown(value, run(MODEL, tmp_path, TORCH_LOGS=value, TORCH_TRACE=str(tmp_path / "trace")))
+    check_trace(tmp_path / "trace")
 
 
 def test_the_package_itself_is_a_name_too(tmp_path):
     """torch imports it then, in the middle of its own import."""
     code = "import logging, torch\nassert logging.getLogger('intscale_compile').isEnabledFor(logging.DEBUG)"
     run(code + "\nimport intscale_compile; intscale_compile.compare", tmp_path, TORCH_LOGS="+intscale_compile")
-
-
-def test_import_torch_is_as_fast_as_before(tmp_path):
-    """What torch runs of ours for our names: nothing is imported, and reading them takes no part of the import worth naming."""
-    code = """
-import sys, time
-taken = time.process_time()
-import torch
-taken, setting = time.process_time() - taken, time.process_time()
-torch._logging._internal._init_logs()
-setting = time.process_time() - setting
-assert not any(n.startswith("intscale") for n in sys.modules)
-assert setting < 0.1 * taken, (setting, taken)
-"""
-    run(code, tmp_path, TORCH_LOGS="+intscale,intscale_graphs")
 
 
 def test_the_names_are_single_files_that_torch_does_not_import():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from intscale_compile import backend
+from intscale_compile.compile.binding import bind
+from intscale_compile.compile.options import parse_options
 from intscale_compile.passes import GraphRewrite, apply_passes
 from intscale_compile.passes.model import causal_attention, constant_mask
 from intscale_compile.passes.model.affine_mask import is_causal
@@ -38,9 +42,13 @@ def rewritten(model, *inputs, dynamic=None, **options) -> GraphRewrite:
     return rewrite
 
 
+def attentions(rewrite: GraphRewrite) -> list[torch.fx.Node]:
+    return [n for n in rewrite.graph.nodes if n.target in ATTENTION]
+
+
 def the_call(rewrite: GraphRewrite) -> dict:
     """Arguments of the one attention of a graph."""
-    (node,) = [n for n in rewrite.graph.nodes if n.target in ATTENTION]
+    (node,) = attentions(rewrite)
     return dict(zip(causal_attention.ARGUMENTS, node.args)) | dict(node.kwargs)
 
 
@@ -94,45 +102,63 @@ ALL = {
 }
 
 
+def assert_no_mask_is_left(rewrite: GraphRewrite) -> None:
+    left = {constant_mask.function_name(n) for n in rewrite.graph.nodes}
+    assert not left & {"arange", "ones", "full", "where", "tril", "triu", "diff", "cumsum", "new_ones", "ones_like"}
+
+
 def assert_simplified(rewrite, model, inputs, causal: bool) -> None:
     """One call without mask, nothing left of the mask, true metadata, the same result, no second match."""
     call = the_call(rewrite)
     assert rewrite.counts["causal_attention"] == 1
     assert (call["attn_mask"], call["is_causal"], call["scale"]) == (None, causal, 0.3)
-    left = {constant_mask.function_name(n) for n in rewrite.graph.nodes}
-    assert not left & {"arange", "ones", "full", "where", "tril", "triu", "diff", "cumsum", "new_ones", "ones_like"}
+    assert_no_mask_is_left(rewrite)
     assert_true_metadata(rewrite)
     torch.testing.assert_close(run(rewrite)[0], model(*inputs), rtol=1e-5, atol=1e-6)
     assert_idempotent(rewrite)
 
 
+def each(masks):
+    """A model that attends with each mask in turn, all in one graph."""
+    return lambda q, k, v: [attend(mask)(q, k, v) for mask in masks.values()]
+
+
+def assert_all_simplified(masks, inputs, causal: bool) -> None:
+    """As ``assert_simplified``, of many masks in one graph."""
+    rewrite = rewritten(each(masks), *inputs)
+    calls = [dict(zip(causal_attention.ARGUMENTS, n.args)) | dict(n.kwargs) for n in attentions(rewrite)]
+    found = {
+        name: (call["attn_mask"], call["is_causal"], call["scale"]) for name, call in zip(masks, calls, strict=True)
+    }
+    assert found == dict.fromkeys(masks, (None, causal, 0.3)) and rewrite.counts["causal_attention"] == len(masks)
+    assert_no_mask_is_left(rewrite)
+    assert_true_metadata(rewrite)
+    for y, wanted in zip(run(rewrite), each(masks)(*inputs), strict=True):
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-6)
+    assert_idempotent(rewrite)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("mask", PROVED)
-def test_causal_masks_of_any_size(mask, dynamic):
-    model, inputs = attend(PROVED[mask]), operands()
+def test_causal_masks_of_any_size(dynamic):
+    model, inputs = each(PROVED), operands()
     rewrite = capture(model, *inputs, dynamic=dynamic)
-    (node,) = [n for n in rewrite.graph.nodes if n.target in ATTENTION]
-    assert is_causal(node.kwargs["attn_mask"])
+    assert [is_causal(n.kwargs["attn_mask"]) for n in attentions(rewrite)] == [True] * len(PROVED)
+    if not dynamic:
+        return assert_all_simplified(PROVED, inputs, True)
     apply_passes(rewrite, (CAUSAL_ATTENTION,))
-    if dynamic:
-        assert the_call(rewrite)["attn_mask"] is None and the_call(rewrite)["is_causal"] is True
-        sizes_and_tensors = [x if isinstance(x, torch.Tensor) else int(x) for x in arguments(rewrite)]
-        torch.testing.assert_close(rewrite.gm(*sizes_and_tensors)[0], model(*inputs), rtol=1e-5, atol=1e-6)
-    else:
-        assert_simplified(rewrite, model, inputs, True)
+    assert {(n.kwargs["attn_mask"], n.kwargs["is_causal"]) for n in attentions(rewrite)} == {(None, True)}
+    sizes_and_tensors = [x if isinstance(x, torch.Tensor) else int(x) for x in arguments(rewrite)]
+    for y, wanted in zip(rewrite.gm(*sizes_and_tensors), model(*inputs), strict=True):
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mask", COMPUTED)
-def test_causal_masks_of_static_size(mask):
-    model, inputs = attend(COMPUTED[mask]), operands()
-    assert_simplified(rewritten(model, *inputs), model, inputs, True)
+def test_causal_masks_of_static_size():
+    assert_all_simplified(COMPUTED, operands(), True)
 
 
 @pytest.mark.parametrize("keys", [Q, 33])
-@pytest.mark.parametrize("mask", ALL)
-def test_masks_that_hide_nothing(mask, keys):
-    model, inputs = attend(ALL[mask]), operands(keys=keys)
-    assert_simplified(rewritten(model, *inputs), model, inputs, False)
+def test_masks_that_hide_nothing(keys):
+    assert_all_simplified(ALL, operands(keys=keys), False)
 
 
 def test_positional_arguments():
@@ -207,15 +233,27 @@ NEVER = {
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("case", NEVER)
-def test_left_alone(case, dynamic):
-    mask, rest = NEVER[case]
-    options = {name: rest[name] for name in rest if name.startswith("intscale.")}
-    sizes = {name: rest[name] for name in rest if name not in options}
-    rewrite = capture(attend(mask), *operands(**sizes), dynamic=dynamic, **options)
-    before = rewrite.gm.code
-    apply_passes(rewrite, (CAUSAL_ATTENTION,))
-    assert rewrite.counts["causal_attention"] == 0 and rewrite.gm.code == before
+def test_left_alone(dynamic):
+    """All masks of one size in one graph."""
+    sizes = {(rest.get("q_len", Q), rest.get("keys", Q)) for _, rest in NEVER.values()}
+    for q_len, keys in sizes:
+        masks = {
+            name: mask
+            for name, (mask, rest) in NEVER.items()
+            if (rest.get("q_len", Q), rest.get("keys", Q)) == (q_len, keys) and name != "off"
+        }
+        rewrite = capture(each(masks), *operands(q_len, keys), dynamic=dynamic)
+        before = rewrite.gm.code
+        apply_passes(rewrite, (CAUSAL_ATTENTION,))
+        still = {name for name, n in zip(masks, attentions(rewrite), strict=True) if n.kwargs["attn_mask"] is not None}
+        assert still == set(masks)
+        assert rewrite.counts["causal_attention"] == 0 and rewrite.gm.code == before
+
+
+def test_off():
+    mask, options = NEVER["off"]
+    rewrite = rewritten(attend(mask), *operands(), **options)
+    assert rewrite.counts["causal_attention"] == 0 and the_call(rewrite)["attn_mask"] is not None
 
 
 @pytest.mark.parametrize("change", ["argument", "position_ids"])
@@ -278,10 +316,11 @@ def test_flash_attention_is_only_expected_on_nvidia():
     assert able == [True, False, False, False]
 
 
+@pytest.mark.generated
 def test_gradients_are_the_same():
     q, k, v = (x.requires_grad_() for x in operands())
     model, gradients = attend(transformers_like), []
-    for call in (model, torch.compile(model, backend=backend.intscale, fullgraph=True)):
+    for call in (model, torch.compile(model, backend=backend.intscale, fullgraph=True, dynamic=True)):
         call(q, k, v).square().sum().backward()
         gradients.append([x.grad.clone() for x in (q, k, v)])
         for x in (q, k, v):
@@ -290,10 +329,23 @@ def test_gradients_are_the_same():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.generated
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("family", ["Llama", pytest.param("Mistral", marks=pytest.mark.slow)])
-def test_whole_model_under_the_real_backend(family, dynamic, monkeypatch):
+def op_by_op(gm, inputs, options=None):
+    """The backend without Inductor."""
+    rewrite = backend.rewrite_graph(gm, inputs, parse_options(None, options)[0])
+    return bind(rewrite, lambda graph, _: graph.forward)
+
+
+ALL_FORMS = [(family, dynamic) for family in ("Llama", "Mistral") for dynamic in (False, True)]
+
+
+@pytest.mark.parametrize(
+    "family, dynamic, compiler",
+    [
+        ("Llama", True, op_by_op),
+        *(pytest.param(*form, backend.intscale, marks=pytest.mark.slow) for form in ALL_FORMS),
+    ],
+)
+def test_whole_model(family, dynamic, compiler, monkeypatch):
     """Mistral's window of 8 is shorter than the text: there nothing may change."""
     transformers = pytest.importorskip("transformers")
     window = {"sliding_window": 8} if family == "Mistral" else {}
@@ -311,9 +363,8 @@ def test_whole_model_under_the_real_backend(family, dynamic, monkeypatch):
 
     monkeypatch.setattr(backend, "rewrite_graph", spy)
     torch._dynamo.reset()
-    run_model = torch.compile(
-        model, backend=backend.intscale, fullgraph=True, dynamic=dynamic, options={"intscale.quantize_plain": False}
-    )
+    compiled = functools.partial(compiler, options={"intscale.quantize_plain": False})
+    run_model = torch.compile(model, backend=compiled, fullgraph=True, dynamic=dynamic)
     for length in (24, 40) if dynamic else (24,):
         ids = torch.randint(0, 128, (2, length))
         with torch.no_grad():

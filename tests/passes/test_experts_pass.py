@@ -48,8 +48,14 @@ class Stack(nn.Module):
         return self.function(x, self.weight, *index)
 
 
-@pytest.mark.parametrize("implementation", COMPILED)
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize(
+    "kind, implementation",
+    [
+        *((kind, "grouped_mm") for kind in ("mixtral", "gpt_oss", "nemotron_h")),
+        ("mixtral", "batched_mm"),
+        *(pytest.param(kind, "batched_mm", marks=pytest.mark.slow) for kind in ("gpt_oss", "nemotron_h")),
+    ],
+)
 def test_both_doors_of_every_layout(kind, implementation):
     module, inputs = experts_module(kind, implementation), routing(6)
     door = quantized(module)
@@ -156,12 +162,12 @@ def test_dynamic_tokens_on_one_graph(implementation):
         *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHER_DTYPES),
     ],
 )
-def test_compiled_equals_eager_in_both_backends(implementation, dtype):
+def test_compiled_equals_eager_in_both_backends(implementation, dtype, request):
     module = quantized(experts_module("gpt_oss", implementation, dtype))
     inputs = routing(5, dtype=dtype)
     eager = module(*inputs)
     assert eager.dtype is dtype
-    for backend in ("intscale", "inductor"):
+    for backend in ("intscale",) if request.node.get_closest_marker("generated") else ("intscale", "inductor"):
         torch._dynamo.reset()
         with torch.no_grad():
             assert sqnr(eager, torch.compile(module, backend=backend, fullgraph=True)(*inputs)) > 35, backend

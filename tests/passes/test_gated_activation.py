@@ -92,29 +92,40 @@ def activations(tokens: int = LEAST_TOKENS) -> torch.Tensor:
     return torch.randn(2, tokens // 2, K)
 
 
-def rewritten(model, x, dynamic=None, **options) -> GraphRewrite:
-    rewrite = capture(model, x, dynamic=dynamic, **{**ON, **options})
+def rewritten(model, *xs, dynamic=None, **options) -> GraphRewrite:
+    rewrite = capture(model, *xs, dynamic=dynamic, **{**ON, **options})
     apply_passes(rewrite, PASSES)
     return rewrite
 
 
+class Together(nn.Module):
+    """Several models in one graph, each with an activation of its own, so that nothing is merged between them."""
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, *xs):
+        return [model(x) for model, x in zip(self.models, xs)]
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", MATCHED)
-def test_matched(name, dynamic):
-    model, x = MATCHED[name], activations()
-    rewrite = rewritten(model, x, dynamic)
-    assert rewrite.counts["gated_activation"] == count(rewrite, GATED_OP) == 1 and not count(rewrite, LINEAR_OP)
+def test_matched(dynamic):
+    model, xs = Together(MATCHED.values()), [activations() for _ in MATCHED]
+    rewrite = rewritten(model, *xs, dynamic=dynamic)
+    gated = [node for node in rewrite.graph.nodes if node.target is GATED_OP]
+    assert rewrite.counts["gated_activation"] == len(gated) == len(MATCHED) and not count(rewrite, LINEAR_OP)
     names = " ".join(str(node.target) for node in rewrite.graph.nodes if node.op.startswith("call"))
     assert not any(
         word in names.replace("w4a8_gated", "") for word in ("silu", "gelu", "mul", "split", "chunk", "getitem_")
     )
-    (node,) = (node for node in rewrite.graph.nodes if node.target is GATED_OP)
-    assert len(node.meta["intscale_candidates"]) == len(model.parts) and node.meta["intscale_tensor"] is not None
     assert_true_metadata(rewrite)
-    (y,) = run(rewrite)
-    without = rewritten(model, x, dynamic, **{"intscale.disable_passes": ["gated_activation"]})
-    torch.testing.assert_close(y, run(without)[0], rtol=1e-5, atol=1e-5)
-    assert y.shape == (*x.shape[:-1], FEATURES) and y.is_contiguous()
+    without = run(rewritten(model, *xs, dynamic=dynamic, **{"intscale.disable_passes": ["gated_activation"]}))
+    for (name, part), node, y, other, x in zip(MATCHED.items(), gated, run(rewrite), without, xs, strict=True):
+        assert len(node.meta["intscale_candidates"]) == len(part.parts), name
+        assert node.meta["intscale_tensor"] is not None, name
+        torch.testing.assert_close(y, other, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        assert y.shape == (*x.shape[:-1], FEATURES) and y.is_contiguous(), name
 
 
 def test_idempotent():
@@ -125,8 +136,19 @@ def test_idempotent():
     assert again.counts["gated_activation"] == 0 and again.gm.code == code
 
 
-@pytest.mark.parametrize("name", LEFT_ALONE)
-def test_left_alone(name):
+def test_forms_that_are_left_alone():
+    models = {name: model for name, (model, options) in LEFT_ALONE.items() if not options}
+    rewrite = rewritten(Together(models.values()), *(activations() for _ in models))
+    parts = sum(1 if len(model.parts) == 1 else 2 for model in models.values())
+    taken = [
+        c.name for node in rewrite.graph.nodes if node.target is GATED_OP for c in node.meta["intscale_candidates"]
+    ]
+    assert taken == [] and rewrite.counts["gated_activation"] == 0
+    assert len(models) <= count(rewrite, LINEAR_OP) <= parts
+
+
+@pytest.mark.parametrize("name", [name for name, (_, options) in LEFT_ALONE.items() if options])
+def test_left_alone_with_options(name):
     model, options = LEFT_ALONE[name]
     rewrite = rewritten(model, activations(), **options)
     assert rewrite.counts["gated_activation"] == count(rewrite, GATED_OP) == 0 and count(rewrite, LINEAR_OP)
@@ -134,7 +156,7 @@ def test_left_alone(name):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_few_tokens(dynamic):
-    rewrite = rewritten(MATCHED["silu"], activations(LEAST_TOKENS - 2), dynamic)
+    rewrite = rewritten(MATCHED["silu"], activations(LEAST_TOKENS - 2), dynamic=dynamic)
     assert rewrite.counts["gated_activation"] == 0
 
 
@@ -147,7 +169,7 @@ def test_tokens_needed_on_a_gpu():
             (LEAST_TOKENS_WITHOUT_GRAPHS, False, True),
             (LEAST_TOKENS_WITHOUT_GRAPHS - 2, False, False),
         ):
-            rewrite = rewritten(MATCHED["silu"], activations(tokens), dynamic, **OFF)
+            rewrite = rewritten(MATCHED["silu"], activations(tokens), dynamic=dynamic, **OFF)
             (linear,) = (node for node in rewrite.graph.nodes if node.target is LINEAR_OP)
             value = linear.meta["example_value"]
             # A fake tensor that says that it is on a GPU: the shape is the traced one, symbols and all.
@@ -172,32 +194,22 @@ def test_autograd_is_left_alone():
 @pytest.mark.generated
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled(dynamic):
-    """Through Inductor, where the op stays whole: near the unfused graph, at other numbers of tokens too."""
-    model, x = MATCHED["silu"], activations()
-    results = {}
-    for option in ("force", "disable"):
-        torch._dynamo.reset()
-        compiled = torch.compile(
-            model, backend="intscale", dynamic=dynamic, options={f"intscale.{option}_passes": ["gated_activation"]}
-        )
-        with torch.no_grad():
-            results[option] = [compiled(x), compiled(x[:, :7])]
-    for a, b in zip(results["force"], results["disable"]):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_one_graph_for_every_number_of_tokens():
-    graphs = []
+    """Through Inductor, where the op stays whole: near the unfused graph, in one graph for every number of tokens."""
+    model, x, graphs = MATCHED["silu"], activations(), []
+    (expected,) = run(rewritten(model, x, **OFF))
 
     def backend(gm, inputs):
         graphs.append(gm)
         return intscale(gm, inputs, options=ON)
 
-    run = torch.compile(MATCHED["silu"], backend=backend, dynamic=True)
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
     with torch.no_grad():
-        for tokens in (300, 5, 400):
-            run(activations()[0, :1].repeat(tokens, 1))
-    assert len(graphs) == 1
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+        for tokens in (7, 5, 100):
+            torch.testing.assert_close(compiled(x[:, :tokens].contiguous()), expected[:, :tokens], rtol=1e-5, atol=1e-5)
+            if not dynamic:
+                break
+    assert len(graphs) == (1 if dynamic else 2)
 
 
 def test_explain_counts_it():
@@ -206,12 +218,31 @@ def test_explain_counts_it():
     assert all(layer.quantized and layer.kernel == "oneDNN fold + silu" for layer in report.layers)
 
 
-def test_a_transformers_model():
-    """Every MLP of a small Llama, whose activation is a module from a table, and of a small Phi-3."""
+FAMILIES = (
+    ("Llama", "silu", {}),
+    ("Phi3", "silu", {"pad_token_id": 0}),
+    ("Gemma2", "gelu_pytorch_tanh", {"head_dim": 32}),
+)
+
+
+def feed_forward(family, layers=1, **extra):
     transformers = pytest.importorskip("transformers")
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=128)
-    for model_type, extra in (("Llama", {}), ("Phi3", {"pad_token_id": 0}), ("Gemma2", {"head_dim": 32})):
-        config = getattr(transformers, f"{model_type}Config")(num_key_value_heads=2, **sizes, **extra)
-        model = getattr(transformers, f"{model_type}Model")(config).eval().requires_grad_(False)
-        report = explain(model, torch.randint(0, 128, (2, LEAST_TOKENS // 2)), options=ON)
-        assert report.pass_counts["gated_activation"] == 2, model_type
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=2, vocab_size=128)
+    config = getattr(transformers, f"{family}Config")(num_key_value_heads=2, **sizes, **extra)
+    return getattr(transformers, f"{family}Model")(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family, activation, extra", FAMILIES)
+def test_feed_forward_of_transformers(family, activation, extra):
+    """Its activation is a module from a table; gate and up are two weights, or one in Phi-3."""
+    rewrite = rewritten(feed_forward(family, **extra).layers[0].mlp, activations())
+    (node,) = (node for node in rewrite.graph.nodes if node.target is GATED_OP)
+    assert rewrite.counts["gated_activation"] == 1 and (activation == "silu") == ("silu" in node.args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, activation, extra", FAMILIES)
+def test_a_transformers_model(family, activation, extra):
+    """Every MLP of a small model."""
+    report = explain(feed_forward(family, 2, **extra), torch.randint(0, 128, (2, LEAST_TOKENS // 2)), options=ON)
+    assert report.pass_counts["gated_activation"] == 2

@@ -201,23 +201,7 @@ UPDATES = {
 }
 
 
-ALIKE = ("qdata rows", "row scale", "exchanged scales", "load_state_dict assign", "moved")  # as another one here
-
-
-@pytest.mark.parametrize(
-    "update, inference",
-    [
-        *(pytest.param(update, False, marks=pytest.mark.slow if update in ALIKE else ()) for update in UPDATES),
-        ("copy_", True),
-        *(pytest.param(update, True, marks=pytest.mark.slow) for update in UPDATES if update != "copy_"),
-    ],
-)
-def test_updates_are_seen(update, inference, binds):
-    model, graphs = Attention(), []
-    run = rewritten(model, graphs)
-    with torch.inference_mode(inference):
-        for _ in range(2):
-            run(X)
+def assert_seen(update, inference, model, run, binds):
     before, bound = model(X), len(binds)
     gc.collect()  # an op by op graph keeps its fake tensors, and they refer to parameters that are to be exchanged
     with torch.no_grad():
@@ -225,12 +209,37 @@ def test_updates_are_seen(update, inference, binds):
     gc.collect()  # a quantized nn.Linear is part of a cycle: nothing else may hold what was assigned
     with torch.inference_mode(inference):
         y = run(X)
-        assert torch.equal(y, model(X))
-        assert torch.equal(run(X), y)
-    assert torch.equal(y, before) == (update in ("moved", "shared"))
+        assert torch.equal(y, model(X)), update
+        assert torch.equal(run(X), y), update
+    assert torch.equal(y, before) == (update in ("moved", "shared")), update
     in_place = not any(word in update for word in ("assign", "exchanged", "moved", "shared"))
-    assert len(binds) - bound == (0 if in_place else 1)
-    assert len(graphs) == 1 and len({memory_of(m.weight.qdata) for m in (model.q, model.k, model.v)}) == 1
+    assert len(binds) - bound == (0 if in_place else 1), update
+    assert len({memory_of(m.weight.qdata) for m in (model.q, model.k, model.v)}) == 1, update
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_updates_one_after_another_are_seen(inference, binds):
+    model, graphs = Attention(), []
+    run = rewritten(model, graphs)
+    with torch.inference_mode(inference):
+        for _ in range(2):
+            run(X)
+    for update in UPDATES:
+        assert_seen(update, inference, model, run, binds)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("inference", [False, True])
+def test_updates_are_seen(update, inference, binds):
+    model, graphs = Attention(), []
+    run = rewritten(model, graphs)
+    with torch.inference_mode(inference):
+        for _ in range(2):
+            run(X)
+    assert_seen(update, inference, model, run, binds)
+    assert len(graphs) == 1
 
 
 def test_updates_of_plain_weights_are_seen(binds):

@@ -14,6 +14,7 @@ from intscale_compile.kernels.hadamard import hadamard_transform
 from intscale_compile.kernels.quantize_static import STATIC_OP
 from intscale_compile.tensors.experts import grouped_linear
 from intscale_compile.tensors.linear import linear
+from tests.support.compiled import rewritten
 from tests.support.static import FORMATS, Siblings, outlying, prepared
 
 CASES = [(0, 0.05), (32, None), (32, 0.05)]  # rotation, static scale
@@ -53,7 +54,7 @@ def test_rows_that_are_not_finite_stay_alone(bad, rotation, static):
     x[4, 95] = 1e38
     with torch.no_grad():
         compiles = bad != bad and rotation and static
-        found = [F.linear(x, weight), compiled(F.linear)(x, weight)] if compiles else [F.linear(x, weight)]
+        found = [F.linear(x, weight), rewritten(F.linear)(x, weight)] if compiles else [F.linear(x, weight)]
     for y in found:
         assert y[[1, 4]].isnan().all() and torch.equal(y[[0, 2, 3, 5]], clean[[0, 2, 3, 5]])
 
@@ -118,8 +119,7 @@ def test_eager_is_the_definition(name, rotation, static):
 @pytest.mark.parametrize(
     "rotation, static, backend",
     [
-        *((*case, "intscale") for case in CASES[:-1]),
-        pytest.param(*CASES[-1], "intscale", marks=pytest.mark.generated),
+        *((*case, "intscale") for case in CASES),
         *(pytest.param(*case, "inductor", marks=pytest.mark.slow) for case in CASES[:-1]),
         (*CASES[-1], "inductor"),
     ],
@@ -134,16 +134,23 @@ def test_compiled_with_a_producer_is_near_eager(rotation, static, backend):
             assert (a - b).norm() <= 2e-3 * b.norm()
 
 
-@pytest.mark.parametrize("rotation, static", [*CASES[:-1], pytest.param(*CASES[-1], marks=pytest.mark.vectorized)])
-def test_compiled_is_eager_to_the_bit(rotation, static):
-    """Where the activation itself has the same bits; any number of tokens in one graph."""
+@pytest.mark.parametrize(
+    "rotation, static, dtype",
+    [
+        *((*case, torch.float32) for case in CASES[:-1]),
+        pytest.param(*CASES[-1], torch.float32, marks=pytest.mark.vectorized),
+        (*CASES[-1], torch.bfloat16),
+    ],
+)
+def test_compiled_is_eager_to_the_bit(rotation, static, dtype, request):
+    """Where the activation itself has the same bits; any number of tokens in one graph. With Inductor where it writes C++."""
+    inductor = request.node.get_closest_marker("vectorized") is not None
     model = Siblings(rotation, static, bias=True, config=FORMATS["w8a8"] if static and rotation else None)
-    for dtype in DTYPES[: 2 if rotation and static else 1]:
-        run = compiled(model, dynamic=True)
-        for tokens in (1, 5, 17):
-            x = outlying(tokens, 96, dtype=dtype)
-            with torch.no_grad():
-                assert all(torch.equal(a, b) for a, b in zip(run(x), model(x)))
+    run = compiled(model, dynamic=True) if inductor else rewritten(model)
+    for tokens in (5, 17) if inductor else (1, 5, 17):
+        x = outlying(tokens, 96, dtype=dtype)
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(run(x), model(x)))
 
 
 def test_rotated_product_is_the_product():

@@ -245,7 +245,9 @@ def test_inductor_on_a_cpu():
 
 
 def test_experts_compiled():
-    codes = IntScaleTensor.from_hp(torch.randn(3, 64, 96), IntScaleConfig(group_size=32, scale_bits=8, scale_search="absmax"))
+    codes = IntScaleTensor.from_hp(
+        torch.randn(3, 64, 96), IntScaleConfig(group_size=32, scale_bits=8, scale_search="absmax")
+    )
     zero = torch.randint(-8, 8, codes.scale.shape, dtype=torch.int8)
     weight, offsets = codes.replaced(zero_point=zero).validate(), torch.tensor([2, 2, 7], dtype=torch.int32)
 
