@@ -67,6 +67,8 @@ def _set_up_torch() -> None:
     torch._inductor.config.fallback_by_default = True
     # A package is two C++ files with flags of their own: their headers, compiled ahead, would each be used once.
     torch._inductor.config.aot_inductor.precompile_headers = False
+    # What calls operators and hands over addresses is not made faster by optimizing it.
+    torch._inductor.config.aot_inductor.compile_wrapper_opt_level = "O0"
 
 
 # Files that take longest: they start first, or the last of them would run alone at the end.

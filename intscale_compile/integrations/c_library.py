@@ -6,6 +6,7 @@ beside Inductor's.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -22,7 +23,9 @@ from ..reasons import log_once
 _COMPILER_SECONDS = 300
 
 
-def built_library(source: Path, compiler: str, flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:
+def built_library(
+    source: Path, compiler: str, flags: Sequence[str], libraries: Sequence[str] = (), optional: Sequence[str] = ()
+) -> Path:
     """The shared library of ``source``, compiled unless the same was compiled here before.
 
     Args:
@@ -30,11 +33,15 @@ def built_library(source: Path, compiler: str, flags: Sequence[str], libraries: 
         compiler: the command.
         flags: in front of the source; they are part of the name under which the library is kept.
         libraries: behind the source, such as ``-ldl``.
+        optional: flags that are left out where the compiler does not know them.
 
     Raises:
         OSError: there is no such compiler.
         subprocess.SubprocessError: it failed, or took minutes.
     """
+    if optional:
+        with contextlib.suppress(subprocess.SubprocessError):
+            return built_library(source, compiler, (*flags, *optional), libraries)
     # Slow to import.
     from torch._inductor.runtime.runtime_utils import cache_dir
 
@@ -69,12 +76,7 @@ def compiled_function(
     """
     compiler = os.environ.get("CXX", "g++")
     try:
-        try:
-            path = built_library(source, compiler, ("-std=c++17", *flags, *optional))
-        except subprocess.SubprocessError:
-            if not optional:
-                raise
-            path = built_library(source, compiler, ("-std=c++17", *flags))
+        path = built_library(source, compiler, ("-std=c++17", *flags), optional=optional)
         function = getattr(ctypes.CDLL(str(path)), name)
     except (OSError, subprocess.SubprocessError) as error:
         log_once(

@@ -99,13 +99,12 @@ def test_tables_are_printed(capsys, llama, quantized, text, tmp_path):
     assert code == 0 and "signal to noise" in stdout and "ratio" in stdout
 
 
-def test_inspect(capsys, llama, quantized):
-    code, stdout, _ = in_process(capsys, "inspect", quantized, "--all")
+def test_inspect(capsys, quantized, tmp_path):
+    code, stdout, _ = in_process(capsys, "inspect", quantized, "--all", "--html", tmp_path / "page.html")
     assert code == 0 and stdout.count("W4A8") == 14 and "OUTPUT_EMBEDDING: output embedding" in stdout
     assert "14 of 15 linear layers quantized" in stdout and "model.layers.1.mlp.up_proj.weight" in stdout
-    code, stdout, _ = in_process(capsys, "inspect", llama, "-c", "weight_bits=8", "--json", "--tokens", 8)
-    layers = json.loads(stdout)["layers"]
-    assert code == 0 and {x["weight_bits"] for x in layers if x["quantized"]} == {8} and layers[0]["tokens"] == "8"
+    page = (tmp_path / "page.html").read_text()
+    assert page.lstrip().lower().startswith("<!doctype html") and "mlp.up_proj.weight" in page
 
 
 def test_inspect_folds_repeated_layers(capsys, tmp_path):
@@ -114,18 +113,19 @@ def test_inspect_folds_repeated_layers(capsys, tmp_path):
     assert code == 0 and stdout.count("W4A8") == 7 and "layers.0..3.mlp.up_proj" in stdout
 
 
+def test_inspect_with_other_fields(capsys, tmp_path):
+    one = save_small_llama(tmp_path / "one", WORDS, num_hidden_layers=1)
+    code, stdout, _ = in_process(capsys, "inspect", one, "-c", "weight_bits=8", "--json", "--tokens", 8)
+    layers = json.loads(stdout)["layers"]
+    assert code == 0 and {x["weight_bits"] for x in layers if x["quantized"]} == {8} and layers[0]["tokens"] == "8"
+
+
 def test_inspect_says_no(capsys, tmp_path):
-    """Nothing to quantize in a model whose layers are too small: exit code 1."""
-    tiny = save_small_llama(tmp_path / "tiny", WORDS, hidden_size=8, intermediate_size=12)
+    """Nothing to quantize in a model whose layers are too small: exit code 1. A page that cannot be written: 2."""
+    tiny = save_small_llama(tmp_path / "tiny", WORDS, hidden_size=8, intermediate_size=12, num_hidden_layers=1)
     code, stdout, _ = in_process(capsys, "inspect", tiny)
     assert code == 1 and "NOTHING WAS QUANTIZED" in stdout and "TOO_SMALL" in stdout
-
-
-def test_inspect_writes_the_page(capsys, quantized, tmp_path):
-    code, _, _ = in_process(capsys, "inspect", quantized, "--html", tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert code == 0 and page.lstrip().lower().startswith("<!doctype html") and "mlp.up_proj.weight" in page
-    code, _, stderr = in_process(capsys, "inspect", quantized, "--html", tmp_path / "no" / "page.html")
+    code, _, stderr = in_process(capsys, "inspect", tiny, "--html", tmp_path / "no" / "page.html")
     assert code == 2 and "No such file or directory: check the path" in stderr
 
 

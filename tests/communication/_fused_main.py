@@ -14,13 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.support.interpreter import interpret, run_cases
+from tests.support.interpreter import interpret, prepare, run_cases
 
 interpret()
 
 import torch  # noqa: E402
 
-from intscale_compile.communication import code_words, word_kernels  # noqa: E402
+from intscale_compile.communication import code_words, fused_kernel, triton_kernels, word_kernels  # noqa: E402
 from intscale_compile.communication.fused_kernel import (  # noqa: E402
     LARGE_CHUNK,
     MOST_PROGRAMS,
@@ -195,6 +195,7 @@ def inputs(call: int, elements: int, dtype: str, ranks: int):
 def check(ranks: int) -> None:
     """All ranks give the bits of the reference."""
     torch.set_num_threads(1)  # so that a fork has all that there is
+    prepare(fused_kernel, triton_kernels, word_kernels, code_words)
     context = multiprocessing.get_context("fork")  # what was imported once serves all ranks
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -72,7 +72,7 @@ def test_words_need_no_flag(kernel, ranks):
     assert "fence" not in ptx and "atom" not in ptx
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_code_words_need_no_flag(ranks):
     pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "own_ptr": "*u8", "peers_ptr": "*i64", "counts_ptr": "*i32"}
     aligned = ["elements", "length"]

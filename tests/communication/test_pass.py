@@ -23,8 +23,6 @@ from intscale_compile.passes.quantize_collectives import Chain, QuantizeCollecti
 from intscale_compile.reasons import log_once
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.generated
-
 SCRIPT = Path(__file__).with_name("_pass_main.py")
 INT8 = {"intscale.communication": "int8", "intscale.communication_min_bytes": 0}
 
@@ -112,6 +110,7 @@ def _check_tuned(results, folder):
 # --- one rank of a pretended group -------------------------------------------------------------------------------------
 
 
+@pytest.mark.generated
 def test_off_unless_asked_for(group):
     model, x = Reduced(), torch.randn(4, 128)
     seen = []

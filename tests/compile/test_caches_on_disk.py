@@ -29,7 +29,17 @@ SCRIPT = textwrap.dedent(
 )
 
 
-SOURCE_CHANGED = textwrap.dedent(
+# As if a source file had other contents. In a fork the number is read already: every module that has it gets another.
+CHANGED_IN_FORK = textwrap.dedent(
+    """
+    import intscale_compile, sys
+    having = [m for n, m in sys.modules.items() if n.startswith("intscale_compile.") and hasattr(m, "KERNEL_ABI")]
+    assert len({module.KERNEL_ABI for module in having}) == 1 and len(having) > 8
+    for module in having:
+        module.KERNEL_ABI += 1
+    """
+)
+CHANGED = textwrap.dedent(
     """
     import importlib.util, sys, hashlib
     real = hashlib.sha256
@@ -40,23 +50,25 @@ SOURCE_CHANGED = textwrap.dedent(
 )
 
 
-def _run(cache, source_changed=False):
+def _run(cache, before="", fork=True):
     """Hits of our backend, those of plain Inductor and the result in another process."""
-    if source_changed:  # as if a source file had other contents: read at our import
-        command = [sys.executable, "-c", SOURCE_CHANGED + SCRIPT]
+    if fork:
+        script = cache / "script.py"
+        script.write_text(before + SCRIPT)
+        out = forks.run("plain", script, timeout=300, TORCHINDUCTOR_CACHE_DIR=str(cache))
+    else:
+        command = [sys.executable, "-c", before + SCRIPT]
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
         out = subprocess.run(command, env=env, capture_output=True, text=True)
-    else:
-        script = cache / "script.py"
-        script.write_text(SCRIPT)
-        out = forks.run("plain", script, timeout=300, TORCHINDUCTOR_CACHE_DIR=str(cache))
     assert out.returncode == 0, out.stderr
     _, *hits, value = next(line for line in out.stdout.splitlines() if line.startswith("RESULT")).split()
     return [int(count) for count in hits], value
 
 
-def test_caches_hit_across_processes_and_never_with_other_sources(tmp_path):
-    cold, warm, changed = _run(tmp_path), _run(tmp_path), _run(tmp_path, source_changed=True)
+@pytest.mark.parametrize("fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fork", "new process"])
+def test_caches_hit_across_processes_and_never_with_other_sources(tmp_path, fork):
+    cold, warm = _run(tmp_path), _run(tmp_path)
+    changed = _run(tmp_path, CHANGED_IN_FORK) if fork else _run(tmp_path, CHANGED, fork=False)
     assert cold[0] == changed[0] == [0, 0] and min(warm[0]) >= 1
     assert cold[1] == warm[1] == changed[1]
 

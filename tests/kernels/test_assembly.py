@@ -66,14 +66,16 @@ def check_loop(code: Sass, tensor_core: tuple[str, ...], outside: int = 0) -> No
     assert outside or code.count("STL") == code.count("LDL") == 0
 
 
-SM90_CASES = [
-    pytest.param(s, t, marks=() if s is FOLD or t in (tiles[0], tiles[-1]) else pytest.mark.slow)
-    for s in (FOLD, ACCUMULATE, PER_CHANNEL)
-    for tiles in [chosen_tiles(s)]
-    for t in tiles
-]
+def largest_first(schedules, also=(), tiles=chosen_tiles) -> list:
+    """The largest tile of each schedule, which has the most registers, and the pairs of ``also``; all others are slow."""
+    cases = [(schedule, tile) for schedule in schedules for tile in tiles(schedule)]
+    quick = [*((schedule, tiles(schedule)[-1]) for schedule in schedules), *also]
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
+SM90_CASES = largest_first((FOLD, ACCUMULATE, PER_CHANNEL), [(FOLD, chosen_tiles(FOLD)[0])])
 SM90_CASES += [
-    pytest.param(s, chosen_tiles(s)[-1], marks=pytest.mark.slow if s in ((64, 8, 4), (256, 8, 4)) else ())
+    pytest.param(s, chosen_tiles(s)[-1], marks=pytest.mark.slow if s[0] in (64, 256) else ())
     for s in (W8A8, (32, 4, 4), (32, 8, 4), (64, 8, 4), (256, 4, 4), (256, 8, 4))
 ]
 
@@ -85,16 +87,13 @@ def test_hopper(schedule, tile, code):
     assert code.count("IMMA") == 0
 
 
-# Both schedules in their smallest and their largest tile, and each kind of scale and zero point once.
-ASYMMETRIC = [
-    pytest.param(s, t, marks=() if t in (tiles[0], tiles[-1]) else pytest.mark.slow)
-    for s in ((128, 8, 4, "zero"), (128, 4, 4, "zero"))
-    for tiles in [chosen_asymmetric_tiles(s)]
-    for t in tiles
-]
+# Group scales folded into weights (3 bits and a zero point), applied to sums, and none; scales of 4 bits are the same code as
+# those of 8.
+FOLDED, SUMS = (128, 3, 4, "zero"), (128, 8, 4, "zero")
+ASYMMETRIC = largest_first((FOLDED, SUMS, (-1, 1, 4, "zero")), tiles=chosen_asymmetric_tiles)
 ASYMMETRIC += [
-    pytest.param(s, chosen_asymmetric_tiles(s)[-1], marks=pytest.mark.slow if s[0] in (64, 256) else ())
-    for s in ((128, 3, 4, "zero"), (32, 8, 4, "zero"), (64, 8, 4, "zero"), (256, 8, 4, "zero"), (-1, 1, 4, "zero"))
+    pytest.param(s, chosen_asymmetric_tiles(s)[-1], marks=pytest.mark.slow)
+    for s in ((128, 4, 4, "zero"), (32, 8, 4, "zero"), (64, 8, 4, "zero"), (256, 8, 4, "zero"))
 ]
 ASYMMETRIC += [
     pytest.param((g, 8, 4, "offset"), chosen_asymmetric_tiles((g, 8, 4, "zero"))[-1], marks=marks)
@@ -113,14 +112,14 @@ def test_hopper_with_zero_points(schedule, tile, code):
 )
 @pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
 @pytest.mark.parametrize("arch", [80, pytest.param(89, marks=pytest.mark.slow), 100])
-@pytest.mark.parametrize("m", [1, pytest.param(64, marks=pytest.mark.slow), 4096])
+@pytest.mark.parametrize("m", [*(pytest.param(m, marks=pytest.mark.slow) for m in (1, 64)), 4096])
 def test_other_nvidia(arch, schedule, m, code):
     # Triton 3.9 uses the tensor memory of sm_100, earlier releases mma.sync.
     outside = 16 if arch == 100 else 0  # Triton 3.8
     check_loop(code, ("UTCIMMA", "IMMA") if arch == 100 else ("IMMA",), outside)
 
 
-WIDE = choose_tile(1, 28672, K, *FOLD)
+WIDE = chosen_tiles(FOLD)[0]
 
 
 @pytest.mark.assembles(kernel=lambda packing: compile_nvidia(FOLD, WIDE, packing=packing))
@@ -131,6 +130,7 @@ def test_weights_arrive_in_wide_asynchronous_copies(packing, code):
     assert len(wide) >= WIDE.block_n * 64 // 16 // (32 * WIDE.num_warps)
 
 
+@pytest.mark.slow
 @pytest.mark.assembles(kernel=lambda: compile_nvidia(ACCUMULATE, Tile(128, 128)))
 def test_accumulate_is_not_given_a_tile_that_spills(code):
     """The reason why ``choose_tile`` keeps accumulate at 64x128; if this fails the rule can go."""
@@ -167,7 +167,8 @@ SPLIT = [
 )
 @pytest.mark.parametrize("schedule", SPLIT, ids=lambda schedule: "-".join(map(str, schedule)))
 @pytest.mark.parametrize(
-    "arch, m", [(80, 16), pytest.param(80, 64, marks=pytest.mark.slow), (90, 16), (90, 64), (100, 16)]
+    "arch, m",
+    [(80, 16), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((80, 64), (90, 16))), (90, 64), (100, 16)],
 )
 def test_parts_of_k(arch, schedule, m, code):
     if arch == 100:  # tensor memory: its waits are loops of their own

@@ -35,10 +35,11 @@ def compile_nvidia(schedule, m: int, arch: int = 90, activation: str = "silu"):
 @pytest.mark.parametrize(
     "schedule,m",
     [
-        *((schedule, m) for schedule in (FOLD, ACCUMULATE) for m in (1, 4096)),
-        *((schedule, 4096) for schedule in (PER_CHANNEL, W8A8)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((FOLD, 64), (ACCUMULATE, 64), ((32, 4, 4), 4096))),
-        *(pytest.param(s, m, marks=pytest.mark.slow) for s in (PER_CHANNEL, W8A8, (32, 4, 4)) for m in (1, 64)),
+        *((FOLD, m) for m in (1, 4096)),
+        *((schedule, 4096) for schedule in (ACCUMULATE, W8A8)),
+        pytest.param(FOLD, 64, marks=pytest.mark.slow),
+        *(pytest.param(s, m, marks=pytest.mark.slow) for s in (ACCUMULATE, W8A8) for m in (1, 64)),
+        *(pytest.param(s, m, marks=pytest.mark.slow) for s in (PER_CHANNEL, (32, 4, 4)) for m in (1, 64, 4096)),
     ],
     ids=str,
 )
@@ -47,16 +48,28 @@ def test_hopper(schedule, m, code):
     assert code.count("IMMA") == 0
 
 
-@pytest.mark.assembles(kernel=lambda activation: compile_nvidia(FOLD, 4096, activation=activation))
-@pytest.mark.parametrize("activation", ["gelu", pytest.param("gelu_tanh", marks=pytest.mark.slow)])
-def test_other_activations(activation, code):
+@pytest.mark.assembles(kernel=lambda schedule, activation: compile_nvidia(schedule, 4096, activation=activation))
+@pytest.mark.parametrize(
+    "schedule,activation",
+    [(PER_CHANNEL, "gelu"), *(pytest.param(FOLD, a, marks=pytest.mark.slow) for a in ("gelu", "gelu_tanh"))],
+    ids=str,
+)
+def test_other_activations(schedule, activation, code):
     check_loop(code, ("IGMMA",))
 
 
 @pytest.mark.assembles(kernel=lambda arch, schedule, m: compile_nvidia(schedule, m, arch))
-@pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
-@pytest.mark.parametrize("arch", [80, pytest.param(89, marks=pytest.mark.slow), 100])
-@pytest.mark.parametrize("m", [pytest.param(64, marks=pytest.mark.slow), 4096])
+@pytest.mark.parametrize(
+    "arch,schedule,m",
+    [
+        (80, FOLD, 4096),
+        *((arch, ACCUMULATE, 4096) for arch in (80, 100)),
+        *(pytest.param(89, s, m, marks=pytest.mark.slow) for s in (FOLD, ACCUMULATE) for m in (64, 4096)),
+        *(pytest.param(arch, s, 64, marks=pytest.mark.slow) for arch in (80, 100) for s in (FOLD, ACCUMULATE)),
+        pytest.param(100, FOLD, 4096, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_other_nvidia(arch, schedule, m, code):
     loop = code.k_loop()
     assert any(code.count(opcode, loop) for opcode in ("UTCIMMA", "IMMA")), code.opcodes(loop)
@@ -72,7 +85,9 @@ def test_weights_arrive_in_wide_asynchronous_copies(code):
     assert len(wide) >= tile.block_n * 64 // 16 // (32 * tile.num_warps)
 
 
-@pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(FOLD, marks=pytest.mark.slow), ACCUMULATE], ids=["fold", "accumulate"]
+)
 def test_amd(schedule):
     compiled = compile_kernel(schedule, Tile(64, 64, num_stages=2), GPUTarget("hip", "gfx942", 64), ptx=False)
     assert "v_mfma_i32" in compiled.asm["amdgcn"] and len(compiled.asm["hsaco"]) > 0

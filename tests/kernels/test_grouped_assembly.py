@@ -13,7 +13,7 @@ from intscale_compile.kernels.grouped_tiles import choose_grouped_tile
 from intscale_compile.kernels.tile import Tile
 from intscale_compile.kernels.triton_gemm import schedule_flags
 from intscale_compile.kernels.triton_grouped import row_tiles, w4a8_grouped_kernel
-from tests.kernels.test_assembly import ACCUMULATE, FOLD, PER_CHANNEL, W8A8, check_loop
+from tests.kernels.test_assembly import ACCUMULATE, FOLD, PER_CHANNEL, W8A8, check_loop, largest_first
 from tests.support.sass import assemble
 
 K, EXPERTS = 4096, 8
@@ -49,12 +49,10 @@ def compile_nvidia(schedule, tile: Tile, arch: int = 90):
     return compile_kernel(schedule, tile, GPUTarget("cuda", arch, 32))
 
 
-SM90_CASES = [(FOLD, t) for t in chosen_tiles(FOLD)] + [(ACCUMULATE, chosen_tiles(ACCUMULATE)[i]) for i in (0, -1)]
-SM90_CASES += [(s, chosen_tiles(s)[-1]) for s in (PER_CHANNEL, W8A8)]
-OTHERS = [(PER_CHANNEL, t) for t in chosen_tiles(PER_CHANNEL)[:-1]]
-OTHERS += [(ACCUMULATE, t) for t in chosen_tiles(ACCUMULATE)[1:-1]]
-OTHERS += [(s, chosen_tiles(s)[-1]) for s in ((32, 4, 4), (64, 8, 4), (256, 4, 4))]
-SM90_CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
+SM90_CASES = largest_first((FOLD, ACCUMULATE, PER_CHANNEL), [(FOLD, chosen_tiles(FOLD)[0])], chosen_tiles)
+SM90_CASES += [(W8A8, chosen_tiles(W8A8)[-1])]
+OTHERS = ((32, 4, 4), (64, 8, 4), (256, 4, 4))
+SM90_CASES += [pytest.param(s, chosen_tiles(s)[-1], marks=pytest.mark.slow) for s in OTHERS]
 
 
 @pytest.mark.assembles(kernel=lambda schedule, tile: compile_nvidia(schedule, tile))
@@ -70,12 +68,12 @@ def test_hopper(schedule, tile, code):
     )
 )
 @pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
-@pytest.mark.parametrize("rows", [2, *(pytest.param(r, marks=pytest.mark.slow) for r in (256, 512)), 8192])
+@pytest.mark.parametrize("rows", [*(pytest.param(r, marks=pytest.mark.slow) for r in (2, 256, 512)), 8192])
 def test_ampere(schedule, rows, code):
     check_loop(code, ("IMMA",), outside=8)  # under Triton 3.6, not in the loop
 
 
-WIDE = choose_grouped_tile(2, EXPERTS, 28672, K, *FOLD)
+WIDE = chosen_tiles(FOLD)[0]
 
 
 @pytest.mark.assembles(kernel=lambda: compile_nvidia(FOLD, WIDE))
@@ -85,7 +83,9 @@ def test_weights_arrive_in_wide_asynchronous_copies(code):
     assert len(wide) >= WIDE.block_n * 64 // 16 // (32 * WIDE.num_warps)
 
 
-@pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(FOLD, marks=pytest.mark.slow), ACCUMULATE], ids=["fold", "accumulate"]
+)
 def test_amd(schedule):
     compiled = compile_kernel(schedule, Tile(64, 64, num_stages=2), GPUTarget("hip", "gfx942", 64), ptx=False)
     assert "v_mfma_i32" in compiled.asm["amdgcn"] and len(compiled.asm["hsaco"]) > 0

@@ -102,8 +102,9 @@ def test_fused_op_is_transform_then_quantizer(dtype, static):
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64), (64,)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape, dtype", [((3, 64), torch.float32), ((2, 3, 64), torch.bfloat16), ((64,), torch.float32)]
+)
 def test_opcheck(shape, dtype):
     x = torch.randn(shape, dtype=dtype)
     torch.library.opcheck(HADAMARD_OP, (x, 16))
@@ -115,7 +116,8 @@ def test_opcheck(shape, dtype):
 # --- Triton -------------------------------------------------------------------------------------------------------------
 
 
-OTHER_SIZES = ((4096, 4096), (28672, 4096), (11008, 256), (14336, 1))  # features, and of one transform
+LONGEST = (32768, 32768)  # features, and of one transform
+OTHER_SIZES = ((4096, 4096), (28672, 4096), (11008, 256), (14336, 1))
 
 
 @interpreter_works
@@ -156,9 +158,9 @@ def compile_fused(features: int, size: int, static: bool):
 @pytest.mark.parametrize(
     "features, size, static",
     [
-        pytest.param(*sizes, static, marks=pytest.mark.slow if sizes in slow else ())
-        for static, slow in ((False, OTHER_SIZES[:2]), (True, OTHER_SIZES))
-        for sizes in ((14336, 2048), (32768, 32768), *OTHER_SIZES)
+        pytest.param(*sizes, static, marks=() if sizes in quick else pytest.mark.slow)
+        for static, quick in ((False, (LONGEST, (14336, 1))), (True, ((14336, 2048),)))
+        for sizes in ((14336, 2048), LONGEST, *OTHER_SIZES)
     ],
 )
 def test_rows_stay_in_registers(features, size, static, code):

@@ -1,8 +1,8 @@
 """Processes that begin with the imports done: forks of one that all processes of pytest-xdist share.
 
-Imports of torch, transformers and this package are 5 to 10 s of processor time. A fork has run nothing but them, and none of
-them starts a thread. For scripts that need no other state of a Python just started: what is read from the environment at an
-import has the value that it had when the first test asked for this kind.
+Imports of torch, transformers and this package are 5 to 10 s of processor time, what a first compilation looks up 2 to 3 s. A
+fork has run nothing else, and nothing of that starts a thread. For scripts that need no other state of a Python just started:
+what is read from the environment at an import has the value that it had when the first test asked for this kind.
 """
 
 from __future__ import annotations
@@ -202,6 +202,8 @@ def serve(kind: str, owner: int, address: Path) -> None:
     for name in IMPORTS[kind]:
         with contextlib.suppress(*([ImportError] if name.startswith("?") else [])):
             __import__(name.removeprefix("?"))
+    if kind == "plain":
+        _compile_once()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how the forks ended: they answer themselves
     with socket.socket(socket.AF_UNIX) as listener:
         waiting = address.with_suffix(".new")
@@ -219,6 +221,43 @@ def serve(kind: str, owner: int, address: Path) -> None:
             connection.close()
     for suffix in ("", ".lock", ".log"):
         Path(f"{address}{suffix}").unlink(missing_ok=True)
+
+
+def _compile_once() -> None:
+    """The first compilation of a process registers patterns and imports more for 2 to 3 s, which each fork would spend.
+
+    Nothing else is left of it: no cached graph, no record and no thread.
+    """
+    import torch
+    import torch._inductor.config
+    import tqdm
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    import intscale_compile
+    from intscale_compile.compile import times
+    from intscale_compile.compile.recorder import compilation
+    from intscale_compile.integrations import registry
+    from intscale_compile.reasons import log_once
+
+    interval, tqdm.tqdm.monitor_interval = tqdm.tqdm.monitor_interval, 0
+    with (
+        torch.random.fork_rng(),
+        fresh_cache(),
+        torch._inductor.config.patch(fallback_by_default=True),
+        torch.no_grad(),
+    ):
+        layer = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64)).eval()
+        layer[0].weight = torch.nn.Parameter(
+            intscale_compile.IntScaleTensor.from_hp(layer[0].weight), requires_grad=False
+        )
+        torch.compile(layer, backend="intscale")(torch.randn(4, 64))
+    tqdm.tqdm.monitor_interval = interval
+    torch._dynamo.reset()
+    for records in (counters, times._times, compilation._compilations, registry._said):
+        records.clear()
+    log_once.cache_clear()
+    assert len(os.listdir("/proc/self/task") if Path("/proc/self/task").is_dir() else [1]) == 1, "a fork has one thread"
 
 
 def _runs(process: int) -> bool:
