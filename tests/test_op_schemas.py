@@ -24,6 +24,11 @@ CHECKED = [
     ((3, 65, 200), LAYOUTS[-1], "tiled"),
 ]
 CHECK_IDS = [f"{shape}-{layout[:3]}-{packing}" for shape, layout, packing in CHECKED]
+# Both packings, both widths of codes, groups and whole rows.
+QUICK = (CHECKED[0], CHECKED[2], CHECKED[-1])
+ALL = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id=i) for case, i in zip(CHECKED, CHECK_IDS)
+]
 
 
 @pytest.mark.parametrize("shape, layout, packing", CHECKED, ids=CHECK_IDS)
@@ -32,7 +37,7 @@ def test_opcheck_accumulate(shape, layout, packing):
     torch.library.opcheck(ACCUMULATE_OP, (problem.xq, *problem.weight, *problem.where, KERNEL_ABI))
 
 
-@pytest.mark.parametrize("shape, layout, packing", CHECKED, ids=CHECK_IDS)
+@pytest.mark.parametrize("shape, layout, packing", ALL)
 def test_opcheck_linear(shape, layout, packing):
     """Without gradients, with the bias and without."""
     problem = Problem(*shape, layout, packing)
@@ -50,7 +55,7 @@ def test_opcheck_linear(shape, layout, packing):
         torch.library.opcheck(LINEAR_OP, arguments)
 
 
-@pytest.mark.parametrize("shape, layout, packing", [CHECKED[0], CHECKED[2], CHECKED[-1]], ids=str)
+@pytest.mark.parametrize("shape, layout, packing", QUICK, ids=str)
 def test_opcheck_linear_with_gradients(shape, layout, packing):
     """The straight-through input and the bias require grad; AOTAutograd must trace both with static and dynamic
     shapes.
@@ -81,7 +86,7 @@ def test_opcheck_quantize(x):
     torch.library.opcheck(QUANTIZE_OP, (x,))
 
 
-@pytest.mark.parametrize("shape, layout, packing", CHECKED, ids=CHECK_IDS)
+@pytest.mark.parametrize("shape, layout, packing", ALL)
 def test_opcheck_dequantize(shape, layout, packing):
     problem = Problem(*shape, layout, packing)
     n, group_size, _, _ = problem.where

@@ -29,12 +29,18 @@ def snr(model: nn.Module, quantized: nn.Module, data: torch.Tensor) -> float:
     return float(10 * torch.log10(wanted.square().sum() / (wanted - found).square().sum()))
 
 
+@pytest.fixture
+def small() -> nn.Module:
+    """One layer, where the second would be the same again."""
+    return tiny_llama(1)
+
+
 # --- what comes out -----------------------------------------------------------------------------------------------------
 
 
-def test_gptq_beats_rounding(model, data):
-    nearest, gptq = (calibrated(model, data, name) for name in ("rtn", "gptq"))
-    assert snr(model, gptq, data) > snr(model, nearest, data) + 1
+def test_gptq_beats_rounding(small, data):
+    nearest, gptq = (calibrated(small, data, name) for name in ("rtn", "gptq"))
+    assert snr(small, gptq, data) > snr(small, nearest, data) + 1
 
 
 def test_every_linear_of_a_block_is_quantized_and_nothing_else(model, data):
@@ -61,31 +67,31 @@ def test_without_statistics_the_weights_are_those_of_quantize(model, data):
             assert torch.equal(parameter.codes, found.get_parameter(name).codes), name
 
 
-def test_same_call_same_bits(model, data):
-    assert same_weights(*(calibrated(model, data, from_preset("gptq", tuning_steps=2)) for _ in range(2)))
+def test_same_call_same_bits(small, data):
+    assert same_weights(*(calibrated(small, data, from_preset("gptq", tuning_steps=2)) for _ in range(2)))
 
 
-def test_the_kind_of_data_does_not_matter(model, data):
+def test_the_kind_of_data_does_not_matter(small, data):
     chosen = from_preset("gptq")
-    whole = calibrated(model, data, chosen)
+    whole = calibrated(small, data, chosen)
     kinds = ([data], [{"input_ids": data, "attention_mask": torch.ones_like(data)}])
     for kind in kinds:
-        assert same_weights(whole, calibrated(model, kind, chosen))
-    assert snr(whole, calibrated(model, list(data), chosen), data) > 20  # the same sums in another order
+        assert same_weights(whole, calibrated(small, kind, chosen))
+    assert snr(whole, calibrated(small, list(data), chosen), data) > 20  # the same sums in another order
 
 
-def test_overrides_and_formats(model, data):
+def test_overrides_and_formats(small, data):
     wide = {"down_proj": IntScaleConfig(weight_bits=8, group_size=-1)}
-    found = calibrated(model, data, from_preset("gptq", group_size=32, overrides=wide))
+    found = calibrated(small, data, from_preset("gptq", group_size=32, overrides=wide))
     layer = found.model.layers[0]
     assert layer.mlp.down_proj.weight.weight_bits == 8 and layer.mlp.up_proj.weight.group_size == 32
-    assert snr(model, found, data) > snr(model, calibrated(model, data, from_preset("gptq", group_size=32)), data)
+    assert snr(small, found, data) > snr(small, calibrated(small, data, from_preset("gptq", group_size=32)), data)
 
 
 @pytest.mark.parametrize("changes", [{"scale_bits": 8}, {"amplifier": 1024}], ids=str)
-def test_wide_scales_keep_the_codes_of_float_scales(model, data, changes):
-    floating = calibrated(model, data, from_preset("gptq", group_size=32, scales="float"))
-    found = calibrated(model, data, from_preset("gptq", group_size=32, **changes))
+def test_wide_scales_keep_the_codes_of_float_scales(small, data, changes):
+    floating = calibrated(small, data, from_preset("gptq", group_size=32, scales="float"))
+    found = calibrated(small, data, from_preset("gptq", group_size=32, **changes))
     converted = make_integer(copy.deepcopy(floating), **changes)
     assert same_weights(found, converted)
     for name, parameter in floating.named_parameters():
@@ -94,8 +100,8 @@ def test_wide_scales_keep_the_codes_of_float_scales(model, data, changes):
     assert snr(floating, found, data) > 25
 
 
-def test_float_scales_quantize_activations_too(model, data):
-    found = calibrated(model, data, from_preset("rtn", scales="float"))
+def test_float_scales_quantize_activations_too(small, data):
+    found = calibrated(small, data, from_preset("rtn", scales="float"))
     linear = found.model.layers[0].mlp.up_proj
     x = torch.randn(3, 64)
     wanted = fake_quantize(x) @ linear.weight.source.dequantize().mT
@@ -140,8 +146,8 @@ def test_a_product_that_float_scales_cannot_follow():
         weight @ weight.mT
 
 
-def test_tuning_lowers_the_error_and_leaves_codes_alone(model, data):
-    plain, tuned = (copy.deepcopy(model) for _ in range(2))
+def test_tuning_lowers_the_error_and_leaves_codes_alone(small, data):
+    plain, tuned = (copy.deepcopy(small) for _ in range(2))
     before = calibrate(plain, data, from_preset("rtn", group_size=-1), progress=False).losses
     after = calibrate(tuned, data, from_preset("rtn", group_size=-1, tuning_steps=60), progress=False).losses
     assert after["model.layers.0"] < 0.95 * before["model.layers.0"]
@@ -159,9 +165,9 @@ def test_matching_the_original_helps(model, data):
 
 
 @pytest.mark.parametrize("preset", ["fptq", "fptq-paper", "llama3"])
-def test_presets_that_change_the_model_first(model, data, preset):
-    found = calibrated(model, data, preset)
-    assert snr(model, found, data) > snr(model, calibrated(model, data, "rtn"), data) - 1.5
+def test_presets_that_change_the_model_first(small, data, preset):
+    found = calibrated(small, data, preset)
+    assert snr(small, found, data) > snr(small, calibrated(small, data, "rtn"), data) - 1.5
     layer = found.model.layers[0]
     if preset.startswith("fptq"):
         assert layer.self_attn.q_proj.weight.activation_scale is not None
@@ -189,16 +195,16 @@ def test_other_families(family):
     assert set(report.weights) == expected
 
 
-def test_the_backend_leaves_out_what_calibrate_left_out(model, data):
-    calibrate(model, data, CalibrationConfig(**SHORT), progress=False)
-    assert vars(model.lm_head)[DECIDED] and is_decided(model)
-    assert not isinstance(model.lm_head.weight, IntScaleTensor)
+def test_the_backend_leaves_out_what_calibrate_left_out(small, data):
+    calibrate(small, data, CalibrationConfig(**SHORT), progress=False)
+    assert vars(small.lm_head)[DECIDED] and is_decided(small)
+    assert not isinstance(small.lm_head.weight, IntScaleTensor)
 
 
-def test_the_configuration_is_saved_with_the_model(model, data, tmp_path):
+def test_the_configuration_is_saved_with_the_model(small, data, tmp_path):
     chosen = from_preset("gptq", damping=0.02)
-    calibrate(model, data, chosen, progress=False)
-    model.config.save_pretrained(tmp_path)
+    calibrate(small, data, chosen, progress=False)
+    small.config.save_pretrained(tmp_path)
     assert CalibrationConfig.from_dict(hf.AutoConfig.from_pretrained(tmp_path).intscale_calibration_config) == chosen
 
 

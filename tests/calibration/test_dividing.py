@@ -16,6 +16,12 @@ from tests.support.calibration import SHORT, calibrated, same_weights, tiny_llam
 FRESH = {**SHORT, "statistics_tokens": 128, "distillation": "fresh", "distillation_steps": 4, "distillation_tokens": 64}
 
 
+@pytest.fixture
+def model():
+    """One layer: what is divided is the data."""
+    return tiny_llama(1)
+
+
 def padded(count, seen=9):
     mask = torch.zeros(2, 16, dtype=torch.long)
     mask[:, :seen] = 1

@@ -100,10 +100,10 @@ CASES = {
 @pytest.mark.parametrize("storage", ["pack-quantized", "int-quantized"])
 @pytest.mark.parametrize("case", CASES)
 def test_round_trip(case, storage, tmp_path):
-    model = tiny_llama()
+    model = tiny_llama(num_hidden_layers=1)
     CASES[case](model)
     weights = quantized(model)
-    assert len(weights) == 14
+    assert len(weights) == 7
     report = save_compressed_tensors(model, tmp_path, storage=storage, scale_dtype=torch.float32)
     assert [row.name for row in report.layers] == list(weights) and report.unquantized == ["lm_head"]
     assert all(row.snr_db > 140 for row in report.layers)

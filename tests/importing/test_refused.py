@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -31,8 +32,10 @@ def source():
     return tiny_llama(num_hidden_layers=2, attention_bias=False)
 
 
-@pytest.fixture
-def gptq(source, tmp_path):
+@pytest.fixture(scope="module")
+def written_gptq(source, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("gptq")
+
     def parts(name, weight):
         layer = quantize_groups(weight, 128, True)
         return layer, gptq_parts(layer)
@@ -40,8 +43,10 @@ def gptq(source, tmp_path):
     return write_checkpoint(source, tmp_path, "gptq", parts, GPTQ).folder
 
 
-@pytest.fixture
-def awq(source, tmp_path):
+@pytest.fixture(scope="module")
+def written_awq(source, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("awq")
+
     def parts(name, weight):
         layer = quantize_groups(weight, 128, False)
         return layer, awq_parts(layer)
@@ -49,8 +54,9 @@ def awq(source, tmp_path):
     return write_checkpoint(source, tmp_path, "awq", parts, {"bits": 4, "group_size": 128, "version": "gemm"}).folder
 
 
-@pytest.fixture
-def compressed(source, tmp_path):
+@pytest.fixture(scope="module")
+def written_compressed(source, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("compressed")
     pytest.importorskip("compressed_tensors", reason="compressed-tensors makes these checkpoints")
     scheme = compressed_scheme(symmetric=False)
 
@@ -60,6 +66,21 @@ def compressed(source, tmp_path):
 
     config = {"config_groups": {"group_0": scheme}, "format": "pack-quantized", "ignore": ["lm_head"]}
     return write_checkpoint(source, tmp_path, "compressed-tensors", parts, config).folder
+
+
+@pytest.fixture
+def gptq(written_gptq, tmp_path):
+    return shutil.copytree(written_gptq, tmp_path / "gptq")
+
+
+@pytest.fixture
+def awq(written_awq, tmp_path):
+    return shutil.copytree(written_awq, tmp_path / "awq")
+
+
+@pytest.fixture
+def compressed(written_compressed, tmp_path):
+    return shutil.copytree(written_compressed, tmp_path / "compressed")
 
 
 def change_tensors(folder, change):
