@@ -16,7 +16,7 @@ from intscale_compile.errors import CalibrationError, CheckpointError, ConfigErr
 from tests.support.adapters import adapted, change  # noqa: E402
 from tests.support.calibration import calibrated, logits_of, small_model, tiny_llama  # noqa: E402
 
-DATA = torch.arange(256).mul(7).remainder(128).view(4, 64)
+DATA = torch.arange(128).mul(7).remainder(128).view(2, 64)
 INPUTS = {"input_ids": DATA}
 QUICK = {"progress": False, "steps": 8, "lr": 1e-2}
 

@@ -153,7 +153,7 @@ def explore(strategy, test, count):
     options(given(strategy)(test))()
 
 
-@examples(120, 4000)
+@examples(60, 4000)
 @pytest.mark.parametrize("reader", READERS)
 def test_files_of_our_own(reader, count, small, tmp_path):
     path = tmp_path / "m.safetensors"  # tensors are views of the file that they were read from: not of this one

@@ -73,7 +73,7 @@ def test_save_pretrained_after_a_compiled_run(shard, tmp_path):
     from intscale_compile import save_pretrained
 
     torch.manual_seed(1)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 64}
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64}
     model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **size)).eval()
     quantize_(model, QUICK)
     tokens = torch.arange(8)[None]

@@ -75,7 +75,7 @@ def test_search_is_as_good_as_brute_force_over_the_same_grid(scale_max):
         values = groups[row].double()
         return float((values - (values / wide).round().clamp(-8, 7) * wide).square().sum())
 
-    for row in range(6):
+    for row in range(6 if scale_max < 15 else 2):
         kept = error(row, float(steps[row]), scales[row].tolist())
         grid = (
             (f / (7.5 * scale_max), pair)

@@ -95,7 +95,6 @@ def test_what_is_not_differentiated_is_refused(model, x):
         grad(lambda v: grouped_linear(v, stack, offsets).sum())(x)
 
 
-@pytest.mark.generated
 def test_compiled(model, x):
     """A graph that differentiates is not rewritten, which explain says; its weights run quantized all the same."""
     expected = by_autograd(model, x)
