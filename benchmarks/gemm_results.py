@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 OURS = "intscale"
-OWN_PEERS = (OURS, "intscale_serial", "intscale_sb8", "intscale_ch", "intscale_w8a8", "float_scale")
+OWN_PEERS = (OURS, "intscale_serial", "intscale_sb8", "intscale_g32", "intscale_ch", "intscale_w8a8", "float_scale")
 FOUR_BIT_PEERS = (
     "tinygemm", "humming_g128", "humming_iws", "humming_ch", "humming_w4a16", "gemlite_w4a16", "gemlite_w4a8",
 )  # fmt: skip

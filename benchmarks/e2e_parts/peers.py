@@ -72,7 +72,7 @@ def _int4(**settings: Any) -> Any:
     return Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d", **settings)
 
 
-def _intscale(model: nn.Module, output: str) -> None:
+def _intscale(model: nn.Module, output: str, group_size: int = 128) -> None:
     """All linears and expert stacks; the output embedding in ``"bf16"``, ``"w8a8"`` or ``"w4a8"``, as torchao's configs do it."""
     from torchao.quantization import quantize_
 
@@ -80,7 +80,7 @@ def _intscale(model: nn.Module, output: str) -> None:
 
     head = getattr(model, "lm_head", None)
     in_eight_bits = output == "w8a8" and head is not None
-    config = intscale_compile.IntScaleConfig(output_embedding="w8a8" if in_eight_bits else None)
+    config = intscale_compile.IntScaleConfig(group_size=group_size, output_embedding="w8a8" if in_eight_bits else None)
     quantize_(model, config, filter_fn=intscale_compile.linears_and_experts)
     if output == "w4a8" and head is not None:
         quantize_(model, config, filter_fn=lambda module, name: module is head)
@@ -130,6 +130,7 @@ PEERS = {
         Peer("int8_tuned", "torchao int8, dynamic; tuned as torchao sets Inductor", _torchao(_int8, True)),
         Peer("float_scales", "ours with float group scales", _float_scales, "intscale"),
         Peer("intscale", "ours", lambda m: _intscale(m, "w4a8"), "intscale", by_layer=True),
+        Peer("intscale_32", "ours, groups of 32", lambda m: _intscale(m, "w4a8", 32), "intscale", by_layer=True),
         Peer("intscale_head", "ours, output embedding left in bf16", lambda m: _intscale(m, "bf16"), "intscale",
              by_layer=True),
         Peer("intscale_w8a8", "ours, output embedding in W8A8", lambda m: _intscale(m, "w8a8"), "intscale", by_layer=True),

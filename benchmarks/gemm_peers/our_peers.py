@@ -78,6 +78,13 @@ class IntScale8(IntScale):
     config = IntScaleConfig(scale_bits=8)
 
 
+class IntScale32(IntScale):
+    """Groups of 32, as the preset ``best`` has them."""
+
+    name, title = "intscale_g32", "W4A8 g32, 4-bit integer scales"
+    config = IntScaleConfig(group_size=32)
+
+
 class IntScaleChannel(IntScale):
     """One group per row."""
 
@@ -122,4 +129,4 @@ class FloatScale(Peer):
         return linear_float_scale(xq, token_scale, *tensors, self.out_features, self.group_size, torch.bfloat16)
 
 
-PEERS = (IntScale, IntScaleSerial, IntScale8, IntScaleChannel, IntScaleW8A8, FloatScale)
+PEERS = (IntScale, IntScaleSerial, IntScale8, IntScale32, IntScaleChannel, IntScaleW8A8, FloatScale)
