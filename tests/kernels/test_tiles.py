@@ -181,10 +181,12 @@ def test_without_gluon_the_choice_is_the_plain_rule_even_where_a_gluon_tile_was_
 def test_shipped_tables_serve_their_gpu_only():
     for path in tile_tables.SHIPPED.glob("*.json"):
         tile_tables.read_table(path)
-    measured = Tile(16, 32, num_stages=3, kernel="decode")
-    for device in (H100, "NVIDIA H200"):
-        assert tile_tables.lookup(device, "fold", 4096, 14336, 16) == measured
-        assert choose(16, 4096, 14336, *FOLD, 90, device, gluon=True) == measured
+    few, more = Tile(8, 32, num_stages=4, kernel="decode"), Tile(16, 32, num_stages=3, kernel="decode")
+    for device, m, measured in ((H100, 16, more), (H100, 8, few), ("NVIDIA H200", 8, few)):
+        assert tile_tables.lookup(device, "fold", 4096, 14336, m) == measured
+        assert choose(m, 4096, 14336, *FOLD, 90, device, gluon=True) == measured
+    # The tile for 16 tokens is slower than the rules' on an H200, where another schedule, without a table, took those.
+    assert choose(16, 4096, 14336, *FOLD, 90, "NVIDIA H200", gluon=True).kernel == "specialized"
     for device in ("NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", ""):
         assert tile_tables.lookup(device, "fold", 4096, 14336, 16) is None
     assert tile_tables.lookup(H100, "accumulate", 4096, 14336, 16) is None
