@@ -165,9 +165,7 @@ def multiply_round(
     STAGES: gl.constexpr, STEPS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Add stage ``item`` of the ring to the ``[SPLIT, BLOCK_N, BLOCK_M]`` sums and give a stage free."""
-    HALF: gl.constexpr = ws.shape[
-        3
-    ]  # features of a nibble: those of one load, and of a group if there are two in a block
+    HALF: gl.constexpr = ws.shape[3]  # features of the low nibbles of a packing block, and of the high ones
     PIECES: gl.constexpr = 64 // HALF
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=HALF // 4)
     B: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=LAYOUT, k_width=HALF // 4)

@@ -122,7 +122,7 @@ def illegal(tile: Tile, schedule: str, k: int, decode: bool = True) -> Optional[
 
 def _decode_illegal(tile: Tile, schedule: str, decode: bool) -> Optional[str]:
     if schedule == "int8" or not decode:
-        return "the decode kernel takes 4-bit weights in groups of 128 or per channel"
+        return "the decode kernel takes 4-bit weights, in groups of any size but 256"
     if tile.block_m not in (8, 16) or tile.block_n not in (16, 32, 64) or tile.steps not in (2, 4) or tile.split_k != 1:
         return "block_m is 8 or 16, block_n 16, 32 or 64, steps 2 or 4, split_k 1 with decode"
     if (tile.num_warps, tile.programs_per_sm) not in LEGAL_WARPS:

@@ -242,7 +242,7 @@ def _hash_without_user_tables(source_hash) -> int:
         ({"tile": {"block_m": 48, "block_n": 64}}, "powers of two"),
         ({"tile": {"block_m": 128, "block_n": 128, "num_stages": 9, "kernel": "specialized"}}, "shared memory"),
         ({"tile": {"block_m": 64, "block_n": 64, "kernel": ["triton"]}}, "not known"),
-        ({"schedule": "fold/256", "tile": {"block_m": 8, "block_n": 32, "kernel": "decode"}}, "groups of 128"),
+        ({"schedule": "fold/256", "tile": {"block_m": 8, "block_n": 32, "kernel": "decode"}}, "but 256"),
         ({"schedule": "folded"}, "folded"),
         ({"m": 0}, "m is a positive integer"),
         ({"n": "4096"}, "n is a positive integer"),
