@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -133,6 +135,8 @@ def inspect(
         else:
             views.planned(layers, () if unfolded else repeated_blocks(empty))
         return
+    if html is not None and not html.absolute().parent.is_dir():  # said before the model is loaded and run
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(html))
     where = commands.loading.usable_device(device)
     chosen = commands.quantizing.make_config(fields) if fields else None
     loaded, report = commands.load_model(model, device=where)

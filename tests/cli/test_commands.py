@@ -121,12 +121,18 @@ def test_inspect_with_other_fields(capsys, tmp_path):
 
 
 def test_inspect_says_no(capsys, tmp_path):
-    """Nothing to quantize in a model whose layers are too small: exit code 1. A page that cannot be written: 2."""
+    """Nothing to quantize in a model whose layers are too small: exit code 1."""
     tiny = save_small_llama(tmp_path / "tiny", WORDS, hidden_size=8, intermediate_size=12, num_hidden_layers=1)
     code, stdout, _ = in_process(capsys, "inspect", tiny)
     assert code == 1 and "NOTHING WAS QUANTIZED" in stdout and "TOO_SMALL" in stdout
-    code, _, stderr = in_process(capsys, "inspect", tiny, "--html", tmp_path / "no" / "page.html")
-    assert code == 2 and "No such file or directory: check the path" in stderr
+
+
+def test_inspect_says_before_it_runs_that_the_page_has_no_folder(capsys, quantized, tmp_path, monkeypatch):
+    from intscale_compile import commands
+
+    monkeypatch.setattr(commands, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    code, _, stderr = in_process(capsys, "inspect", quantized, "--html", tmp_path / "no" / "page.html")
+    assert code == 2 and f"{tmp_path}/no/page.html: No such file or directory: check the path" in stderr
 
 
 def test_plan_reads_no_weights(capsys, llama, quantized, tmp_path):

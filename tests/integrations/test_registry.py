@@ -59,7 +59,8 @@ OF_TRITON = {"_reinterpret", "_init_handles"}  # Gluon's own language; kernels.p
 
 @functools.lru_cache(maxsize=1)
 def _sources():
-    return [(path, ast.parse(path.read_text())) for path in sorted(PACKAGE.rglob("*.py"))]
+    """Every file with all nodes of its syntax tree, walked once."""
+    return [(path, list(ast.walk(ast.parse(path.read_text())))) for path in sorted(PACKAGE.rglob("*.py"))]
 
 
 def _dotted(node: ast.AST) -> str:
@@ -73,8 +74,8 @@ def _is_private(dotted: str) -> bool:
     return any(part.startswith("_") and not part.startswith("__") for part in dotted.split("."))
 
 
-def _imported(tree: ast.AST):
-    for node in ast.walk(tree):
+def _imported(nodes: list[ast.AST]):
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.level == 0:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
@@ -86,8 +87,8 @@ def test_every_private_name_that_is_used_is_listed():
     leaves = {part for target in listed for part in re.findall(r"\w+", target)}
     own = {
         name
-        for _, tree in _sources()
-        for node in ast.walk(tree)
+        for _, nodes in _sources()
+        for node in nodes
         for name in (
             *([node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else ()),
             *([node.id] if isinstance(node, ast.Name) else ()),
@@ -96,13 +97,13 @@ def test_every_private_name_that_is_used_is_listed():
         )
     }
     unlisted = []
-    for path, tree in _sources():
+    for path, nodes in _sources():
         where = path.relative_to(PACKAGE)
-        for dotted in _imported(tree):
+        for dotted in _imported(nodes):
             foreign = dotted.startswith(("torch.", "torchao.", "transformers."))
             if foreign and _is_private(dotted) and not any(n.startswith(dotted) for n in listed):
                 unlisted.append(f"{where}: {dotted}")
-        for node in ast.walk(tree):
+        for node in nodes:
             if isinstance(node, ast.Attribute) and _is_private(node.attr):
                 dotted = _dotted(node)
                 whole = dotted.startswith("torch.") and not any(n.startswith(dotted) for n in listed)
