@@ -20,7 +20,7 @@ from intscale_compile.passes.gated_activation import (
     LEAST_TOKENS_WITHOUT_GRAPHS,
     _worthwhile,
 )
-from tests.support.graphs import arguments, assert_true_metadata, capture, count, run
+from tests.support.graphs import Together, arguments, assert_true_metadata, capture, count, run
 
 K, FEATURES = 64, 128
 ON = {"intscale.force_passes": ["gated_activation"]}
@@ -96,17 +96,6 @@ def rewritten(model, *xs, dynamic=None, **options) -> GraphRewrite:
     rewrite = capture(model, *xs, dynamic=dynamic, **{**ON, **options})
     apply_passes(rewrite, PASSES)
     return rewrite
-
-
-class Together(nn.Module):
-    """Several models in one graph, each with an activation of its own, so that nothing is merged between them."""
-
-    def __init__(self, models):
-        super().__init__()
-        self.models = nn.ModuleList(models)
-
-    def forward(self, *xs):
-        return [model(x) for model, x in zip(self.models, xs)]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -15,7 +15,7 @@ from intscale_compile.kernels.w4a8_residual import LINEAR_ADD_OP
 from intscale_compile.passes import PASSES, apply_passes
 from intscale_compile.passes.layout import is_contiguous, same_layout
 from intscale_compile.reasons import Reason, log_once
-from tests.support.graphs import assert_true_metadata, capture, count
+from tests.support.graphs import Together, assert_true_metadata, capture, count
 from tests.support.layouts import checked_rewrite
 
 B, S, N = 2, 6, 64
@@ -85,15 +85,31 @@ READERS = {
 }
 
 
+class Apart(Together):
+    def forward(self, *xs):
+        return [part for y in super().forward(*xs) for part in (y if isinstance(y, tuple) else (y,))]
+
+
+@pytest.fixture(scope="module")
+def apart():
+    """Each model with its activation, and its results without merging: all of them in one graph."""
+    torch.manual_seed(0)
+    model, xs = Apart(Siblings(read) for read, _ in READERS.values()), [torch.randn(B, S, 64) for _ in READERS]
+    rewrite, _, found = checked_rewrite(model, *xs, **{"intscale.disable_passes": ("merge_siblings",)})
+    assert count(rewrite, LINEAR_OP) == 2 * len(READERS)
+    values = iter(found)
+    sizes = {name: 2 if name in ("results", "views-as-results") else 1 for name in READERS}
+    results = {name: [next(values) for _ in range(size)] for name, size in sizes.items()}
+    assert next(values, None) is None
+    return dict(zip(READERS, zip(model.models, xs, results.values())))
+
+
 @pytest.mark.parametrize("name", READERS)
-def test_merged_siblings_are_copied_where_a_reader_may_look_at_strides(name):
-    read, copies = READERS[name]
-    model, x = Siblings(read), torch.randn(B, S, 64)
+def test_merged_siblings_are_copied_where_a_reader_may_look_at_strides(name, apart):
+    model, x, same = apart[name]
     rewrite, expected, found = checked_rewrite(model, x)
-    assert rewrite.counts["merge_siblings"] == 1 and count(rewrite, torch.clone) == copies
+    assert rewrite.counts["merge_siblings"] == 1 and count(rewrite, torch.clone) == READERS[name][1]
     assert_true_metadata(rewrite)
-    apart, _, same = checked_rewrite(model, x, **{"intscale.disable_passes": ("merge_siblings",)})
-    assert count(apart, LINEAR_OP) == 2
     assert len(found) == len(same) == len(expected)
     for one, other in zip(found, same):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

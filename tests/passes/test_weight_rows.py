@@ -14,7 +14,7 @@ from intscale_compile.kernels.w4a8_linear import LINEAR_OP
 from intscale_compile.passes import PASSES, apply_passes
 from intscale_compile.reasons import Reason
 from intscale_compile.tensors.linear import linear
-from tests.support.graphs import capture, count, run
+from tests.support.graphs import Together, capture, count, run
 
 ROWS = {  # of a weight [96, 64]
     "first": (lambda x, w: F.linear(x, w[:32]), 0, 32),
@@ -52,31 +52,34 @@ class Part(nn.Module):
         return self.form(x, self.layer.weight)
 
 
-def rewritten(model, x, **options):
-    rewrite = capture(model, x, **options)
+def rewritten(model, *xs, **options):
+    rewrite = capture(model, *xs, **options)
     apply_passes(rewrite, PASSES)
     return rewrite
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_rows_of_a_weight_are_quantized_by_both_doors(name):
-    form, start, end = ROWS[name]
-    model, x = Part(form), torch.randn(4, 64)
-    rows = IntScaleTensor.from_hp(model.layer.weight, IntScaleConfig())[start:end]
+def test_rows_of_a_weight_are_quantized_by_both_doors():
+    model, xs = Together(Part(form) for form, _, _ in ROWS.values()), [torch.randn(4, 64) for _ in ROWS]
     twin = copy.deepcopy(model)
     quantize(twin, IntScaleConfig())
+    ranges = [(start, end) for _, start, end in ROWS.values()]
     for door in (model, twin):
-        rewrite = rewritten(door, x)
-        assert [(c.name, c.reason, c.shape) for c in rewrite.candidates] == [("layer.weight", None, (end - start, 64))]
-        assert count(rewrite, LINEAR_OP) == 1
-        torch.testing.assert_close(run(rewrite)[0], linear(x, rows, None), rtol=0, atol=0 if name != "addmm" else 1e-6)
-    assert torch.equal(twin(x), run(rewrite)[0])
+        rewrite = rewritten(door, *xs)
+        found = {name: (c.name, c.reason, c.shape) for name, c in zip(ROWS, rewrite.candidates, strict=True)}
+        wanted = [(f"models.{i}.layer.weight", None, (end - start, 64)) for i, (start, end) in enumerate(ranges)]
+        assert found == dict(zip(ROWS, wanted)) and count(rewrite, LINEAR_OP) == len(ROWS)
+        results = run(rewrite)
+        for name, part, x, y, (start, end) in zip(ROWS, model.models, xs, results, ranges, strict=True):
+            rows = IntScaleTensor.from_hp(part.layer.weight, IntScaleConfig())[start:end]
+            assert torch.allclose(y, linear(x, rows, None), rtol=0, atol=0 if name != "addmm" else 1e-6), name
+    for name, part, x, y in zip(ROWS, twin.models, xs, results, strict=True):
+        assert torch.equal(part(x), y), name
 
 
-@pytest.mark.parametrize("name", LEFT_ALONE)
-def test_other_parts_are_left_alone_with_a_reason(name):
-    rewrite = rewritten(Part(LEFT_ALONE[name]), torch.randn(4, 64))
-    assert [(c.name, c.reason) for c in rewrite.candidates] == [("layer.weight", Reason.NOT_CONSTANT)]
+def test_other_parts_are_left_alone_with_a_reason():
+    rewrite = rewritten(Together(map(Part, LEFT_ALONE.values())), *(torch.randn(4, 64) for _ in LEFT_ALONE))
+    found = dict(zip(LEFT_ALONE, ((c.name, c.reason) for c in rewrite.candidates), strict=True))
+    assert found == {name: (f"models.{i}.layer.weight", Reason.NOT_CONSTANT) for i, name in enumerate(LEFT_ALONE)}
 
 
 class Reader(nn.Module):
@@ -125,20 +128,22 @@ class ByColumn(Reader):
         return F.linear(self.last(x)[:, self.rows], self.layer.weight[:, self.rows])
 
 
-@pytest.mark.parametrize("kind", [ByIndex, BySelect, ByList, ByMask, ByStep, AlsoCalled, ByColumn])
-def test_weights_whose_rows_are_picked_are_left_alone_by_both_doors(kind):
+def test_weights_whose_rows_are_picked_are_left_alone_by_both_doors():
     """quantize took them where they were written as an index, the compiler did not."""
-    model, x = kind(), torch.randn(4, 64)
-    if kind is ByMask:
-        model.rows = torch.arange(96)
-    plain = [(c.name, c.reason) for c in rewritten(model, x).candidates]
-    assert dict(plain) == {"layer.weight": Reason.NOT_CONSTANT, "last.weight": None}
+    kinds = [ByIndex, BySelect, ByList, ByMask, ByStep, AlsoCalled, ByColumn]
+    model, xs = Together(kind() for kind in kinds), [torch.randn(4, 64) for _ in kinds]
+    model.models[kinds.index(ByMask)].rows = torch.arange(96)
+    wanted = {f"models.{i}.{name}.weight" for i in range(len(kinds)) for name in ("layer", "last")}
+    reasons = {name: Reason.NOT_CONSTANT if ".layer." in name else None for name in wanted}
+    plain = rewritten(model, *xs)
+    assert {c.name: c.reason for c in plain.candidates} == reasons
     twin = copy.deepcopy(model)
     quantize(twin, IntScaleConfig())
-    assert type(twin.layer.weight) is nn.Parameter and isinstance(twin.last.weight, IntScaleTensor)
-    rewrite = rewritten(twin, x)
-    assert count(rewrite, LINEAR_OP) == 1 and torch.equal(run(rewrite)[0], twin(x))
-    assert torch.equal(run(rewritten(model, x))[0], twin(x))
+    rewrite = rewritten(twin, *xs)
+    assert count(rewrite, LINEAR_OP) == len(kinds)
+    for kind, part, x, tensors, weights in zip(kinds, twin.models, xs, run(rewrite), run(plain), strict=True):
+        assert type(part.layer.weight) is nn.Parameter and isinstance(part.last.weight, IntScaleTensor), kind
+        assert torch.equal(tensors, part(x)) and torch.equal(weights, part(x)), kind
 
 
 class Attention(nn.Module):

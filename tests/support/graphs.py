@@ -1,6 +1,7 @@
 """Dynamo graphs for tests of single passes."""
 
 import torch
+from torch import nn
 
 from intscale_compile.compile.binding import copied
 from intscale_compile.compile.options import parse_options
@@ -23,6 +24,17 @@ def capture(model, *inputs, dynamic=None, **options) -> GraphRewrite:
     (rewrite,) = rewrites
     rewrite.model = model  # which weights are quantized is decided for the whole model, which has to live
     return rewrite
+
+
+class Together(nn.Module):
+    """Several models in one graph, each with an activation of its own, so that nothing is merged between them."""
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, *xs):
+        return [model(x) for model, x in zip(self.models, xs)]
 
 
 def count(rewrite: GraphRewrite, target) -> int:
