@@ -48,6 +48,7 @@ def first_run(quickstart, tmp_path_factory) -> SimpleNamespace:
             patch.setitem(quickstart.ARCHITECTURE, name, value)
         patch.setattr(quickstart, "MAX_STEPS", 12)
         patch.setattr(quickstart, "WINDOW", 64)
+        patch.setattr(quickstart, "TIMING_REPEATS", 1)
         patch.setattr(quickstart, "CORPUS_BYTES", 100_000)
         quickstart.main(["--train-seconds", "60", "--cache", str(cache), *SMALL])
     transformers.utils.logging.enable_progress_bar()
