@@ -31,7 +31,7 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("shape, layout, packing", CHECKED, ids=CHECK_IDS)
+@pytest.mark.parametrize("shape, layout, packing", ALL)
 def test_opcheck_accumulate(shape, layout, packing):
     problem = Problem(*shape, layout, packing)
     torch.library.opcheck(ACCUMULATE_OP, (problem.xq, *problem.weight, *problem.where, KERNEL_ABI))

@@ -21,7 +21,9 @@ with torch.no_grad():
 """
 # A fork of a process that has imported torch and Inductor and nothing of ours. TORCH_LOGS goes before set_logs.
 SET_LOGS = """
-import os, sys, torch._inductor.compile_fx
+import os, sys, torch._inductor.config
+torch._inductor.config.fallback_by_default = True  # no C++ to compile
+torch.compile(lambda x: x + 1)(torch.ones(2))  # what a first compilation looks up
 assert not any(name.startswith("intscale") for name in sys.modules), "imported with torch"
 if child := os.fork():
     assert os.waitpid(child, 0)[1] == 0
@@ -39,7 +41,6 @@ else:
         assert level() == logging.INFO, level()
         torch._logging.set_logs()
         assert level() == logging.WARNING, level()
-        torch._inductor.config.fallback_by_default = True
         model = torch.nn.Linear(64, 32).requires_grad_(False)
         for level in (logging.DEBUG, logging.INFO):
             torch._logging.set_logs(modules={"intscale": level})
