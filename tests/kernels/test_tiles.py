@@ -15,6 +15,7 @@ from intscale_compile.kernels.gluon_tiles import (
     SCHEDULES,
     choose_gated_tile,
     choose_gluon_tile,
+    costed_tile,
     deepest,
     for_output,
     gated_tile,
@@ -24,7 +25,7 @@ from intscale_compile.kernels.gluon_tiles import (
     shared_limit,
 )
 from intscale_compile.kernels.tile import Tile, table_schedule, tile_count
-from intscale_compile.kernels.tile_costs import predicted_us
+from intscale_compile.kernels.tile_costs import COSTS, predicted_us
 from intscale_compile.kernels.tiles import FEW_TOKENS, MOST_PARTS, choose, choose_tile, few_tokens_tile
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -279,3 +280,15 @@ def test_parts_of_k_fill_the_gpu_and_no_more(schedule):
     assert few_tokens_tile(1, 28672, 4096, 32, 4, 4).split_k == 2, "two parts at least"
     assert choose(16, 4096, 4096, *FOLD, 80, "NVIDIA A100", False) == Tile(16, 128, split_k=8)
     assert choose(16, 4096, 4096, *FOLD, 90, "NVIDIA H100", True).kernel == "decode"
+
+
+def test_scales_of_several_groups_leave_two_stages():
+    """With one the kernels of many tokens would wait for ever: a stage is given back while the next one is multiplied."""
+    kinds = [kind for kind in COSTS if kind[0] != "decode"]
+    cases = itertools.product(kinds, (1, 2), ("fold", "accumulate"), (2, 4), (2, 4))
+    for kind, split, schedule, out_bytes, groups in cases:
+        tile = costed_tile(*kind, split, schedule)
+        if illegal(tile, schedule, 4096) is None:
+            fitted = for_output(tile, schedule, out_bytes, groups)
+            assert fitted.num_stages >= 2, tile
+            assert shared_bytes(fitted, schedule, out_bytes, groups) <= shared_limit(fitted), tile
