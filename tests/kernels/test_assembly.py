@@ -75,7 +75,7 @@ def largest_first(schedules, also=(), tiles=chosen_tiles) -> list:
 
 SM90_CASES = largest_first((FOLD, ACCUMULATE, PER_CHANNEL), [(FOLD, chosen_tiles(FOLD)[0])])
 SM90_CASES += [
-    pytest.param(s, chosen_tiles(s)[-1], marks=pytest.mark.slow if s[0] in (64, 256) else ())
+    pytest.param(s, chosen_tiles(s)[-1], marks=() if s in (W8A8, (32, 4, 4)) else pytest.mark.slow)
     for s in (W8A8, (32, 4, 4), (32, 8, 4), (64, 8, 4), (256, 4, 4), (256, 8, 4))
 ]
 
@@ -152,11 +152,13 @@ def compile_split(schedule, tile: Tile, target: GPUTarget, ptx: bool = True):
     return assemble(w4a8_split_kernel, signature, constants, target, aligned=aligned, **options)
 
 
-SPLIT = [
-    FOLD,
-    (32, 8, 4),
-    pytest.param(PER_CHANNEL, marks=pytest.mark.slow),
-    pytest.param(W8A8, marks=pytest.mark.slow),
+SUMS_OF_32 = (32, 8, 4)
+SPLIT = [(80, 16, FOLD), (90, 64, FOLD), (90, 64, SUMS_OF_32), (100, 16, SUMS_OF_32)]
+SPLIT += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for place in ((80, 16), (80, 64), (90, 16), (90, 64), (100, 16))
+    for schedule in (FOLD, SUMS_OF_32, PER_CHANNEL, W8A8)
+    if (case := (*place, schedule)) not in SPLIT[:4]
 ]
 
 
@@ -165,11 +167,7 @@ SPLIT = [
         schedule, few_tokens_tile(m, 1024, K, *schedule), GPUTarget("cuda", arch, 32)
     )
 )
-@pytest.mark.parametrize("schedule", SPLIT, ids=lambda schedule: "-".join(map(str, schedule)))
-@pytest.mark.parametrize(
-    "arch, m",
-    [(80, 16), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((80, 64), (90, 16))), (90, 64), (100, 16)],
-)
+@pytest.mark.parametrize("arch, m, schedule", SPLIT, ids=str)
 def test_parts_of_k(arch, schedule, m, code):
     if arch == 100:  # tensor memory: its waits are loops of their own
         assert code.count("UTCIMMA") + code.count("IMMA") and code.spill_bytes == 0 and code.count("ATOMG")
