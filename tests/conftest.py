@@ -32,6 +32,8 @@ gc.disable()
 
 import pytest  # noqa: E402
 
+from tests.support.bytecode import compile_share  # noqa: E402
+
 SCALAR, VECTORIZED = 1, None
 
 
@@ -41,6 +43,8 @@ def pytest_configure(config):
     if starts_others:
         gc.enable()  # it collects no tests
     else:
+        if hasattr(config, "workerinput"):
+            compile_share(config)
         _set_up_torch()
 
 
