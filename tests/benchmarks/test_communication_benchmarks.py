@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -226,7 +227,7 @@ def test_first_token_on_two_ranks(bench, tmp_path, monkeypatch):
 
 
 def root_with_namespaces() -> bool:
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+    if not sys.platform.startswith("linux") or os.geteuid() != 0 or shutil.which("tc") is None:
         return False
     name = f"probe{os.getpid()}"
     try:
@@ -243,7 +244,7 @@ def test_slow_link_needs_root(bench, monkeypatch):
         bench.slow_link.main(["script.py"])
 
 
-@pytest.mark.skipif(not root_with_namespaces(), reason="needs root and network namespaces")
+@pytest.mark.skipif(not root_with_namespaces(), reason="needs root, network namespaces and tc")
 def test_slow_link(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
