@@ -195,8 +195,11 @@ def models_dir() -> Path:
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """One process more than processors: they wait for compilers and for processes that tests start; two more gain nothing."""
-    return (os.cpu_count() or 1) + 1
+    """One process a processor: one more, which would work while others wait, loses more by its imports and collection.
+
+    On two processors two took 493 s, three 534 (whole runs in random orders; 2026-11-28).
+    """
+    return max(2, os.cpu_count() or 1)
 
 
 def pytest_addoption(parser):
