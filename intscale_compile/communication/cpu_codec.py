@@ -25,7 +25,7 @@ from .message import GROUP_SIZE, MessageLayout
 from .pieces import Piece
 
 SOURCE = Path(__file__).with_name("codec.cpp")
-# -O3 takes three times as long to compile this, and what it makes runs 1.2 to 2.4 times as long (GCC 12, AVX2).
+# -O3 takes three times as long to compile this, and what it makes runs mostly 1.2 to 2.4 times as long (GCC 12, AVX2).
 FLAGS = ("-std=c++17", "-O2", "-march=native")
 WIDE = ("-ftree-vectorize", "-fvect-cost-model=dynamic")  # of GCC
 STRICT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")  # the bits of the reference

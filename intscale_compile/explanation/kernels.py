@@ -19,7 +19,7 @@ def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, behind: 
     if packed.device.type != "cuda":
         return f"oneDNN {'grouped ' if grouped else ''}{schedule}{also}"
     # Imports Triton, which only GPUs need.
-    from ..kernels.gluon_tiles import for_output
+    from ..kernels.gluon_tiles import for_output, scales_in_block
     from ..kernels.template import GLUON_TOKENS
     from ..kernels.tiles import choose_tile
     from ..kernels.triton_gated import pick_gated_tile
@@ -41,12 +41,10 @@ def kernel_name(packed: IntScaleTensor, tokens: str, cuda_graphs: bool, behind: 
     form = (rows, *shape, packed.group_size, scale_bits, packed.weight_bits, packed.device, gluon)
     gated = behind not in (None, "residual")
     tile = pick_gated_tile(*form, packed.dtype.itemsize) if gated else pick_tile(*form)
-    if tile.kernel == "triton" and not (
-        gated or gluon or cuda_graphs
-    ):  # the template, which shares no K among programs
+    if tile.kernel == "triton" and not (gated or gluon or cuda_graphs):  # the template shares no K among programs
         tile = choose_tile(rows, *shape, packed.group_size, scale_bits, packed.weight_bits, capability(packed.device))
     if tile.kernel != "triton":
-        tile = for_output(tile, schedule, packed.dtype.itemsize)
+        tile = for_output(tile, schedule, packed.dtype.itemsize, scales_in_block(packed.group_size))
     name = "triton" if tile.kernel == "triton" else f"gluon {tile.kernel}"
     parts = f", K in {tile.split_k} parts" if tile.kernel == "triton" and tile.split_k > 1 and not gated else ""
     return f"{name} {schedule} {tile.block_n}x{tile.block_m}{parts}{also}"

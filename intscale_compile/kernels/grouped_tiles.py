@@ -43,9 +43,8 @@ def choose_grouped_tile(
     # A row more than the tile holds reads the expert's weights a second time, from L2: so a tile for the mean is enough.
     mean = tile_count(rows, max(1, experts))
     busy = min(rows, experts)  # experts that have rows, if routing is even
-    if (
-        gluon and group_size in (32, 64, 128) and weight_bits == 4
-    ):  # the other formats were assembled, and not run on a GPU yet
+    # The other formats were assembled, and not timed on a GPU yet.
+    if gluon and group_size in (32, 64, 128) and weight_bits == 4:
         tile = _gluon_tile(mean, busy, n, k, schedule_name(group_size, scale_bits, weight_bits))
         if tile is not None:
             return tile

@@ -327,6 +327,25 @@ def test_diff_of_something_else_is_refused():
         explain.diff("text", report)
 
 
+@pytest.mark.parametrize("group_size, name", [(128, "192x128"), (64, "128x128"), (32, "128x128")])
+def test_the_tile_is_the_one_that_is_launched(monkeypatch, group_size, name):
+    """Several group scales in a stage leave no registers for three consumers: the launcher takes two, and explain says so."""
+    pytest.importorskip("triton")
+    from intscale_compile.explanation import kernels
+    from intscale_compile.kernels import gluon_launch, triton_gemm
+
+    packed = SimpleNamespace(
+        shape=(28672, 4096), out_features=28672, in_features=4096, group_size=group_size, scale_bits=8, weight_bits=4,
+        packing_format="tiled", zero_point=None, rotation=0, act_scale=None, device=torch.device("cuda"), dtype=torch.bfloat16,
+        dim=lambda: 2,
+    )  # fmt: skip
+    monkeypatch.setattr(triton_gemm, "capability", lambda device: 90)
+    monkeypatch.setattr(triton_gemm, "device_name", lambda device: "")
+    monkeypatch.setattr(gluon_launch, "sm_count", lambda device: 132)
+    monkeypatch.setattr(kernels, "_gluon_obstacle", lambda packed: None)
+    assert kernels.kernel_name(packed, "1024", cuda_graphs=True) == f"gluon cooperative accumulate {name}"
+
+
 @pytest.mark.parametrize(
     "obstacle, rows, name",
     [
