@@ -74,34 +74,9 @@ def unpack_times16(packed):
 
 
 @gluon.jit
-def fold_codes(packed, scales):
-    """``code * scale`` of both nibbles of uint8 ``packed`` ``[N, P/2]``, int8; ``scales`` int32 ``[N]`` in 1 to 15."""
-    # As triton_tile.fold_codes: u * s + (128 - 8 s) stays within a byte, and flipping bit 7 takes the 128 off.
-    offset = -2139062144 - scales * 0x08080808
-    scale, _ = gl.broadcast(gl.expand_dims(scales, 1), packed)
-    offset, _ = gl.broadcast(gl.expand_dims(offset, 1), packed)
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 t, u;
-        and.b32 t, $2, 0x0F0F0F0F;
-        shr.b32 u, $2, 4;
-        and.b32 u, u, 0x0F0F0F0F;
-        mad.lo.u32 t, t, $3, $7;
-        mad.lo.u32 u, u, $3, $7;
-        xor.b32 $0, t, 0x80808080;
-        xor.b32 $1, u, 0x80808080;
-        }""",
-        "=&r,=&r,r,r,r,r,r,r,r,r,r",
-        [packed, scale, offset],
-        dtype=(gl.int8, gl.int8),
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
 def fold_codes_of_two(packed, low_scales, high_scales):
-    """As :func:`fold_codes` where the low nibbles are of one group and the high ones of another."""
+    """``code * scale`` of both nibbles of uint8 ``packed`` ``[N, P/2]``, int8; scales of each int32 ``[N]`` in 1 to 15."""
+    # As triton_tile.fold_codes: u * s + (128 - 8 s) stays within a byte, and flipping bit 7 takes the 128 off.
     low_offset = -2139062144 - low_scales * 0x08080808
     high_offset = -2139062144 - high_scales * 0x08080808
     low_scale, _ = gl.broadcast(gl.expand_dims(low_scales, 1), packed)
@@ -125,6 +100,12 @@ def fold_codes_of_two(packed, low_scales, high_scales):
         is_pure=True,
         pack=4,
     )
+
+
+@gluon.jit
+def fold_codes(packed, scales):
+    """:func:`fold_codes_of_two` where both nibbles are of one group."""
+    return fold_codes_of_two(packed, scales, scales)
 
 
 @gluon.constexpr_function
