@@ -1,8 +1,8 @@
 """The exhaustive search of integer group scales on a CPU, compiled by the C++ compiler of the machine on first use.
 
-``scale_search.cpp`` is several times faster than the same search as operators of PyTorch. It marks the rows where another
-order of float sums might decide otherwise; the caller searches these with operators, so that the result is theirs in every
-row. A machine without a compiler has the operators for all rows.
+``scale_search.cpp`` is several times faster than the same search as operators of PyTorch. It marks the candidates of a row
+among which another order of float sums might decide otherwise; the caller compares these with operators, so that the result is
+theirs in every row. A machine without a compiler has the operators for all rows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ EXACT = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = (*EXACT, "-fassociative-math", "-fno-signed-zeros", "-ffinite-math-only")
 WIDE = ("-mprefer-vector-width=512",)  # of x86
 MAX_GROUPS = 4096
+MAX_CANDIDATES = 64
 FEW_ELEMENTS = 1 << 14  # below, one thread
 
 
@@ -44,22 +45,22 @@ def search_integer_scales_cpu(
     Args:
         groups: fp32 ``[R, G, g]`` on a CPU, rows normalised to a largest magnitude of 1.
         scale_max: largest integer scale, at most 255.
-        row_steps: candidates.
+        row_steps: candidates, at most 64.
         weights: fp32 ``[G, g]`` or None.
 
     Returns:
-        Index of the row step int64 ``[R, 1]``, scales fp32 ``[R, G]``, and bool ``[R]``: rows that must be searched otherwise.
-        None: this machine has no compiler, or the rows are too long.
+        Index of the row step int64 ``[R, 1]``, scales fp32 ``[R, G]``, and int64 ``[R]``: 0, or bits of the row steps among which
+        the row must be searched otherwise. None: this machine has no compiler, or the rows are too long.
     """
     rows, count, size = groups.shape
-    if count > MAX_GROUPS or not rows or (function := library()) is None:
+    if count > MAX_GROUPS or len(row_steps) > MAX_CANDIDATES or not rows or (function := library()) is None:
         return None
     groups = groups.contiguous()
     counts = None if weights is None else weights.contiguous()
     steps = torch.tensor(row_steps, dtype=torch.float64)
     chosen = torch.empty(rows, dtype=torch.int32)
     scales = torch.empty((rows, count), dtype=torch.uint8)
-    unsure = torch.empty(rows, dtype=torch.uint8)
+    unsure = torch.empty(rows, dtype=torch.int64)
 
     def part(start: int, stop: int) -> None:
         function(
@@ -74,4 +75,4 @@ def search_integer_scales_cpu(
         edges = [rows * i // threads for i in range(threads + 1)]
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(part, edges[:-1], edges[1:]))
-    return chosen.long().unsqueeze(1), scales.float(), unsure.bool()
+    return chosen.long().unsqueeze(1), scales.float(), unsure

@@ -2,8 +2,8 @@
 // rounded anew each time. One pass over a group that stays in registers and L1, where PyTorch's operators make five over
 // memory for each candidate.
 //
-// Float sums depend on their order. A decision that another order might turn is therefore not taken here: the row is marked,
-// and the caller repeats it with PyTorch's operators. All other rows get what these would give.
+// Float sums depend on their order. A decision that another order might turn is therefore not taken here: the caller takes it
+// with PyTorch's operators, among the candidates that this search says for the row. All other rows get what these would give.
 
 #include <cstdint>
 
@@ -11,6 +11,7 @@ namespace {
 
 constexpr float TINY_DIFFERENCE = 8e-6f;  // relative; two orders of summing 256 squares differ by less than 1e-6
 constexpr float INFINITE = 3.4e38f;
+constexpr int MOST_CANDIDATES = 64;
 
 inline float limited(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
 
@@ -57,7 +58,7 @@ Found best_scale(const float* x, const float* weights, float absmax, double row_
 
 template <int SIZE, bool WEIGHTED>
 void search(const float* x, const float* weights, int64_t rows, int groups, int size, int largest, const double* steps,
-            int candidates, int32_t* chosen, uint8_t* scales, uint8_t* unsure) {
+            int candidates, int32_t* chosen, uint8_t* scales, int64_t* unsure) {
     for (int64_t row = 0; row < rows; ++row, x += (int64_t)groups * size, scales += groups) {
         float absmax[4096];
         for (int g = 0; g < groups; ++g) {
@@ -68,7 +69,7 @@ void search(const float* x, const float* weights, int64_t rows, int groups, int 
             }
             absmax[g] = most;
         }
-        float least = INFINITE;
+        float least = INFINITE, totals[MOST_CANDIDATES];
         bool close = false;
         chosen[row] = 0;
         for (int c = 0; c < candidates; ++c) {
@@ -82,23 +83,24 @@ void search(const float* x, const float* weights, int64_t rows, int groups, int 
                 picked[g] = (uint8_t)found.scale;
                 doubtful |= found.close;
             }
-            const float gap = least - total, margin = TINY_DIFFERENCE * total;
-            if (c > 0 && gap <= margin && gap >= -margin && total > 0) close = true;
-            if (gap > 0) {
-                if (gap > margin) close = false;
-                close |= doubtful;
+            totals[c] = total;
+            if (total < least) {
                 least = total;
+                close = doubtful;
                 chosen[row] = c;
                 for (int g = 0; g < groups; ++g) scales[g] = picked[g];
             }
         }
-        unsure[row] = close;
+        uint64_t best = 0;
+        for (int c = 0; c < candidates; ++c)
+            if (c == chosen[row] || (least > 0 && totals[c] - least <= TINY_DIFFERENCE * totals[c])) best |= uint64_t(1) << c;
+        unsure[row] = close || (best & (best - 1)) ? (int64_t)best : 0;
     }
 }
 
 template <bool WEIGHTED>
 void search_of_size(const float* x, const float* weights, int64_t rows, int groups, int size, int largest, const double* steps,
-                    int candidates, int32_t* chosen, uint8_t* scales, uint8_t* unsure) {
+                    int candidates, int32_t* chosen, uint8_t* scales, int64_t* unsure) {
     switch (size) {
         case 32: return search<32, WEIGHTED>(x, weights, rows, groups, size, largest, steps, candidates, chosen, scales, unsure);
         case 64: return search<64, WEIGHTED>(x, weights, rows, groups, size, largest, steps, candidates, chosen, scales, unsure);
@@ -111,9 +113,9 @@ void search_of_size(const float* x, const float* weights, int64_t rows, int grou
 }  // namespace
 
 // x [rows, groups, size]; weights [groups, size] or null; steps [candidates]; chosen [rows]; scales [rows, groups];
-// unsure [rows]. At most 4096 groups.
+// unsure [rows]: 0, or a bit for each candidate that may be the best. At most 4096 groups and 64 candidates.
 extern "C" void intscale_scale_search(const float* x, const float* weights, int64_t rows, int groups, int size, int largest,
-                                      const double* steps, int candidates, int32_t* chosen, uint8_t* scales, uint8_t* unsure) {
+                                      const double* steps, int candidates, int32_t* chosen, uint8_t* scales, int64_t* unsure) {
     if (weights)
         search_of_size<true>(x, weights, rows, groups, size, largest, steps, candidates, chosen, scales, unsure);
     else

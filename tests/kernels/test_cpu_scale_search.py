@@ -34,9 +34,10 @@ def test_every_row_has_what_operators_find(groups, size, kind, weighted):
 
 @pytest.mark.skipif(cpu_scale_search.library() is None, reason="no C++ compiler")
 def test_few_rows_are_left_to_operators():
-    """Fast only where nearly every row is decided by the compiled search; also over several threads."""
+    """Fast only where the compiled search decides nearly every row, and between few candidates; also over several threads."""
     _, _, unsure = cpu_scale_search.search_integer_scales_cpu(rows(5, 128, "plain"), LARGEST, STEPS, None)
-    assert unsure.shape == (200,) and unsure.sum() <= 10
+    left = [bin(bits).count("1") for bits in unsure.tolist() if bits]
+    assert unsure.shape == (200,) and len(left) <= 10 and max(left, default=1) <= 3  # of 24 row steps
 
 
 def test_without_a_compiler_the_result_is_the_same_and_it_is_said_once(monkeypatch, tmp_path, caplog):
