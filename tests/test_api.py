@@ -49,7 +49,8 @@ def test_no_module_has_the_name_of_a_public_function():
 def test_a_process_that_imports_nothing_else():
     """Modules as attributes, no errors or results beside the functions; nothing is said, and no other package is needed.
 
-    What we register with transformers is there when it is imported later.
+    What we register with transformers is there when it is imported later. The command line then says one line where the path
+    is wrong, and nothing of what it imports does.
     """
     script = """
         import logging, sys
@@ -63,14 +64,18 @@ def test_a_process_that_imports_nothing_else():
         print("transformers follows", file=sys.stderr, flush=True)
         import transformers
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-        print("intscale" in ALL_EXPERTS_FUNCTIONS)
+        print("intscale" in ALL_EXPERTS_FUNCTIONS, flush=True)
+        import intscale_cli
+        intscale_cli.main(["quantize", "/no/such folder", "/no/such result"])
     """
     script = "\n".join(line[8:] for line in script.splitlines())
     command = [sys.executable, "-c", script]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
-    assert run.stderr.startswith("transformers follows") and run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.split() == ["[]", "[]", "[]", "True"]
+    mend = "give the folder of a transformers model, or its hub name."
+    said = f"intscale: /no/such folder: there is no such folder: {mend}"
+    assert run.stderr.splitlines() == ["transformers follows", said] and run.returncode == 2, run.stderr[-2000:]
 
 
 def code_of(page: Path) -> str:

@@ -36,7 +36,9 @@ def test_a_missing_library_is_one_line(name):
 
 
 def test_wrong_path_and_missing_gpu(tmp_path):
-    done = in_shell("quantize", tmp_path / "nothing", tmp_path / "out")
+    """A Python just started says the first, too: tests/test_api.py."""
+    paths = [str(tmp_path / name) for name in ("nothing", "out")]
+    done = forks.run("plain", "intscale_cli", "quantize", *paths, timeout=300, HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and done.stdout == ""
     mend = "give the folder of a transformers model, or its hub name."
     assert done.stderr == f"intscale: {tmp_path}/nothing: there is no such folder: {mend}\n"

@@ -21,7 +21,8 @@ from tests.communication.inputs import contributions, same_bits  # noqa: E402
 
 WIRES = tuple(name + spikes for name, spikes in itertools.product(("int8", "int6", "int5", "int4"), ("", "-spikes")))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-QUICK = "messages-.*-5000-|messages-(int8|int5-spikes|int4)-|pieces|unaligned|far"  # see tests/support/interpreter.py
+# See tests/support/interpreter.py.
+QUICK = "messages-.*-5000-|messages-(int8|int5-spikes|int4|int4-spikes)-[^s]|pieces-int5|unaligned|far"
 
 
 def truncated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
