@@ -51,10 +51,9 @@ def pytest_configure(config):
 def _set_up_torch() -> None:
     # Slow to import.
     import torch._dynamo.guards
-    import torch._inductor.codecache
     import torch._inductor.config
 
-    from tests.support.tracing import quicker_dynamo
+    from tests.support.tracing import quicker_dynamo, same_flags
 
     # pytest 9 listens to every logger that does not propagate, also to the one for which torch makes a JSON record of each step
     # of a compilation if somebody listens: no test reads it in this process.
@@ -66,8 +65,7 @@ def _set_up_torch() -> None:
     # without. Files that compare what users run, and what tests start as commands, have them; `--vectorized` gives them to every
     # test.
     torch._inductor.config.cpp.simdlen = SCALAR
-    # Such C++ is compiled with the flags of the other, so that both use the same headers, compiled ahead: 10 s.
-    torch._inductor.codecache.pick_vec_isa = _vector_instructions  # type: ignore[attr-defined]
+    same_flags()
     # Writing and compiling C++ takes longer than everything before it, which is what most tests are about: Dynamo's graph, our
     # passes, AOTAutograd, Inductor's passes and its calls of operators. There Inductor calls the operators of eager mode
     # instead; tests marked `generated`, `vectorized` or `slow`, and what tests start as commands, have C++.
@@ -76,15 +74,6 @@ def _set_up_torch() -> None:
     torch._inductor.config.aot_inductor.precompile_headers = False
     # What calls operators and hands over addresses is not made faster by optimizing it.
     torch._inductor.config.aot_inductor.compile_wrapper_opt_level = "O0"
-
-
-def _vector_instructions():
-    """The vector instructions of this processor, whether or not C++ is written with them."""
-    import torch._inductor.config
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    with torch._inductor.config.patch({"cpp.simdlen": VECTORIZED}):
-        return pick_vec_isa()
 
 
 # Files that take longest: they start first, or the last of them would run alone at the end.

@@ -41,8 +41,9 @@ SIZES = {90: ((80, 4, 1), (128, 8, 4)), 80: ((128, 8, 1),)}
 OTHER_SIZES = {90: ((64, 1, 1),), 80: ((80, 4, 4),)}
 
 
-NVIDIA = [(80, "float"), *((90, mask) for mask in MASK_TYPES)]
+NVIDIA = [(80, "float"), *((90, mask) for mask in MASK_TYPES if mask != "none")]  # with a mask is more code
 NVIDIA += [pytest.param(80, mask, marks=pytest.mark.slow) for mask in MASK_TYPES if mask != "float"]
+NVIDIA += [pytest.param(90, "none", marks=pytest.mark.slow)]
 NVIDIA += [pytest.param(a, f"{m}, other sizes", marks=pytest.mark.slow) for a in (80, 90) for m in ("float", "none")]
 
 

@@ -49,9 +49,9 @@ def compile_nvidia(schedule, tile: Tile, arch: int = 90):
     return compile_kernel(schedule, tile, GPUTarget("cuda", arch, 32))
 
 
-SM90_CASES = largest_first((FOLD, ACCUMULATE, PER_CHANNEL), [(FOLD, chosen_tiles(FOLD)[0])], chosen_tiles)
+SM90_CASES = largest_first((FOLD, ACCUMULATE), [(FOLD, chosen_tiles(FOLD)[0])], chosen_tiles)
 SM90_CASES += [(W8A8, chosen_tiles(W8A8)[-1])]
-OTHERS = ((32, 4, 4), (64, 8, 4), (256, 4, 4))
+OTHERS = (PER_CHANNEL, (32, 4, 4), (64, 8, 4), (256, 4, 4))
 SM90_CASES += [pytest.param(s, chosen_tiles(s)[-1], marks=pytest.mark.slow) for s in OTHERS]
 
 
@@ -67,7 +67,9 @@ def test_hopper(schedule, tile, code):
         schedule, choose_grouped_tile(rows, EXPERTS, 28672, K, *schedule, 80), 80
     )
 )
-@pytest.mark.parametrize("schedule", [FOLD, ACCUMULATE], ids=["fold", "accumulate"])
+@pytest.mark.parametrize(
+    "schedule", [FOLD, pytest.param(ACCUMULATE, marks=pytest.mark.slow)], ids=["fold", "accumulate"]
+)
 @pytest.mark.parametrize("rows", [*(pytest.param(r, marks=pytest.mark.slow) for r in (2, 256, 512)), 8192])
 def test_ampere(schedule, rows, code):
     check_loop(code, ("IMMA",), outside=8)  # under Triton 3.6, not in the loop

@@ -16,7 +16,7 @@ import torch
 import torch._inductor.config
 
 from tests.support import forks
-from tests.support.tracing import quicker_dynamo
+from tests.support.tracing import quicker_dynamo, same_flags
 
 SECONDS = 300.0  # two loaded cores; the groups' own timeouts end what hangs
 
@@ -71,6 +71,7 @@ def main(function: Callable[..., Any], generated: bool = False) -> None:
         generated: Inductor writes C++, as for tests with the mark of that name; each rank compiles it.
     """
     quicker_dynamo()
+    same_flags()
     torch._inductor.config.cpp.simdlen = 1  # half of g++'s time: see tests/conftest.py
     torch._inductor.config.fallback_by_default = not generated
     number, ranks, name, *arguments = sys.argv[1:]
