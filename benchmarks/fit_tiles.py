@@ -16,34 +16,35 @@ from typing import Any
 
 import torch
 
-from intscale_compile.kernels.tile import tile_count
-from intscale_compile.kernels.tile_costs import BYTES_PER_US, LAUNCH_US, Cost
+from intscale_compile.kernels.tile import Tile, tile_count
+from intscale_compile.kernels.tile_costs import BYTES_PER_US, LAUNCH_US, Cost, partial_us
 
 START = (3.0, 1.0, 0.3, 0.2, 1.5)  # as Cost, but by how much more a block takes with a second program
 SM_COUNT = 132
 
 
 def terms(row: dict[str, Any]) -> tuple[float, ...]:
-    """Waves, those of two programs on a multiprocessor, blocks of a part of K, further parts, microseconds of the bytes."""
+    """Waves, those of two programs on a multiprocessor, blocks of a part of K, further parts, microseconds of sums and bytes."""
     t, n, k, m = row["tile"], row["n"], row["k"], row["m"]
     together = 2 if t["kernel"] == "pipelined" else t["programs_per_sm"]
     tiles = tile_count(m, t["block_m"]) * tile_count(n, t["block_n"]) * t["split_k"]
     waves, rest = divmod(tiles, SM_COUNT * together)
     shared = waves + (rest > SM_COUNT) if together == 2 else 0
     memory = LAUNCH_US + (n * k / 2 + n * k / 128 + m * k + 2 * m * n) / BYTES_PER_US
-    return waves + (rest > 0), shared, tile_count(k, 128) / t["split_k"], t["split_k"] - 1, memory
+    sums = partial_us(Tile(**t), m, n)
+    return waves + (rest > 0), shared, tile_count(k, 128) / t["split_k"], t["split_k"] - 1, sums, memory
 
 
 def fit(rows: list[dict[str, Any]]) -> tuple[Cost, float, float]:
     """The constants of one kind of tile, and the root mean square and the largest of the logarithmic errors."""
-    waves, shared, blocks, split, memory = torch.tensor([terms(row) for row in rows], dtype=torch.float64).T
+    waves, shared, blocks, split, sums, memory = torch.tensor([terms(row) for row in rows], dtype=torch.float64).T
     measured = torch.tensor([row["us"] for row in rows], dtype=torch.float64).log()
     logs = torch.tensor(START, dtype=torch.float64).log().requires_grad_()
     optimizer = torch.optim.LBFGS([logs], max_iter=500, line_search_fn="strong_wolfe")
 
     def errors() -> torch.Tensor:
         start, tile, alone, more, part = logs.exp().unbind()
-        time = start + part * split + waves * (tile + alone * blocks) + shared * more * blocks
+        time = start + part * split + sums + waves * (tile + alone * blocks) + shared * more * blocks
         return (time**8 + memory**8).log() / 8 - measured
 
     def loss() -> torch.Tensor:

@@ -19,34 +19,23 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .gluon_common import (
-    add_block_groups,
-    add_four,
     allow_next_kernel,
     blocks_of_group,
     copy_to_shared,
-    fold_codes,
-    fold_codes_of_two,
     load_tokens,
     packed_pieces,
-    reinterpret_shared,
     scales_in_block,
     store_tile,
     tile_position,
     token_halves,
-    unpack_times16,
     wait_for_previous_kernel,
 )
 from .gluon_epilogue import half_scales, start_residual, store_half, sum_parts
 from .gluon_gemm import split_range
-
-
-@gluon.constexpr_function
-def copied_scales(block_n):
-    """Rows whose group scales are copied for each stage: a power of 2, as a descriptor's box is."""
-    return 256 if block_n == 192 else block_n
+from .gluon_stage import copied_scales, multiply_ahead, multiply_half
 
 
 @gluon.jit
@@ -88,128 +77,13 @@ def load_weights(
 
 
 @gluon.jit
-def consumer_scales(
-    ss, slot, CONSUMER: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, GATED: gl.constexpr
-):  # fmt: skip
-    """Scales of one group and one consumer's rows, ``[ROWS]``, as int32 (or fp32)."""
-    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    every = reinterpret_shared(ss.index(slot), ss.dtype, [copied_scales(BLOCK_N)], LINEAR)
-    if GATED == "none":
-        scales = every.slice(CONSUMER * ROWS, ROWS, 0).load(LAYOUT)
-    else:  # 8 rows of gate and of up in turns, see load_weights: as the warps hold them, so that nothing moves
-        HALF: gl.constexpr = gl.DistributedLinearLayout([], [[0], [0], [1], [2], [4]], [[8], [16]], [], [32])
-        gate = every.slice(CONSUMER * 32, 32, 0).load(HALF)
-        up = every.slice(64 + CONSUMER * 32, 32, 0).load(HALF)
-        scales = gl.reshape(gl.permute(gl.reshape(gl.join(gate, up), [4, 8, 2]), (0, 2, 1)), [64])
-        scales = gl.convert_layout(scales, LAYOUT)
-    return scales if ss.dtype == gl.float32 else scales.to(gl.int32)
-
-
-@gluon.jit
-def one_where_loaded(scales):
-    """1 for each group scale (0 for rows that do not exist), known only when the scale has arrived in its register.
-
-    A load from shared memory that nothing has used yet may still wait in the queue of its part of the multiprocessor when the
-    warps meet and the stage is given free, behind the other consumer's stores, for longer than the producer needs to refill the
-    stage: with 8-bit scales and several tiles a program, sums were wrong on an H100. So the product itself depends on the scales.
-    """
-    IS_FLOAT: gl.constexpr = scales.dtype == gl.float32
-    if IS_FLOAT:
-        one = (scales != 0.0).to(gl.int32)
-    else:
-        one = gl.minimum(scales, 1)
-    return one
-
-
-@gluon.jit
-def multiply_fine_half(
-    acc, slot, x, ws, ss, empty, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
-    SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
-    """:func:`multiply_half` for groups of 32 and 64: two packing blocks, and two or four groups, in a stage."""
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=4)
-    SUMS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    BLOCK_N: gl.constexpr = ROWS * CONSUMERS
-    GROUPS: gl.constexpr = scales_in_block(GROUP_SIZE)
-    piece = (slot * CONSUMERS + CONSUMER) * 2
-    first, second = ws.index(piece).load(A), ws.index(piece + 1).load(A)
-    group = slot * GROUPS
-    s0 = consumer_scales(ss, group, CONSUMER, ROWS, gl.SliceLayout(1, A), BLOCK_N, GATED)
-    s1 = consumer_scales(ss, group + GROUPS // 2 - 1, CONSUMER, ROWS, gl.SliceLayout(1, A), BLOCK_N, GATED)
-    s2 = consumer_scales(ss, group + GROUPS // 2, CONSUMER, ROWS, gl.SliceLayout(1, A), BLOCK_N, GATED)
-    s3 = consumer_scales(ss, group + GROUPS - 1, CONSUMER, ROWS, gl.SliceLayout(1, A), BLOCK_N, GATED)
-    if SCALES == "fold":
-        low, high = fold_codes_of_two(first, s0, s1)
-        next_low, next_high = fold_codes_of_two(second, s2, s3)
-        acc = add_four(acc, low, high, next_low, next_high, x)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-    else:
-        low, high = fold_codes_of_two(first, one_where_loaded(s0), one_where_loaded(s1))
-        s0, s1 = gl.convert_layout(s0, SUMS), gl.convert_layout(s1, SUMS)
-        acc = add_block_groups(acc, low, high, x, 0, s0, s1, GROUP_SIZE, 0, LAYOUT)
-        low, high = fold_codes_of_two(second, one_where_loaded(s2), one_where_loaded(s3))
-        s2, s3 = gl.convert_layout(s2, SUMS), gl.convert_layout(s3, SUMS)
-        acc = add_block_groups(acc, low, high, x, 64, s2, s3, GROUP_SIZE, 0, LAYOUT)
-    mbarrier.arrive(empty.index(slot), count=1)
-    return acc
-
-
-@gluon.jit
-def multiply_half(
-    acc, slot, xs, ws, ss, empty, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
-    SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr,
-    INT8: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
-    """Add one stage to the ``[ROWS, BLOCK_M]`` sums of a consumer, and free its part of the stage."""
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=4)
-    x = xs.index(slot)
-    rows = ws.index(slot * CONSUMERS + CONSUMER)
-    if GROUP_SIZE < 128:
-        acc = multiply_fine_half(
-            acc, slot, x, ws, ss, empty, CONSUMER, CONSUMERS, SCALES, GROUP_SIZE, ROWS, LAYOUT, GATED
-        )
-    elif INT8:
-        acc = warpgroup_mma(rows, x.permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index(slot), count=1)
-    else:
-        x_low = x.slice(0, 64, 1).permute((1, 0))
-        x_high = x.slice(64, 64, 1).permute((1, 0))
-        packed = rows.load(A)
-        if SCALES == "fold":
-            low, high = fold_codes(
-                packed, consumer_scales(ss, slot, CONSUMER, ROWS, gl.SliceLayout(1, A), ROWS * CONSUMERS, GATED)
-            )
-        elif SCALES == "none":
-            low, high = unpack_times16(packed)
-        else:  # codes at their own size: the sums of a group need no shift
-            scales = consumer_scales(ss, slot, CONSUMER, ROWS, gl.SliceLayout(1, A), ROWS * CONSUMERS, GATED)
-            low, high = fold_codes(packed, one_where_loaded(scales))
-        if SCALES == "fold" or SCALES == "none":
-            acc = warpgroup_mma(low, x_low, acc, is_async=True)
-            acc = warpgroup_mma(high, x_high, acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(slot), count=1)
-        else:
-            part = gl.zeros([ROWS, BLOCK_M], gl.int32, LAYOUT)
-            part = warpgroup_mma(low, x_low, part, use_acc=False, is_async=True)
-            part = warpgroup_mma(high, x_high, part, is_async=True)
-            part = warpgroup_mma_wait(0, deps=(part,))
-            mbarrier.arrive(empty.index(slot), count=1)
-            if SCALES == "float":
-                part = part.to(gl.float32)
-            acc = acc + part * gl.expand_dims(gl.convert_layout(scales, gl.SliceLayout(1, LAYOUT)), 1)
-    return acc
-
-
-@gluon.jit
 def consume_half(
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc,
     out_ptr, scale_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, DEQUANTIZE: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr, SPLIT_K: gl.constexpr, UNROLL: gl.constexpr,
     OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr, TMA_STORE: gl.constexpr,
-    GROUP_SIZE: gl.constexpr,
+    GROUP_SIZE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """One consumer: the products of its rows with every stage of every tile of this program, and their epilogue."""
     ROWS: gl.constexpr = BLOCK_N // CONSUMERS
@@ -237,13 +111,19 @@ def consume_half(
             start_residual(residual_desc, ys, bar, first, second, n0, CONSUMER, BLOCK_M, ROWS)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32 if SCALES == "float" else gl.int32, LAYOUT)
         for _ in range(begin // UNROLL, end // UNROLL):
-            for u in gl.static_range(UNROLL):
-                slot = (stage + u) % STAGES
-                mbarrier.wait(full.index(slot), ((stage + u) // STAGES) & 1)
-                acc = multiply_half(
-                    acc, slot, xs, ws, ss, empty, CONSUMER, CONSUMERS,
-                    SCALES, GROUP_SIZE, BLOCK_M, ROWS, LAYOUT, INT8, GATED,
+            if AHEAD:
+                acc = multiply_ahead(
+                    acc, stage, xs, ws, ss, full, empty, CONSUMER, CONSUMERS,
+                    SCALES, GROUP_SIZE, ROWS, LAYOUT, GATED, STAGES, UNROLL,
                 )  # fmt: skip
+            else:
+                for u in gl.static_range(UNROLL):
+                    slot = (stage + u) % STAGES
+                    mbarrier.wait(full.index(slot), ((stage + u) // STAGES) & 1)
+                    acc = multiply_half(
+                        acc, slot, xs, ws, ss, empty, CONSUMER, CONSUMERS,
+                        SCALES, GROUP_SIZE, ROWS, LAYOUT, INT8, GATED,
+                    )  # fmt: skip
             stage += UNROLL
         last = True
         if SPLIT_K > 1:
@@ -328,7 +208,7 @@ def gemm_cooperative(
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, GROUP_SIZE: gl.constexpr, DEQUANTIZE: gl.constexpr,
     HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_N: gl.constexpr,
     SPLIT_K: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr, INT8: gl.constexpr, GATED: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr, TMA_STORE: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, TMA_STORE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """``out[m, n]``, ``[M, N]``; persistent. Launched with 4 warps: one consumer; the others and the producer are beside it.
 
@@ -372,7 +252,7 @@ def gemm_cooperative(
                     part, CONSUMERS, xs, ws, ss, ys, full, empty, residual_bars, out_desc, residual_desc, out_ptr, scale_ptr,
                     row_scale_ptr, token_scale_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, M, N, BLOCKS, SCALES,
                     DEQUANTIZE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP_N, SPLIT_K, UNROLL, OVERLAP, INT8, GATED,
-                    HAS_RESIDUAL, TMA_STORE, GROUP_SIZE,
+                    HAS_RESIDUAL, TMA_STORE, GROUP_SIZE, AHEAD,
                 ),
             )
             if part < CONSUMERS

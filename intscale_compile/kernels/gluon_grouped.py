@@ -22,8 +22,9 @@ from .gluon_common import (
     tile_tokens,
     wait_for_previous_kernel,
 )
-from .gluon_cooperative import load_weights, multiply_half
+from .gluon_cooperative import load_weights
 from .gluon_decode import SPLIT, allocate_weights, copy_weights, load_activation_stage, multiply_round
+from .gluon_stage import multiply_half
 
 
 @gluon.jit
@@ -143,7 +144,7 @@ def consume_rows(
                 slot = (stage + u) % STAGES
                 mbarrier.wait(full.index(slot), ((stage + u) // STAGES) & 1)
                 acc = multiply_half(
-                    acc, slot, xs, ws, ss, empty, CONSUMER, 2, SCALES, GROUP_SIZE, BLOCK_M, ROWS, LAYOUT, INT8, "none"
+                    acc, slot, xs, ws, ss, empty, CONSUMER, 2, SCALES, GROUP_SIZE, ROWS, LAYOUT, INT8, "none"
                 )
             stage += UNROLL
         if SCALES == "none" and not INT8:

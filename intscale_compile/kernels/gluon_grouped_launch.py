@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .gluon_launch import (
     REGISTERS,
-    blocks_in_body,
     decode_descriptors,
     gemm_descriptors,
+    loop_body,
     scale_schedule,
     sm_count,
 )
@@ -92,8 +92,6 @@ def launch_gluon_grouped(
         )
         launch(grouped_decode, grid, *decode_descriptors(*weights), *operands, **flags)
         return
-    flags.update(
-        GROUP_N=tile.group_n, INT8=weight_bits == 8, num_warps=4,
-        UNROLL=blocks_in_body(True, schedule, weight_bits == 8, blocks, groups), maxnreg=REGISTERS[8, 1],
-    )  # fmt: skip
+    unroll = loop_body(tile, schedule, weight_bits == 8, blocks, groups, ahead=False).unroll
+    flags.update(GROUP_N=tile.group_n, INT8=weight_bits == 8, num_warps=4, UNROLL=unroll, maxnreg=REGISTERS[8, 1])
     launch(grouped_cooperative, grid, *gemm_descriptors(*weights), *operands, **flags)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import triton
@@ -33,8 +33,15 @@ REGISTERS = {
 }  # by (warps, programs an SM): a thread's share
 
 
-# Blocks of K that a loop's body holds, the largest that divides K taken, by (cooperative, SCALES, 8-bit weights). Only a
-# schedule that keeps one accumulator gains from several blocks in flight; the others would spill.
+class LoopBody(NamedTuple):
+    """What the body of a kernel's loop over K holds."""
+
+    unroll: int  # blocks of K
+    ahead: bool  # whether each stage is read from shared memory while the products of the one before run; else when they have
+
+
+# Blocks of K in a body, the first that divides K taken, by (cooperative, SCALES, 8-bit weights). Only a schedule that keeps
+# one accumulator gains from several blocks in flight; the others would spill.
 _ONE_SUM, _TWO_SUMS = (4, 2, 1), (1,)
 UNROLLS = {
     (False, "fold", False): _ONE_SUM, (False, "none", False): _ONE_SUM, (False, "none", True): _ONE_SUM,
@@ -42,13 +49,26 @@ UNROLLS = {
     (True, "fold", False): _ONE_SUM, (True, "none", False): _ONE_SUM, (True, "none", True): (1,),
     (True, "accumulate", False): (2, 1), (True, "float", False): (1,),
 }  # fmt: skip
+# As many blocks of K where each stage is read ahead: the first of a body is not, so that longer bodies gain more.
+UNROLLS_AHEAD = (8, 4, 2)
 
 
-def blocks_in_body(cooperative: bool, scales: str, int8: bool, blocks: int, groups: int = 1) -> int:
-    """Blocks of K that a loop's body holds, for a K of ``blocks`` with ``groups`` group scales in each."""
-    if groups > 1 and scales in ("accumulate", "float"):
-        return 1
-    return next(unroll for unroll in UNROLLS[cooperative, scales, int8] if blocks % unroll == 0)
+def loop_body(tile: Tile, scales: str, int8: bool, blocks: int, groups: int = 1, ahead: bool = True) -> LoopBody:
+    """The body of ``tile``'s loop, for a K of ``blocks`` with ``groups`` group scales in each; ``scales`` is SCALES.
+
+    Stages are read ahead by two consumers of 128 tokens with one sum. Those of 256 tokens, or a third consumer, fill the time
+    with other products (benchmarks/results/2026-11-28-h200-ahead.md). Gated launches and experts, with ``ahead`` False, do
+    not: they were not run on a GPU so.
+    """
+    cooperative, two_sums = tile.kernel == "cooperative", scales in ("accumulate", "float")
+    if ahead and cooperative and tile.block_m == 128 and tile.num_warps == 8 and not (int8 or two_sums):
+        for unroll in UNROLLS_AHEAD:
+            # A part of K has whole bodies: short ones make parts of one length.
+            if blocks % unroll == 0 and (unroll <= 4 or blocks // unroll % tile.split_k == 0):
+                return LoopBody(unroll, True)
+    if groups > 1 and two_sums:
+        return LoopBody(1, False)
+    return LoopBody(next(u for u in UNROLLS[cooperative, scales, int8] if blocks % u == 0), False)
 
 
 @functools.lru_cache(None)
@@ -201,7 +221,8 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
     descriptors = gemm_descriptors(
         xq, qdata, scale, qdata.shape[0] // 64, group_size, flags["SCALES"], tile, gated=gated
     )
-    unroll = blocks_in_body(cooperative, flags["SCALES"], int8, blocks, scales_in_block(group_size))
+    groups = scales_in_block(group_size)
+    unroll, ahead = loop_body(tile, flags["SCALES"], int8, blocks, groups, ahead=not gated)
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
     split_k = min(tile.split_k, blocks // unroll)
     partial = counters = None
@@ -213,7 +234,7 @@ def _gemm(grid_limit: int, m: int, n: int, tile: Tile, operands: dict[str, Any],
     out, residual = operands["epilogue"][0], operands["residual"]
     stores: tuple[Any, ...] = ()
     if cooperative:
-        flags = flags | {"TMA_STORE": copies_results(out, residual)}
+        flags = flags | {"TMA_STORE": copies_results(out, residual), "AHEAD": ahead}
         box = (tile.block_m // 2, 32 if gated else 64)
         stores = tuple(
             descriptor(x, list(out.shape), [out.stride(0), 1], box) if flags["TMA_STORE"] and x is not None else None

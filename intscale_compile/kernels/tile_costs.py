@@ -2,11 +2,13 @@
 
 A tile costs ``tile + block * blocks`` microseconds, where ``blocks`` are the packing blocks of 128 features of its part of K,
 and tiles go in waves of one or two on every streaming multiprocessor. Where two programs share one, a last wave that needs
-one of them only is faster a block. No time is below that of the bytes. For one tile the prediction never falls when tokens
-are added, so neither does that of the best of a fixed set of tiles.
+one of them only is faster a block. Parts of K write their sums and read those of the others. No time is below that of the
+bytes. For one tile the prediction never falls when tokens are added, so neither does that of the best of a fixed set of tiles.
 
 The constants were fitted (``benchmarks/fit_tiles.py``) to sweeps of ``benchmarks/tile_sweep.py`` on H100s: 8 to 11 shapes, 1
-to 4096 tokens, groups of 128 with 4-bit scales, and from 129 tokens on with 8-bit scales.
+to 4096 tokens, groups of 128 with 4-bit scales, and from 129 tokens on with 8-bit scales. Those that name an H200 were then
+moved to its times of 65 to 512 tokens (a few of 1000 and 4096), with a penalty on the distance from the H100's; the split
+terms with 8-bit scales are those with 4-bit ones (benchmarks/results/2026-11-28-h200-ahead.md).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from .tile import SM_COUNT, Tile, tile_count
 
 BYTES_PER_US = 2.75e6
 LAUNCH_US = 1.5
+PARTIAL_BYTES_PER_US = 3.7e6  # an H200: 6.3 MB in 1.9 us, 12.6 in 3.6, 25.2 in 7.0
 
 
 class Cost(NamedTuple):
@@ -31,10 +34,10 @@ class Cost(NamedTuple):
 
 # By kernel, block_m, block_n, programs_per_sm; behind each how many points it was fitted to, and the error.
 COSTS: dict[tuple[str, int, int, int], Cost] = {
-    ("cooperative", 128, 128, 1): Cost(1.574, 0.954, 0.394, 0.394, 3.208),  # 126 points, 5.7% (rms)
-    ("cooperative", 128, 192, 1): Cost(1.55, 2.072, 0.495, 0.495, 2.835),  # 134 points, 7.3% (rms)
-    ("cooperative", 128, 256, 1): Cost(1.415, 3.386, 0.681, 0.681, 3.14),  # 149 points, 7.4% (rms)
-    ("cooperative", 256, 128, 1): Cost(0.882, 2.201, 0.635, 0.635, 4.591),  # 142 points, 5.2% (rms)
+    ("cooperative", 128, 128, 1): Cost(1.779, 1.157, 0.362, 0.362, 0.774),  # 43 points of an H200, 4.5% (rms)
+    ("cooperative", 128, 192, 1): Cost(1.186, 2.14, 0.485, 0.485, 0.556),  # 53 points of an H200, 3.5% (rms)
+    ("cooperative", 128, 256, 1): Cost(1.159, 3.046, 0.651, 0.651, 0.785),  # 42 points of an H200, 2.6% (rms)
+    ("cooperative", 256, 128, 1): Cost(0.744, 3.375, 0.593, 0.593, 0.598),  # 34 points of an H200, 2.0% (rms)
     ("decode", 8, 32, 1): Cost(1.656, 1.12, 0.073, 0.073, 1.5),  # 27 points, 5.0% (rms)
     ("decode", 8, 32, 2): Cost(1.026, 0.577, 0.086, 0.161, 1.5),  # 6 points, 4.0% (rms)
     ("decode", 16, 32, 1): Cost(2.173, 0.846, 0.097, 0.097, 1.5),  # 9 points, 4.9% (rms)
@@ -50,17 +53,17 @@ COSTS: dict[tuple[str, int, int, int], Cost] = {
     ("specialized", 32, 128, 1): Cost(0.064, 1.366, 0.287, 0.287, 2.203),  # 70 points, 6.4% (rms)
     ("specialized", 32, 128, 2): Cost(2.925, 0.04, 0.316, 0.48, 1.5),  # 20 points, 8.3% (rms)
     ("specialized", 64, 64, 1): Cost(1.411, 0.773, 0.202, 0.202, 2.129),  # 117 points, 5.3% (rms)
-    ("specialized", 64, 64, 2): Cost(0.782, 0.957, 0.247, 0.318, 1.5),  # 87 points, 6.0% (rms)
+    ("specialized", 64, 64, 2): Cost(1.015, 0.889, 0.227, 0.293, 1.5),  # 18 points of an H200, 5.6% (rms)
     ("specialized", 64, 128, 1): Cost(0.976, 1.281, 0.285, 0.285, 2.831),  # 146 points, 6.1% (rms)
     ("specialized", 64, 128, 2): Cost(1.06, 1.822, 0.387, 0.483, 1.5),  # 79 points, 6.2% (rms)
-    ("specialized", 128, 64, 1): Cost(1.067, 1.282, 0.229, 0.229, 3.512),  # 104 points, 5.7% (rms)
-    ("specialized", 128, 64, 2): Cost(0.056, 2.191, 0.329, 0.437, 1.5),  # 71 points, 8.7% (rms)
-    ("specialized", 128, 128, 1): Cost(0.925, 2.653, 0.382, 0.382, 6.562),  # 130 points, 7.4% (rms)
+    ("specialized", 128, 64, 1): Cost(1.264, 1.058, 0.224, 0.224, 2.85),  # 24 points of an H200, 3.9% (rms)
+    ("specialized", 128, 64, 2): Cost(0.055, 1.909, 0.314, 0.407, 1.5),  # 19 points of an H200, 4.8% (rms)
+    ("specialized", 128, 128, 1): Cost(1.103, 2.871, 0.391, 0.391, 5.869),  # 28 points of an H200, 7.2% (rms)
 }
 # The same with 8-bit group scales, which multiply the sums of a group; other kinds by TWO_SUMS.
 COSTS_TWO_SUMS: dict[tuple[str, int, int, int], Cost] = {
-    ("cooperative", 128, 128, 1): Cost(2.174, 0.795, 0.492, 0.492, 3.534),  # 89 points, 3.3% (rms)
-    ("cooperative", 128, 192, 1): Cost(1.98, 1.666, 0.654, 0.654, 1.5),  # 55 points, 3.7% (rms)
+    ("cooperative", 128, 128, 1): Cost(2.174, 0.795, 0.492, 0.492, 0.774),  # 89 points, 3.3% (rms)
+    ("cooperative", 128, 192, 1): Cost(1.98, 1.666, 0.654, 0.654, 0.556),  # 55 points, 3.7% (rms)
     ("pipelined", 64, 128, 1): Cost(2.789, 2.475, 0.538, 0.653, 1.5),  # 54 points, 3.8% (rms)
     ("pipelined", 128, 64, 1): Cost(1.973, 1.413, 0.487, 0.583, 1.5),  # 55 points, 3.9% (rms)
     ("specialized", 64, 64, 1): Cost(1.618, 0.809, 0.242, 0.242, 1.5),  # 36 points, 2.5% (rms)
@@ -94,8 +97,16 @@ def predicted_us(tile: Tile, m: int, n: int, k: int, schedule: str, sm_count: in
     blocks = tile_count(k, 128) / tile.split_k * factor
     waves, rest = divmod(tiles, sm_count * together)
     time = cost.start + waves * (cost.tile + cost.block * blocks) + cost.split * (tile.split_k - 1)
+    time += partial_us(tile, m, n)
     if rest:
         time += cost.tile + (cost.block if rest > sm_count else cost.block_alone) * blocks
     moved = n * k * (1 if schedule == "int8" else 0.5) + n * k / 128 + m * k + 2 * m * n
     memory = LAUNCH_US + moved / BYTES_PER_US
     return float((time**8 + memory**8) ** 0.125)
+
+
+def partial_us(tile: Tile, m: int, n: int) -> float:
+    """Microseconds in which parts of K write their sums, 4 bytes each, and the last part of each tile reads the others'."""
+    tiles = tile_count(m, tile.block_m) * tile_count(n, tile.block_n)
+    written = tiles * tile.block_m * tile.block_n * 4 * tile.split_k
+    return 0.0 if tile.split_k == 1 else written * (2 - 1 / tile.split_k) / PARTIAL_BYTES_PER_US

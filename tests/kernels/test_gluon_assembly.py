@@ -17,7 +17,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 from intscale_compile.format import pack_block  # noqa: E402
-from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES, UNROLLS, blocks_in_body  # noqa: E402
+from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES, loop_body  # noqa: E402
 from intscale_compile.kernels.gluon_tiles import (  # noqa: E402
     SCHEDULES,
     choose_gated_tile,
@@ -104,16 +104,13 @@ def compile_tile(
         scales = [scale_tiles(tile), 1, 64] if gated == "none" else [2, tile.block_n // 128, 1, 64]
         rows = 8 if tile.kernel == "cooperative" and gated != "none" else 64
         shapes = ([tile.block_m // 2, 128], [rows, 128 if int8 else pack // 2], scales)
+        groups = scales_in_block(group_size)
+        unroll, ahead = loop_body(tile, schedule, int8, blocks, groups, ahead=gated == "none")
         constants.update(
-            GROUP_N=tile.group_n,
-            SPLIT_K=tile.split_k,
-            UNROLL=blocks_in_body(tile.kernel == "cooperative", schedule, int8, blocks, scales_in_block(group_size)),
-            INT8=int8,
-            GATED=gated,
-            HAS_RESIDUAL=residual,
+            GROUP_N=tile.group_n, SPLIT_K=tile.split_k, UNROLL=unroll, INT8=int8, GATED=gated, HAS_RESIDUAL=residual
         )
         if tile.kernel == "cooperative":
-            constants.update(TMA_STORE=out == "bf16", out_desc=None, residual_desc=None)
+            constants.update(AHEAD=ahead, TMA_STORE=out == "bf16", out_desc=None, residual_desc=None)
             for name in ("out_desc", "residual_desc")[: 1 + residual] if constants["TMA_STORE"] else ():
                 del constants[name]
                 signature[name] = descriptor([tile.block_m // 2, 64 if gated == "none" else 32], out)
@@ -155,7 +152,7 @@ def test_the_rules_take_nothing_that_is_not_assembled_here():
 @pytest.mark.assembles(kernel=compile_tile)
 @pytest.mark.parametrize("schedule,tile,k", quick_first(distinct_tiles(), path_of), ids=str)
 def test_shipped_tiles_assemble_without_spills(schedule, tile, k, code):
-    check(code, tile, spill_bytes=0)
+    check(code, tile, schedule, spill_bytes=0)
 
 
 def same_code(schedule: str, tile: Tile) -> tuple[str, Tile]:
@@ -198,9 +195,10 @@ def tiles_by_rule() -> list[tuple[str, Tile, int]]:
     kernels = ("specialized", "pipelined", "cooperative")
     for schedule, kernel, blocks in itertools.product(SCHEDULES, kernels, (30, 27)):
         int8 = schedule == "int8"
-        bodies = UNROLLS[kernel == "cooperative", "none" if int8 else schedule, int8]
-        if any(blocks % body == 0 and body < max(bodies) for body in bodies):
-            cases.append((schedule, largest(kernel, schedule), 128 * blocks))
+        tile = largest(kernel, schedule)
+        bodies = [loop_body(tile, "none" if int8 else schedule, int8, n).unroll for n in (32, blocks)]
+        if bodies[1] < bodies[0]:
+            cases.append((schedule, tile, 128 * blocks))
     return cases
 
 
@@ -215,7 +213,7 @@ def tiles_by_rule() -> list[tuple[str, Tile, int]]:
     ids=str,
 )
 def test_tiles_by_rule_assemble_without_spills(schedule, tile, k, code):
-    check(code, tile, float_sums=schedule == "float")
+    check(code, tile, schedule, float_sums=schedule == "float")
     if tile.kernel == "cooperative":
         check_stores(code, tile)
 
@@ -263,7 +261,7 @@ def test_groups_of_32_and_64_assemble(schedule, tile, group_size, form, code):
     """
     apart = schedule == "accumulate" and tile.kernel != "decode"
     words = 8 if apart and group_size == 32 else 0
-    check(code, fine(schedule, tile, group_size), summed=group_size // 32 if apart else 0, words=words)
+    check(code, fine(schedule, tile, group_size), schedule, summed=group_size // 32 if apart else 0, words=words)
     stages = fine(schedule, tile, group_size).num_stages
     assert stages >= 2 and (schedule != "fold" or stages >= tile.num_stages - 1)
 
@@ -319,7 +317,7 @@ def residual_tiles() -> list[tuple[str, Tile, int]]:
 )
 def test_residuals_assemble_without_spills(schedule, tile, k, code):
     """Read as wide as the output is written, or by the tensor memory accelerator."""
-    check(code, tile)
+    check(code, tile, schedule)
     if tile.kernel == "cooperative":
         check_stores(code, tile)
         assert (
@@ -353,5 +351,5 @@ def wide_outputs() -> list[tuple[str, Tile, int, str]]:
 def test_wide_outputs_fit_in_shared_memory(schedule, tile, k, out, code):
     """Their epilogue takes up to 32 KiB beside the ring, which tiles for 16-bit outputs do not leave."""
     tile = for_output(tile, schedule, 4)
-    check(code, tile, float_sums=True)
+    check(code, tile, schedule, float_sums=True)
     assert code.shared <= shared_bytes(tile, schedule, 4)

@@ -8,7 +8,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 from intscale_compile.format import pack_block  # noqa: E402
-from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES, blocks_in_body  # noqa: E402
+from intscale_compile.kernels.gluon_launch import REGISTERS, TRITON_RELEASES, loop_body  # noqa: E402
 from intscale_compile.kernels.gluon_tiles import deepest, for_output, scales_in_block  # noqa: E402
 from intscale_compile.kernels.grouped_tiles import choose_grouped_tile  # noqa: E402
 from intscale_compile.kernels.tile import Tile  # noqa: E402
@@ -49,7 +49,7 @@ def compile_grouped(
     else:
         fn = gluon_grouped.grouped_cooperative
         shapes = ([tile.block_m // 2, 128], [64, 128 if int8 else pack // 2], [tile.block_n // 64, 1, 64])
-        unroll = blocks_in_body(True, scales, int8, blocks, scales_in_block(group_size))
+        unroll = loop_body(tile, scales, int8, blocks, scales_in_block(group_size), ahead=False).unroll
         constants.update(GROUP_N=tile.group_n, UNROLL=unroll, INT8=int8)
     signature["x_desc"] = descriptor(shapes[0], "i8", swizzled=pack == 128 or tile.kernel != "decode")
     signature["w_desc"] = descriptor(shapes[1], "i8")

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from intscale_compile.kernels import gluon_launch  # noqa: E402
+from intscale_compile.kernels.tile import Tile  # noqa: E402
 from intscale_compile.kernels.triton_gemm import gluon_obstacle, pick_tile  # noqa: E402
 from intscale_compile.reasons import log_once  # noqa: E402
 
@@ -89,3 +90,29 @@ def test_a_cpu_has_an_obstacle_and_a_plain_tile():
     device = torch.device("cpu")
     assert gluon_obstacle(4096, 128, 4, 4, "tiled", device)
     assert pick_tile(1, 4096, 4096, 128, 4, 4, device, False).kernel == "triton"
+
+
+@pytest.mark.parametrize(
+    "tile,scales,int8,blocks,groups,body",
+    [
+        ((128, 128, 8), "fold", False, 32, 1, (8, True)),
+        ((128, 256, 8), "none", False, 32, 1, (8, True)),
+        ((128, 128, 8), "fold", False, 30, 4, (2, True)),  # groups of 32
+        ((128, 128, 8), "fold", False, 27, 1, (1, False)),
+        ((128, 192, 12), "fold", False, 32, 1, (4, False)),  # a third consumer
+        ((256, 128, 8), "fold", False, 32, 1, (4, False)),
+        ((128, 128, 8), "accumulate", False, 32, 1, (2, False)),
+        ((128, 128, 8), "none", True, 32, 1, (1, False)),  # 8-bit weights
+    ],
+)
+def test_two_consumers_of_128_tokens_with_one_sum_read_ahead(tile, scales, int8, blocks, groups, body):
+    cooperative = Tile(*tile, kernel="cooperative")
+    assert gluon_launch.loop_body(cooperative, scales, int8, blocks, groups) == body
+
+
+@pytest.mark.parametrize(
+    "blocks,split_k,unroll", [(32, 2, 8), (112, 2, 8), (112, 4, 4), (40, 2, 4), (8, 2, 4), (32, 8, 4)]
+)
+def test_long_bodies_do_not_make_parts_of_k_unequal(blocks, split_k, unroll):
+    tile = Tile(128, 128, 8, kernel="cooperative", split_k=split_k)
+    assert gluon_launch.loop_body(tile, "fold", False, blocks) == (unroll, True)

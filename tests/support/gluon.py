@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import triton
 
+from intscale_compile.kernels.gluon_launch import loop_body
 from intscale_compile.kernels.gluon_tiles import shared_limit
 from intscale_compile.kernels.tile import Tile
 
@@ -29,10 +32,17 @@ def descriptor(shape: list[int], dtype: str, swizzled: bool = True) -> str:
 
 
 def check(
-    code, tile: Tile, spill_bytes: int = SPILLS_BEHIND_LOOP, float_sums: bool = False, summed: int = 0, words: int = 0
+    code,
+    tile: Tile,
+    schedule: Optional[str] = None,
+    spill_bytes: int = SPILLS_BEHIND_LOOP,
+    float_sums: bool = False,
+    summed: int = 0,
+    words: int = 0,
 ) -> None:
     """Tensor cores at work without waits between them, no local memory in a loop over K, no conversions to float there.
 
+    ``schedule`` is given where stages may be read ahead.
     ``summed`` is the number of products after which the sum of a group is waited for, or 0; up to ``words`` of a loop may
     be in local memory.
     """
@@ -40,7 +50,8 @@ def check(
     assert loops and all(code.count("STL", loop) <= words for loop in loops)
     assert all(code.count("LDL", loop) <= reloads + words for loop in loops)
     assert code.spill_bytes <= spill_bytes and code.shared <= shared_limit(tile)
-    one_later = tile.kernel == "specialized" or tile.kernel == "decode" and tile.num_stages > 2
+    ahead = schedule in ("fold", "none") and loop_body(tile, schedule, False, blocks=8).ahead
+    one_later = tile.kernel == "specialized" or tile.kernel == "decode" and tile.num_stages > 2 or ahead
     assert not code.late_loads(stages_behind=int(one_later))
     dot = "IMMA" if tile.kernel == "decode" else "IGMMA"
     assert code.count(dot) > 0
