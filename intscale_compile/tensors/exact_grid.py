@@ -61,14 +61,19 @@ def find_grid(
     good = (steps >= 0).all(-1) & (steps > 0).any(-1)
     scales, codes = _integers(chosen, steps.clamp(min=0), high, scale_max, row_scale, bits)
     good &= (scales > 0).all(-1)
-    scales, row, same = _with_row_scale(groups[likely], scales.clamp(min=1), codes, scale_max, row_scale, bits)
-    good &= same & (row.squeeze(-1) >= SMALLEST_STEP)
-    good &= fmt.accumulator_bound(codes.flatten(-2).to(torch.int8), scales.long()) <= fmt.INT32_MAX
     if not bool(good.any()):
         return None
+    # Only rows that have scales: each of the others would be tried with every factor.
+    scales, row, same = _with_row_scale(groups[likely][good], scales[good], codes[good], scale_max, row_scale, bits)
+    codes = codes[good].flatten(-2).to(torch.int8)
+    same &= row.squeeze(-1) >= SMALLEST_STEP
+    same &= fmt.accumulator_bound(codes, scales.long()) <= fmt.INT32_MAX
+    if not bool(same.any()):
+        return None
+    good[good.clone()] = same
     rows = likely.clone()
     rows[likely] = good
-    return Found(rows, codes[good].flatten(-2).to(torch.int8), scales[good].long(), row[good])
+    return Found(rows, codes[same], scales[same].long(), row[same])
 
 
 def _group_steps(groups: Tensor, largest: int, bits: int) -> Tensor:
