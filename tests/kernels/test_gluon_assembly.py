@@ -224,10 +224,16 @@ def check_stores(code, tile: Tile) -> None:
 
 
 def fine_tiles() -> list[tuple[str, Tile, int, dict]]:
-    """Every kind of tile for groups of 32 and 64, the largest of each kernel first; gated ones, and with a residual."""
+    """Every kind of tile for groups of 32 and 64, squares of 128 first, then the largest; gated ones, and with a residual."""
     decode = {case for case in chosen(choose_gluon_tile, ("fold",)) if case[1].kernel == "decode"}
     whole = [(s, t) for s, t in {*costed_tiles(), *decode} if s in ("fold", "accumulate") and t.split_k == 1]
-    whole.sort(key=lambda case: (-case[1].block_m * case[1].block_n, str(case)))
+    whole.sort(
+        key=lambda case: (
+            (case[1].block_m, case[1].block_n) != (128, 128),
+            -case[1].block_m * case[1].block_n,
+            str(case),
+        )
+    )
     cases = [(s, t, group_size, {}) for group_size in (32, 64) for s, t in whole]
     wide = deepest(Tile(256, 128, 8, kernel="cooperative"), "fold")
     return cases + [("fold", wide, 32, {"gated": "silu"}), ("fold", wide, 32, {"residual": True})]
